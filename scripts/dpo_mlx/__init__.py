@@ -1,0 +1,1 @@
+"""The library behind the numbered scripts: DPO with LoRA on MLX, one room per job."""

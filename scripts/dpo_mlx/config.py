@@ -1,0 +1,293 @@
+"""One YAML file a run: typed sections, `--set` overrides, every fault reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+from .jsonl import read_bytes
+from .losses import LOSSES
+
+SCHEDULES = ("cosine", "constant")
+
+# Keys of other trainers that would be silently ignored here, and what to use instead.
+REJECTED = {
+    "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
+    "lora.lora_alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
+    "lora.use_dora": "DoRA is not supported; remove the key",
+}
+
+
+def _number(default: Any = ..., *, low: float | None = None, high: float | None = None) -> Any:
+    """A number within [low, high]."""
+    return _field(default, low=low, high=high)
+
+
+def _choice(default: Any = ..., *, of: tuple[str, ...]) -> Any:
+    return _field(default, choices=of)
+
+
+def _field(default: Any = ..., **metadata: Any) -> Any:
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str
+    train_pairs: str
+    valid_pairs: str
+    limit: int | None = _number(None, low=1)
+    valid_fraction: float = _number(0.1, low=0.0, high=0.9)
+    max_length: int = _number(1024, low=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    temperature: float = _number(0.7, low=0.0, high=5.0)
+    top_p: float = _number(0.95, low=0.0, high=1.0)
+    max_tokens: int = _number(512, low=1)
+    batch_size: int = _number(8, low=1)
+    restart: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = _number(16, low=1)
+    scale: float = _number(20.0, low=0.0)
+    dropout: float = _number(0.0, low=0.0, high=0.9)
+    keys: list[str] | None = None
+    num_layers: int | None = _number(None, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    loss: str = _choice("sigmoid", of=tuple(LOSSES))
+    beta: float = _number(0.1, low=1e-6)
+    label_smoothing: float = _number(0.0, low=0.0, high=0.499)
+    nll_weight: float = _number(0.0, low=0.0)
+    simpo_gamma: float = _number(1.0, low=0.0)
+    dpop_lambda: float = _number(50.0, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    learning_rate: float = _number(low=0.0, high=1.0)
+    epochs: int = _number(1, low=1)
+    batch_size: int = _number(1, low=1)
+    grad_accumulation: int = _number(8, low=1)
+    schedule: str = _choice("cosine", of=SCHEDULES)
+    warmup_ratio: float = _number(0.1, low=0.0, high=1.0)
+    weight_decay: float = _number(0.0, low=0.0)
+    max_grad_norm: float = _number(1.0, low=1e-9)
+    grad_checkpoint: bool = True
+    eval_every: int = _number(5, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseConfig:
+    check_pairs: int = _number(8, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmokeConfig:
+    questions: int = _number(16, low=1)
+    min_voice_share: float = _number(0.6, low=0.0, high=1.0)
+    max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
+    min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
+    max_base_logprob_drop: float = _number(1.5, low=0.0)
+    max_length_ratio: float = _number(3.0, low=1.0)
+    min_margin_kept: float = _number(0.5, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. `path` is the file it came from, for messages; it is not a key."""
+
+    model: str
+    run_dir: str
+    data: DataConfig
+    train: TrainConfig
+    demo_model: bool = False
+    seed: int = _number(0, low=0)
+    system_prompt: str = ""
+    report_to: str = ""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)
+    smoke: SmokeConfig = field(default_factory=SmokeConfig)
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return Path(self.run_dir)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a config file; each override `section.key=value` wins over the file.
+
+    Raises UserError that lists every fault: unknown keys with the nearest known name, missing
+    keys, wrong types, values out of range.
+    """
+    faults: list[str] = []
+    values = _read_yaml(path)
+    for override in overrides or []:
+        _override(values, override, faults)
+    config = _build(Config, values, "", faults)
+    if config is not None:
+        faults += _contradictions(config)
+    if faults or config is None:
+        raise UserError("\n".join(f"{path}: {fault}" for fault in faults))
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, every key present."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def keys(section: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key there is, in the order of the dataclasses."""
+    hints = typing.get_type_hints(section)
+    for f in fields(section):
+        if is_dataclass(hints[f.name]):
+            yield from keys(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = read_bytes(path, remedy="name an existing YAML file with --config")
+    try:
+        values = yaml.safe_load(text.decode("utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {_kind(values)}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
+    """Write one `section.key=value` into the nested `values`."""
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not dotted:
+        faults.append(f"--set {override}: expected section.key=value")
+        return
+    *sections, name = dotted.split(".")
+    node = values
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            faults.append(f"--set {override}: {section} is no section")
+            return
+        node = child
+    try:
+        # A text key takes the words as they stand: `--set model=123` names a folder.
+        node[name] = text if _annotation(dotted) is str else yaml.safe_load(text)
+    except yaml.YAMLError:
+        faults.append(f"--set {override}: the value is not valid YAML")
+
+
+def _annotation(dotted: str) -> Any:
+    """The type of a dotted key, None when there is no such key."""
+    kind: Any = Config
+    for name in dotted.split("."):
+        if not is_dataclass(kind):
+            return None
+        kind = typing.get_type_hints(kind).get(name)
+    return kind
+
+
+def _build(section: Any, values: Any, prefix: str, faults: list[str]) -> Any:
+    """The dataclass `section` from a mapping; None, and faults, when it cannot be made."""
+    if not isinstance(values, Mapping):
+        faults.append(f"{prefix.rstrip('.')}: expected a section of keys, found {_kind(values)}")
+        return None
+    hints = typing.get_type_hints(section)
+    known = {f.name: f for f in fields(section)}
+    before = len(faults)
+    for name in values:
+        if name not in known:
+            faults.append(_unknown(f"{prefix}{name}"))
+    arguments = {}
+    for name, f in known.items():
+        dotted = f"{prefix}{name}"
+        if is_dataclass(hints[name]):
+            arguments[name] = _build(hints[name], values.get(name) or {}, f"{dotted}.", faults)
+        elif name in values:
+            arguments[name] = _value(values[name], hints[name], f.metadata, dotted, faults)
+        elif _is_required(f):
+            faults.append(f"{dotted}: missing; this key is required")
+    return section(**arguments) if len(faults) == before else None
+
+
+def _is_required(f: Any) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _unknown(dotted: str) -> str:
+    if dotted in REJECTED:
+        return f"{dotted}: {REJECTED[dotted]}"
+    near = difflib.get_close_matches(dotted, list(keys()), n=1, cutoff=0.5)
+    return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults: list[str]) -> Any:
+    """`value` as the annotated type and within the rules, or a fault."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in allowed:
+        return None
+    try:
+        value = _coerce(value, allowed[0])
+    except (TypeError, ValueError):
+        faults.append(f"{dotted}: expected {_name(allowed[0])}, found {_kind(value)}")
+        return None
+    low, high, choices = rules.get("low"), rules.get("high"), rules.get("choices")
+    if low is not None and not value >= low:
+        faults.append(f"{dotted}: {value} is too small; the least is {low}")
+    if high is not None and not value <= high:
+        faults.append(f"{dotted}: {value} is too large; the most is {high}")
+    if choices and value not in choices:
+        faults.append(f"{dotted}: {value!r} is not one of {', '.join(choices)}")
+    return value
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)  # YAML 1.1 reads 1e-6 as a string
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [_coerce(item, typing.get_args(kind)[0]) for item in value]
+    raise TypeError
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is wrong with keys that are each right alone."""
+    if config.lora.dropout > 0 and config.train.grad_checkpoint:
+        yield (
+            "lora.dropout: must be 0 with train.grad_checkpoint, whose second forward pass would "
+            "draw another dropout mask than the first; set one of the two off"
+        )
+    if config.data.train_pairs == config.data.valid_pairs:
+        yield "data.valid_pairs: must not be the file of data.train_pairs"
+
+
+def _name(kind: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(kind, "a list of names")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"

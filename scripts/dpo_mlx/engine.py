@@ -1,0 +1,135 @@
+"""The one place where a model scores an answer: for the reference, for training, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from .config import DpoConfig
+from .logps import find_head, token_log_probs
+from .losses import Sides, preference_loss, rewards
+from .pairs import EncodedPair, Sequence
+from .reference import Reference
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """What one pair contributes to the metrics: log-probs in nats, lengths in tokens."""
+
+    pi: Sides
+    ref: Sides
+    length: Sides
+    loss: float
+
+
+class Engine:
+    """Log-probs of answers under a model, and the gradient of a pair in its trainable parameters.
+
+    One sequence at a time, without padding. Raises UserError for a model whose output layer
+    cannot be reproduced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._backbone, self._head = find_head(model)
+        self._value_and_gradient = nn.value_and_grad(model, self._answer_log_prob)
+
+    def log_prob(self, sequence: Sequence) -> float:
+        """log p(answer | prompt), the sum over the answer's tokens, in nats."""
+        return float(self._answer_log_prob(sequence))
+
+    def score(self, pair: EncodedPair, reference: Reference, settings: DpoConfig) -> PairScore:
+        """A pair's loss and log-probs, without gradients."""
+        pi = self.log_prob(pair.chosen), self.log_prob(pair.rejected)
+        return score_against(pi, pair, reference, settings)
+
+    def pair_gradient(
+        self, pair: EncodedPair, reference: Reference, settings: DpoConfig
+    ) -> tuple[PairScore, Any]:
+        """A pair's score, and the gradient of its loss in the trainable parameters (a tree).
+
+        The loss L knows the model through two scalars alone, so with lc = log p(chosen) and
+        lr = log p(rejected) its gradient is dL/dlc grad(lc) + dL/dlr grad(lr): each side runs
+        alone, and the memory needed is that of one.
+        """
+        log_prob_chosen, gradient_chosen = self._evaluated(pair.chosen)
+        log_prob_rejected, gradient_rejected = self._evaluated(pair.rejected)
+        pi = Sides(log_prob_chosen, log_prob_rejected)
+        ref, length = _constants(pair, reference)
+
+        def loss(chosen: mx.array, rejected: mx.array) -> mx.array:
+            return preference_loss(Sides(chosen, rejected), ref, length, settings)
+
+        by_chosen, by_rejected = mx.grad(loss, argnums=(0, 1))(*pi)
+        gradient = tree_map(
+            lambda c, r: by_chosen * c + by_rejected * r, gradient_chosen, gradient_rejected
+        )
+        mx.eval(gradient)
+        score = PairScore(pi, ref, length, float(preference_loss(pi, ref, length, settings)))
+        return score, gradient
+
+    def _evaluated(self, sequence: Sequence) -> tuple[mx.array, Any]:
+        """Log-prob and gradient, computed now, so that no graph outlives its sequence."""
+        result = self._value_and_gradient(sequence)
+        mx.eval(result)
+        return result
+
+    def _answer_log_prob(self, sequence: Sequence) -> mx.array:
+        """A float32 scalar. Position t predicts token t + 1: the answer's tokens
+        ids[prompt_length:] are scored by the hidden states prompt_length - 1 to L - 2.
+        """
+        ids = mx.array(sequence.ids)
+        hidden = self._backbone(ids[None, :-1])[0]
+        start = sequence.prompt_length
+        return token_log_probs(hidden[start - 1 :], ids[start:], self._head).sum()
+
+
+def _constants(pair: EncodedPair, reference: Reference) -> tuple[Sides, Sides]:
+    """(reference log-probs, answer lengths) as float32 scalars."""
+    return (
+        Sides(mx.array(reference.chosen), mx.array(reference.rejected)),
+        Sides(
+            mx.array(float(pair.chosen.answer_length)), mx.array(float(pair.rejected.answer_length))
+        ),
+    )
+
+
+def score_against(
+    pi: tuple[float, float], pair: EncodedPair, reference: Reference, settings: DpoConfig
+) -> PairScore:
+    """The score of a pair from its log-probs (chosen, rejected) under the policy."""
+    sides = Sides(mx.array(pi[0]), mx.array(pi[1]))
+    ref, length = _constants(pair, reference)
+    return PairScore(sides, ref, length, float(preference_loss(sides, ref, length, settings)))
+
+
+def summarise(scores: Iterable[PairScore], beta: float) -> dict[str, float]:
+    """Means over pairs, under TRL's names; accuracy counts the pairs with a positive margin.
+
+    Log-probs per token are nats, the mean over pairs of each pair's own mean.
+    """
+    scores = list(scores)
+
+    def stack(name: str) -> Sides:
+        sides = [getattr(score, name) for score in scores]
+        return Sides(mx.stack([s.chosen for s in sides]), mx.stack([s.rejected for s in sides]))
+
+    pi, ref, length = stack("pi"), stack("ref"), stack("length")
+    reward = rewards(pi, ref, beta)
+    values = {
+        "loss": mx.array([score.loss for score in scores]),
+        "rewards/chosen": reward.chosen,
+        "rewards/rejected": reward.rejected,
+        "rewards/margins": reward.chosen - reward.rejected,
+        "rewards/accuracies": (reward.chosen > reward.rejected).astype(mx.float32),
+        "logps/chosen": pi.chosen,
+        "logps/rejected": pi.rejected,
+        "logps/chosen_per_token": pi.chosen / length.chosen,
+        "logps/rejected_per_token": pi.rejected / length.rejected,
+    }
+    return {name: float(value.mean()) for name, value in values.items()}

@@ -1,0 +1,110 @@
+"""JSON-lines files and atomic writes: faults name `path:line`, no half file under a final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def read_bytes(path: Path, remedy: str) -> bytes:
+    """The file's bytes. Raises UserError, ending in `remedy`, when it is no readable file."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory, not a file; {remedy}")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+
+
+def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line; blank lines, a BOM and CRLF are fine.
+
+    Raises UserError for an unreadable or empty file, and with `path:line` for a line that is no
+    UTF-8, no JSON or no object.
+    """
+    found = False
+    for number, raw in enumerate(read_bytes(path, remedy).split(b"\n"), start=1):
+        if not raw.strip(b"\xef\xbb\xbf \t\r"):
+            continue
+        found = True
+        yield number, _parse(raw, f"{path}:{number}")
+    if not found:
+        raise UserError(f"{path}: is empty; {remedy}")
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}); save as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def dumps(row: Any) -> str:
+    """One line of JSON, text as it is written."""
+    return json.dumps(row, ensure_ascii=False)
+
+
+def append(path: Path, rows: Iterable[Any]) -> None:
+    """Add rows and wait until they are on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write(path: Path, rows: Iterable[Any]) -> None:
+    """Replace the file by these rows, atomically."""
+    write_text(path, "".join(dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file by one indented JSON value, atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file's text, atomically: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `append` wrote; a torn last line is cut off the file first."""
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def read_json(path: Path) -> Any:
+    """One JSON value, written by an earlier stage. Raises UserError when it is not there."""
+    try:
+        return json.loads(read_bytes(path, remedy="run the stage that makes it again"))
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON; run the stage that makes it again") from error

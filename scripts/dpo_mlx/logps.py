@@ -1,0 +1,151 @@
+"""Log-probs of a sequence's answer; the vocabulary's logits never fill memory.
+
+The head is frozen, so all that training needs of it is log p and d(log p)/d(hidden) for each answer
+position. Both come out of one pass over blocks of the vocabulary, in float32 whatever the model's
+own dtype (a bfloat16 logit of 20 is off by up to 0.06, and hundreds of them are summed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import UserError
+
+# Rows of the head in float32 at a time: 8192 x 2048 x 4 bytes = 64 MiB for Granite's width.
+VOCABULARY_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: softcap(scale * (hidden @ weight.T + bias)).
+
+    `layer` is the linear layer, or the embedding it is tied to, plain or quantised.
+    """
+
+    layer: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.layer.weight.shape[0]
+
+    def weight(self, rows: slice | mx.array) -> mx.array:
+        """Rows of the weight, [rows, D] float32."""
+        weight = self.layer.weight[rows]
+        if "scales" in self.layer:
+            biases = self.layer.get("biases")
+            weight = mx.dequantize(
+                weight,
+                self.layer.scales[rows],
+                None if biases is None else biases[rows],
+                group_size=self.layer.group_size,
+                bits=self.layer.bits,
+                mode=self.layer.mode,
+            )
+        return weight.astype(mx.float32)
+
+    def logits(self, raw: mx.array, rows: slice | mx.array) -> mx.array:
+        """The logits of raw products hidden @ weight.T with these rows (last axis)."""
+        if "bias" in self.layer:
+            raw = raw + self.layer.bias[rows]
+        logits = self.scale * raw
+        return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
+
+    def slope(self, logits: mx.array) -> mx.array | float:
+        """d(logits)/d(raw), of the shape of `logits` or one number for all."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - mx.square(logits / self.softcap))
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
+    """(the backbone, ids [B, L] -> hidden states [B, L, D]; the head) of an mlx-lm model.
+
+    Raises UserError for a model whose own logits the head does not reproduce: another final
+    scaling than those known here.
+    """
+    backbone = getattr(model, "model", None)
+    args: Any = getattr(model, "args", None)
+    if backbone is None or args is None:
+        raise _unknown_head(model)
+    layer = model["lm_head"] if "lm_head" in model else getattr(backbone, "embed_tokens", None)
+    if layer is None or not hasattr(layer, "weight"):
+        raise _unknown_head(model)
+    scale = getattr(args, "logit_scale", None) or 1 / getattr(args, "logits_scaling", 1.0)
+    head = Head(layer, scale, getattr(args, "final_logit_softcapping", None))
+    _check_head(model, backbone, head)
+    return backbone, head
+
+
+def _check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
+    ids = mx.arange(1, 9)[None] % head.vocabulary
+    expected = model(ids)[0].astype(mx.float32)
+    everything = slice(0, head.vocabulary)
+    hidden = backbone(ids)[0].astype(mx.float32)
+    found = head.logits(hidden @ head.weight(everything).T, everything)
+    # The model rounds its logits to its own dtype: half a bfloat16 step is 2^-9 of the value.
+    if (
+        found.shape != expected.shape
+        or mx.abs(found - expected).max() > 2e-2 * mx.abs(expected).max()
+    ):
+        raise _unknown_head(model)
+
+
+def _unknown_head(model: nn.Module) -> UserError:
+    kind = getattr(model, "model_type", type(model).__name__)
+    return UserError(
+        f"model: the output layer of architecture {kind} is not one that can be trained here; "
+        "use a granitemoehybrid, granite, llama, qwen or mistral model"
+    )
+
+
+def token_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
+    """log p(target) at each position, [T] float32, of hidden [T, D] and targets [T].
+
+    Differentiable in `hidden` alone; the head is frozen. The backward pass only scales what the
+    forward pass kept, [T, D].
+    """
+
+    @mx.custom_function
+    def scores(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        return _scores_and_slopes(hidden, targets, head)
+
+    @scores.vjp
+    def scores_vjp(hidden: Any, cotangents: Any, outputs: Any) -> mx.array:
+        return (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
+
+    outputs: Any = scores(hidden)
+    return outputs[0]
+
+
+def _scores_and_slopes(
+    hidden: mx.array, targets: mx.array, head: Head
+) -> tuple[mx.array, mx.array]:
+    """(log p(target) [T], d(log p)/d(hidden) [T, D]), float32, in blocks of the vocabulary.
+
+    With z the raw products and l(z) the logits, log p = l_target - log sum exp l, and
+    d(log p)/d(hidden) = W^T (l'(z) (onehot - softmax(l))). The softmax's part is summed up block
+    by block against the largest logit so far, and rescaled when a larger one turns up.
+    """
+    x = hidden.astype(mx.float32)
+    top = mx.full((x.shape[0], 1), -mx.inf)  # largest logit so far
+    total = mx.zeros((x.shape[0], 1))  # sum of exp(l - top)
+    pull = mx.zeros_like(x)  # sum of exp(l - top) l' W
+    for start in range(0, head.vocabulary, VOCABULARY_BLOCK):
+        rows = slice(start, min(start + VOCABULARY_BLOCK, head.vocabulary))
+        weight = head.weight(rows)
+        logits = head.logits(x @ weight.T, rows)
+        new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
+        shrink, share = mx.exp(top - new_top), mx.exp(logits - new_top)
+        total = total * shrink + share.sum(axis=-1, keepdims=True)
+        pull = pull * shrink + (share * head.slope(logits)) @ weight
+        top = new_top
+    weight = head.weight(targets)
+    logits = head.logits((x * weight).sum(axis=-1), targets)[:, None]
+    log_probs = logits - top - mx.log(total)
+    return log_probs[:, 0], head.slope(logits) * weight - pull / total

@@ -1,0 +1,291 @@
+"""Stage 06: questions in, pairs out; the rejected answer is what the base model says itself."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from . import jsonl, models, questions, stamp
+from .config import Config
+from .errors import UserError
+from .pairs import Encoder, Pair
+from .questions import Question
+from .sampling import Answer, sample_all
+
+# What is written down of the lengths of each side.
+PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """The files of stage 06; all lie beside `data.train_pairs`, but for the valid pairs."""
+
+    train: Path
+    valid: Path
+
+    @classmethod
+    def of(cls, config: Config) -> PairFiles:
+        return cls(Path(config.data.train_pairs), Path(config.data.valid_pairs))
+
+    @property
+    def report(self) -> Path:
+        return self.train.with_suffix(".report.json")
+
+    @property
+    def samples(self) -> Path:
+        """Every batch of sampled answers, as soon as it is finished."""
+        return self.train.with_suffix(".samples.jsonl")
+
+    @property
+    def samples_stamp(self) -> Path:
+        return self.train.with_suffix(".samples.inputs.json")
+
+
+def make_pairs(config: Config) -> None:
+    """Write the train and valid pairs and their report, sampling what is not there yet.
+
+    Raises UserError for a source or a model that cannot be used, when nothing is left to train
+    or to validate on, and rather than overwrite what other settings, or the user, made.
+    """
+    files = PairFiles.of(config)
+    source = Path(config.data.source)
+    rows = questions.read(source)
+    inputs = _inputs(config, source)
+    if inputs["model files"] and _is_current(files, inputs):
+        print(f"06: {files.train} and {files.valid} are up to date, skipped")
+        return
+    _refuse_to_overwrite(files, inputs, config.generation.restart)
+    loaded = models.load(config.model)
+    inputs = _inputs(config, source)
+    dropped: Counter[str] = Counter()
+    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    rows = _usable(rows, config, encoder, dropped)
+    print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, rows)}")
+    known = _open_samples(files, inputs, config.generation.restart)
+    answers = _sample(loaded, rows, config, encoder, files.samples, known)
+    made = _join(rows, answers, config, encoder, dropped)
+    _write(files, made, config, encoder, dropped, inputs)
+
+
+def _inputs(config: Config, source: Path) -> stamp.Inputs:
+    settings = {f"generation.{k}": v for k, v in asdict(config.generation).items()}
+    del settings["generation.restart"]
+    return {
+        "source": jsonl.digest(source),
+        "model files": models.fingerprint(config.model),
+        "seed": config.seed,
+        "system_prompt": config.system_prompt,
+        "data.limit": config.data.limit,
+        "data.valid_fraction": config.data.valid_fraction,
+        "data.max_length": config.data.max_length,
+        **settings,
+    }
+
+
+def _sampling_inputs(inputs: stamp.Inputs) -> stamp.Inputs:
+    """Those that determine the sampled answer to a question."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name != "source" and not name.startswith("data.")
+    }
+
+
+def _report_inputs(files: PairFiles) -> stamp.Inputs | None:
+    report = stamp.read(files.report)
+    return None if report is None else report.get("inputs")
+
+
+def _is_current(files: PairFiles, inputs: stamp.Inputs) -> bool:
+    old = _report_inputs(files)
+    return (
+        old is not None
+        and not stamp.differences(old, inputs)
+        and files.train.exists()
+        and files.valid.exists()
+    )
+
+
+def _refuse_to_overwrite(files: PairFiles, inputs: stamp.Inputs, restart: bool) -> None:
+    if restart:
+        return
+    report = stamp.read(files.report) or {}
+    for path in (files.train, files.valid):
+        if path.exists() and jsonl.digest(path) != report.get("files", {}).get(path.name):
+            raise UserError(
+                f"{path}: was not written by this stage, or was edited since; move it away, or "
+                "--set generation.restart=true to overwrite it"
+            )
+    old = stamp.read(files.samples_stamp)
+    if old and (changed := stamp.differences(old, _sampling_inputs(inputs))):
+        raise UserError(
+            f"{files.samples}: was sampled with other settings ({'; '.join(changed)}); set them "
+            "back, name other files in data, or --set generation.restart=true to sample anew"
+        )
+
+
+def _usable(
+    rows: list[Question], config: Config, encoder: Encoder, dropped: Counter[str]
+) -> list[Question]:
+    """The questions to sample for: the first `data.limit` that are no copies and fit."""
+    if others := sum(1 for row in rows if row.system not in ("", config.system_prompt)):
+        print(f"06: {others} rows carry another system message than system_prompt; it is not used")
+    unique = list({(row.question, row.answer): row for row in reversed(rows)}.values())[::-1]
+    dropped["copy of another row"] = len(rows) - len(unique)
+    limited = unique[: config.data.limit]
+    dropped["beyond data.limit"] = len(unique) - len(limited)
+    fitting = [row for row in limited if _fits(encoder, row.question, row.answer, config)]
+    dropped["chosen longer than data.max_length"] = len(limited) - len(fitting)
+    if not fitting:
+        raise UserError(
+            f"{config.data.source}: no question and answer fits in data.max_length = "
+            f"{config.data.max_length} tokens; raise it"
+        )
+    return fitting
+
+
+def _fits(encoder: Encoder, question: str, answer: str, config: Config) -> bool:
+    return len(encoder.sequence(question, answer).ids) <= config.data.max_length
+
+
+def _shown(encoder: Encoder, rows: list[Question]) -> str:
+    return "\n".join(f"    {line}" for line in encoder.rendered(rows[0].question).splitlines())
+
+
+def _open_samples(
+    files: PairFiles, inputs: stamp.Inputs, restart: bool
+) -> dict[int, dict[str, Any]]:
+    """Finished batches by their number; an empty file when there are none to go on from."""
+    sampling = _sampling_inputs(inputs)
+    if restart or not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
+        jsonl.write(files.samples, [])
+        stamp.write(files.samples_stamp, sampling)
+    return {row["batch"]: row for row in jsonl.read_whole_lines(files.samples)}
+
+
+def _sample(
+    loaded: models.LoadedModel,
+    rows: list[Question],
+    config: Config,
+    encoder: Encoder,
+    path: Path,
+    finished: dict[int, dict[str, Any]],
+) -> list[Answer]:
+    """An answer a row; batches whose questions are unchanged are taken from `finished`."""
+    size = config.generation.batch_size
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    known = {
+        number: [Answer(**answer) for answer in finished[number]["answers"]]
+        for number, batch in enumerate(batches)
+        if number in finished and finished[number]["questions"] == [row.question for row in batch]
+    }
+    there = sum(len(batches[number]) for number in known)
+    print(f"06: {len(rows)} answers to sample, {there} of them are there already")
+    bar = tqdm(total=len(rows), initial=there, desc="06 sample", unit="answer")
+    started = time.perf_counter()
+
+    def done(number: int, answers: list[Answer]) -> None:
+        questions_asked = [row.question for row in batches[number]]
+        row = {
+            "batch": number,
+            "questions": questions_asked,
+            "answers": [asdict(answer) for answer in answers],
+        }
+        jsonl.append(path, [row])
+        if bar.n == bar.initial:
+            seconds = (time.perf_counter() - started) / len(answers)
+            left = seconds * (len(rows) - bar.n - len(answers))
+            bar.write(f"06: {seconds:.1f} s an answer, about {left / 60:.1f} minutes to go")
+        bar.update(len(answers))
+
+    prompts = [encoder.prompt(row.question) for row in rows]
+    answers = sample_all(
+        loaded.model, loaded.tokenizer, prompts, config.generation, config.seed, done, known
+    )
+    bar.close()
+    return answers
+
+
+def _join(
+    rows: list[Question],
+    answers: list[Answer],
+    config: Config,
+    encoder: Encoder,
+    dropped: Counter[str],
+) -> list[tuple[Question, Answer]]:
+    """Questions with a rejected answer that can be used; the rest is counted."""
+    kept = []
+    for row, answer in zip(rows, answers, strict=True):
+        if not answer.text:
+            dropped["rejected is empty"] += 1
+        elif answer.text == row.answer:
+            dropped["rejected equals chosen"] += 1
+        elif not _fits(encoder, row.question, answer.text, config):
+            dropped["rejected longer than data.max_length"] += 1
+        else:
+            kept.append((row, answer))
+    return kept
+
+
+def _write(
+    files: PairFiles,
+    made: list[tuple[Question, Answer]],
+    config: Config,
+    encoder: Encoder,
+    dropped: Counter[str],
+    inputs: stamp.Inputs,
+) -> None:
+    splits: dict[bool, list[Pair]] = {False: [], True: []}
+    for row, answer in made:
+        pair = Pair(row.question, row.answer, answer.text, answer.finish)
+        splits[questions.is_held_out(row.question, config.data.valid_fraction)].append(pair)
+    for held_out, path in ((False, files.train), (True, files.valid)):
+        if not splits[held_out]:
+            raise UserError(
+                f"{path}: no pair would be left in it ({len(made)} in all); raise data.limit or "
+                "change data.valid_fraction"
+            )
+    for held_out, path in ((False, files.train), (True, files.valid)):
+        jsonl.write(path, [_row(pair) for pair in splits[held_out]])
+    pairs = splits[False] + splits[True]
+    report = {
+        "train": len(splits[False]),
+        "valid": len(splits[True]),
+        "dropped": {reason: count for reason, count in dropped.items() if count},
+        "rejected_finish": dict(Counter(pair.rejected_finish for pair in pairs)),
+        "tokens": {
+            "percentiles": PERCENTILES,
+            "chosen": _percentiles([encoder.answer(pair.chosen) for pair in pairs]),
+            "rejected": _percentiles([encoder.answer(pair.rejected) for pair in pairs]),
+        },
+        "files": {path.name: jsonl.digest(path) for path in (files.train, files.valid)},
+        "inputs": inputs,
+    }
+    jsonl.write_json(files.report, report)
+    _print(report, files)
+
+
+def _row(pair: Pair) -> dict[str, str]:
+    row = asdict(pair)
+    del row["line"]
+    return row
+
+
+def _percentiles(answers: list[list[int]]) -> list[int]:
+    return np.percentile([len(ids) for ids in answers], PERCENTILES).astype(int).tolist()
+
+
+def _print(report: dict[str, Any], files: PairFiles) -> None:
+    print(f"06: {report['train']} train pairs in {files.train}, {report['valid']} valid pairs")
+    for reason, count in report["dropped"].items():
+        print(f"    dropped {count}: {reason}")
+    print(f"    rejected answers ended: {report['rejected_finish']}")
+    for side in ("chosen", "rejected"):
+        lengths = zip(PERCENTILES, report["tokens"][side], strict=True)
+        print(f"    {side} tokens: " + "  ".join(f"p{p} {n}" for p, n in lengths))

@@ -1,0 +1,184 @@
+"""Loading, LoRA, adapters and saving: what the project asks of mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import hf_repo_to_path, save_model
+
+from . import jsonl
+from .config import LoraConfig
+from .errors import UserError
+
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+
+
+@dataclass
+class LoadedModel:
+    """A model, its tokenizer (mlx-lm's wrapper) and the folder it was read from."""
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path
+
+
+def load(name: str, adapters: Path | None = None) -> LoadedModel:
+    """A model from a folder or the hub, with adapters when asked.
+
+    Raises UserError for what cannot be loaded, naming the ways on.
+    """
+    try:
+        model, tokenizer, *_ = mlx_lm.load(
+            name, adapter_path=None if adapters is None else str(adapters)
+        )
+        return LoadedModel(model, tokenizer, folder_of(name))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(_why_not(name, error)) from error
+
+
+def _why_not(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if Path(name).is_dir():
+        return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
+    return (
+        f"model {name}: cannot be fetched from the hub. Download it on another machine and set "
+        "model to the folder; or check the name and log in with `hf auth login`; or try "
+        f"config/smollm2-135m_demo.yaml, which needs no hub. ({reason})"
+    )
+
+
+def folder_of(name: str) -> Path:
+    """The local folder of a model. Raises OSError or ValueError when it is not on this machine."""
+    return Path(name) if Path(name).is_dir() else hf_repo_to_path(name)
+
+
+def fingerprint(name: str) -> dict[str, str] | None:
+    """What tells one model from another, file by file; None when it is not on this machine yet.
+
+    Weights are told apart by size and time of change, as hashing gigabytes at every start would
+    cost minutes; everything else by content.
+    """
+    try:
+        folder = folder_of(name)
+    except (OSError, ValueError):
+        return None
+    marks = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            stat = path.stat()
+            marks[path.name] = f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}"
+        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
+            marks[path.name] = jsonl.digest(path)
+    return marks
+
+
+def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
+    """Freeze the model and put LoRA beside its linear layers; B starts at zero (arXiv:2106.09685).
+
+    Raises UserError when no layer takes it.
+    """
+    model.freeze()
+    linear_to_lora_layers(model, *_lora_arguments(model, lora))
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
+    if not adapted:
+        raise UserError(
+            f"lora.keys: {lora.keys} names no linear layer of this model; set null for all of them"
+        )
+    if outside := [name for name in adapted if ".layers." not in name]:
+        raise UserError(f"lora.keys: {outside[0]} must stay frozen; name layers inside the blocks")
+
+
+def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, Any]]:
+    parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
+    if lora.keys is not None:
+        parameters["keys"] = lora.keys
+    return lora.num_layers or len(model.layers), parameters
+
+
+def save_adapters(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
+    """The adapters in mlx-lm's format, which its own --adapter-path loads; replaced as a whole."""
+    num_layers, parameters = _lora_arguments(model, lora)
+    with new_folder(folder) as temporary:
+        weights = dict(tree_flatten(model.trainable_parameters()))
+        mx.save_safetensors(str(temporary / ADAPTERS), weights)
+        settings = {
+            "fine_tune_type": "lora",
+            "num_layers": num_layers,
+            "lora_parameters": parameters,
+        }
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@contextmanager
+def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Recompute each block in the backward pass instead of keeping its activations.
+
+    mlx-lm's `grad_checkpoint` replaces the blocks' class method for good; it is put back here.
+    """
+    kinds = {type(layer) for layer in model.layers}
+    plain = {kind: kind.__call__ for kind in kinds}
+    try:
+        if enabled:
+            for kind in kinds:
+                grad_checkpoint(next(layer for layer in model.layers if type(layer) is kind))
+        yield
+    finally:
+        for kind, call in plain.items():
+            kind.__call__ = call
+
+
+def fuse(model: nn.Module) -> None:
+    """Add every adapter into the layer beneath it, in place, with the layers' own `fuse`."""
+    fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+
+
+def save(model: nn.Module, source: Path, folder: Path) -> None:
+    """An ordinary model folder: these weights, and every other file of `source` as it stands.
+
+    mlx-lm's own `save` asks the hub for a model card, and writes the tokenizer anew.
+    """
+    with new_folder(folder) as temporary:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.startswith(("model", ".")):
+                shutil.copy(path, temporary / path.name)
+        save_model(temporary, model)
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """A copy of `source` in the place of `folder`."""
+    with new_folder(folder) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def set_memory_limits() -> None:
+    """On Metal, wire the recommended memory, so that a large model is not paged out."""
+    mlx_lm.utils.maybe_set_recommended_wired_limit()

@@ -1,0 +1,149 @@
+"""The preference pair: its file, its token ids and the span of its answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import jsonl
+from .errors import UserError
+
+# Why an answer stopped: it ended its turn by itself, or it was cut at the token limit.
+STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of a pair file. `line` counts from 1."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rejected_finish: str = STOP
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and one answer as token ids; `ids[prompt_length:]` are the scored ones."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """The two sequences of a pair, and its line in the pair file."""
+
+    chosen: Sequence
+    rejected: Sequence
+    line: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer side."""
+        return max(len(self.chosen.ids), len(self.rejected.ids))
+
+
+class Encoder:
+    """Text to token ids with a model's tokenizer and chat template.
+
+    Prompt and answer are tokenised apart and joined as ids, so that no token spans the two.
+    Raises UserError when the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, system_prompt: str = "") -> None:
+        if not tokenizer.has_chat_template:
+            raise UserError("model: its tokenizer has no chat template; use an instruct model")
+        self.tokenizer = tokenizer
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.end_of_turn = self._end_of_turn()
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids of the rendered question, up to where the answer begins."""
+        return self.tokenizer.encode(self.rendered(question), add_special_tokens=False)
+
+    def rendered(self, question: str) -> str:
+        """The prompt as the model sees it."""
+        return self.tokenizer.apply_chat_template(
+            [*self._system, {"role": "user", "content": question}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+    def answer(self, text: str, finish: str = STOP) -> list[int]:
+        """Ids of an answer, with the end of turn when the answer ended by itself."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.end_of_turn] if finish == STOP else ids
+
+    def sequence(self, question: str, answer: str, finish: str = STOP) -> Sequence:
+        prompt = self.prompt(question)
+        return Sequence((*prompt, *self.answer(answer, finish)), len(prompt))
+
+    def pair(self, pair: Pair) -> EncodedPair:
+        return EncodedPair(
+            self.sequence(pair.prompt, pair.chosen),
+            self.sequence(pair.prompt, pair.rejected, pair.rejected_finish),
+            pair.line,
+        )
+
+    def _end_of_turn(self) -> int:
+        """The stop token that the chat template writes after an answer."""
+        answer = "ANSWER"
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}],
+            tokenize=False,
+        )
+        after = self.tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
+        stops = (i for i in after if i in self.tokenizer.eos_token_ids)
+        return next(stops, self.tokenizer.eos_token_id)
+
+
+def read(path: Path) -> list[Pair]:
+    """All pairs of a file. Keys beyond the known ones are ignored.
+
+    Raises UserError with `path:line` for a row that is no pair.
+    """
+    return [
+        _pair(row, line, path)
+        for line, row in jsonl.read(path, remedy="make it with 06_generate_dpo_pairs.py")
+    ]
+
+
+def _pair(row: dict[str, Any], line: int, path: Path) -> Pair:
+    for key in ("prompt", "chosen", "rejected"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise UserError(f'{path}:{line}: the field "{key}" must be text that is not empty')
+    finish = row.get("rejected_finish", STOP)
+    if finish not in (STOP, LENGTH):
+        raise UserError(f'{path}:{line}: "rejected_finish" must be "{STOP}" or "{LENGTH}"')
+    return Pair(row["prompt"], row["chosen"], row["rejected"], finish, line)
+
+
+def encode_all(
+    pairs: list[Pair], encoder: Encoder, max_length: int
+) -> tuple[list[EncodedPair], list[int]]:
+    """(pairs whose longer side fits `max_length` tokens, lines of those dropped)."""
+    encoded = [encoder.pair(pair) for pair in pairs]
+    fitting = [pair for pair in encoded if pair.length <= max_length]
+    return fitting, [pair.line for pair in encoded if pair.length > max_length]
+
+
+def sequences(pairs: list[EncodedPair]) -> Iterator[Sequence]:
+    """Both sides of every pair, chosen first."""
+    for pair in pairs:
+        yield pair.chosen
+        yield pair.rejected
+
+
+def digest(pairs: list[EncodedPair]) -> str:
+    """SHA-256 of all token ids and answer spans."""
+    spans = [(s.ids, s.prompt_length) for s in sequences(pairs)]
+    return hashlib.sha256(repr(spans).encode()).hexdigest()

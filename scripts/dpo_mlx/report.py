@@ -1,0 +1,220 @@
+"""What happened, in one HTML file: no network, no script, every text from outside escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from . import jsonl
+
+Row = Mapping[str, Any]
+Point = tuple[float, float]
+
+TEMPLATE = "report.html.j2"
+
+# A chart in SVG units, which are CSS pixels on a phone and about that on a desktop, so that its
+# text keeps its size. The plot lies between LEFT and RIGHT, TOP and BOTTOM.
+WIDTH, HEIGHT = 360, 236
+LEFT, RIGHT, TOP, BOTTOM = 46, 348, 28, 198
+
+# Curves by chart: the metric, its name in the legend, its CSS classes ("valid" gets points).
+CURVES = {
+    "loss": (("loss", "train", "tuned"), ("eval_loss", "valid", "tuned valid")),
+    "margin": (
+        ("rewards/margins", "train", "tuned"),
+        ("eval_rewards/margins", "valid", "tuned valid"),
+    ),
+    "per_token": (
+        ("logps/chosen_per_token", "chosen, train", "chosen"),
+        ("eval_logps/chosen_per_token", "chosen, valid", "chosen valid"),
+        ("logps/rejected_per_token", "rejected, train", "base"),
+        ("eval_logps/rejected_per_token", "rejected, valid", "base valid"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The linear map of [low, high] to [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 2)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Where an axis is labelled, and with what."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over updates: an SVG path, and the places it goes through."""
+
+    label: str
+    css: str
+    path: str
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Everything the template needs to draw curves; `skipped` values were no finite numbers."""
+
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    curves: list[Curve]
+    best: float | None
+    skipped: int
+
+
+def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
+    """Replace `path` by the page, atomically."""
+    jsonl.write_text(path, render(report, jsonl.read_whole_lines(metrics_path)))
+
+
+def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
+    """The page, from what the smoke test found and the rows of metrics.jsonl."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "setting": setting}
+    best = best_update(metrics_rows)
+    pairs = report["run"]["pairs"]
+    return environment.get_template(TEMPLATE).render(
+        **report,
+        charts={name: chart(metrics_rows, name, best) for name in CURVES},
+        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
+        | {"top": TOP, "bottom": BOTTOM},
+        lengths=None if pairs is None else lengths(pairs["tokens"]),
+        settings=sections(report["run"]["config"]),
+        training=training(metrics_rows, best),
+    )
+
+
+def chart(rows: Sequence[Row], name: str, best: int | None) -> Chart:
+    """The curves of CURVES[name]; an empty chart when there is nothing to draw."""
+    found = {key: series(rows, key) for key, _, _ in CURVES[name]}
+    x = Scale(0, max([1, *(row["iteration"] for row in rows)]), LEFT, RIGHT)
+    # SVG counts downwards: the lowest value lies at the bottom.
+    y = Scale(*padded([value for points in found.values() for _, value in points]), BOTTOM, TOP)
+    curves = []
+    for key, label, css in CURVES[name]:
+        places = [(x(update), y(value)) for update, value in found[key]]
+        curves.append(Curve(label, css, path(places), places))
+    written = sum(key in row for row in rows for key in found)
+    return Chart(
+        x_ticks=ticks(x, least_step=1),
+        y_ticks=ticks(y),
+        curves=curves,
+        best=None if best is None else x(best),
+        skipped=written - sum(map(len, found.values())),
+    )
+
+
+def series(rows: Iterable[Row], key: str) -> list[Point]:
+    """(update, value) of the rows that have a finite value of this metric."""
+    return [(row["iteration"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+
+
+def padded(values: Sequence[float]) -> tuple[float, float]:
+    """A range that holds the values with some room; about 0 when there are none."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    room = 0.06 * (high - low) or max(0.1 * abs(high), 0.1)
+    return low - room, high + room
+
+
+def path(places: Sequence[Point]) -> str:
+    """SVG path data through these places; one place becomes a dot (with round line ends)."""
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places) + "h0" if places else ""
+
+
+def nice_ticks(low: float, high: float, count: int = 5, least_step: float = 0.0) -> list[float]:
+    """Multiples within [low, high] of 1, 2 or 5 times a power of ten; at most count + 1."""
+    step = nice_step((high - low) / count, least_step)
+    slack = 1e-9  # 0.6 / 0.2 is below 3
+    first, last = math.ceil(low / step - slack), math.floor(high / step + slack)
+    return [i * step for i in range(first, last + 1)]
+
+
+def nice_step(raw: float, least: float = 0.0) -> float:
+    """The smallest of 1, 2 or 5 times a power of ten that is not below `raw` nor `least`."""
+    raw = max(raw, least)
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+
+
+def ticks(scale: Scale, least_step: float = 0.0) -> list[Tick]:
+    """Ticks of a scale, labelled with as many decimals as tell them apart."""
+    values = nice_ticks(scale.low, scale.high, least_step=least_step)
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [Tick(scale(value), number(value, f".{decimals}f")) for value in values]
+
+
+def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """A box a side, from the percentiles of answer lengths: the x of each percentile."""
+    sides = {
+        side: dict(zip(tokens["percentiles"], tokens[side], strict=True))
+        for side in ("chosen", "rejected")
+    }
+    scale = Scale(0, max([1, *(n for side in sides.values() for n in side.values())]), 66, RIGHT)
+    boxes = {side: {p: scale(n) for p, n in values.items()} for side, values in sides.items()}
+    return {"values": sides, "boxes": boxes, "ticks": ticks(scale, least_step=1)}
+
+
+def best_update(rows: Iterable[Row]) -> int | None:
+    """The update with the least validation loss: the one whose adapters are kept."""
+    found = series(rows, "eval_loss")
+    return int(min(found, key=lambda point: point[1])[0]) if found else None
+
+
+def training(rows: Sequence[Row], best: int | None) -> dict[str, Any]:
+    """Speed and memory over the updates; None where nothing was measured."""
+    memory, speed = (
+        [value for _, value in series(rows, key)] for key in ("peak_memory_gb", "tokens_per_second")
+    )
+    return {
+        "updates": max((row["iteration"] for row in rows), default=0),
+        "best": best,
+        "peak_memory_gb": max(memory, default=None),
+        "tokens_per_second": statistics.median(speed) if speed else None,
+    }
+
+
+def sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The config as {section: {key: value}}, keys outside any section under "run"."""
+    top = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    return {"run": top, **{key: value for key, value in config.items() if isinstance(value, dict)}}
+
+
+def number(value: float | None, spec: str = ".2f") -> str:
+    """A number for reading, a dash for one that is missing or not finite."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return format(value, spec).replace("-", "−")
+
+
+def setting(value: Any) -> str:
+    """A config value as it stands in the YAML file; a text without quotes."""
+    is_text = isinstance(value, str) and value
+    return value if is_text else json.dumps(value, ensure_ascii=False, default=str)

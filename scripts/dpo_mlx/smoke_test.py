@@ -1,0 +1,255 @@
+"""Stage 12: base and tuned answers side by side on questions training has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import jsonl, models, pairs, reference, stamp, voice
+from .config import Config, SmokeConfig
+from .engine import Engine, score_against, summarise
+from .errors import UserError
+from .make_pairs import PairFiles
+from .pairs import STOP, EncodedPair, Encoder, Pair
+from .report import write_html
+from .sampling import Answer, sample_all
+from .train_dpo import TRAIN, VALID, pair_file, reference_inputs
+
+# Below this the classifier cannot tell the two sides apart on pairs it has not seen.
+LEAST_ACCURACY = 0.8
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's answers to the held-out questions, and its log-probs of all valid pairs."""
+
+    answers: list[Answer]
+    pairs: list[tuple[float, float]]
+
+
+def smoke_test(config: Config) -> bool:
+    """Write `run_dir/report.json` and `report.html`; whether every limit was kept.
+
+    Raises UserError when the fused model is not there.
+    """
+    fused, report_path = config.run / "fused", config.run / "report.json"
+    if not (config.run / "fuse.json").is_file():
+        raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
+    stamp_path, inputs = stamp.path(config.run, "12_smoke_test"), _inputs(config)
+    if stamp.is_current(stamp_path, inputs, [report_path, config.run / "report.html"]):
+        print(f"12: {report_path} is up to date, skipped")
+        report = jsonl.read_json(report_path)
+    else:
+        report = _report(config)
+        jsonl.write_json(report_path, report)
+        write_html(config.run / "report.html", report, config.run / "metrics.jsonl")
+        stamp.write(stamp_path, inputs)
+    _print(report, config)
+    return report["verdict"]["passed"]
+
+
+def _report(config: Config) -> Report:
+    train, valid = (pairs.read(pair_file(config, split)) for split in (TRAIN, VALID))
+    asked = valid[: config.smoke.questions]
+    # One model in memory at a time: all that the fused one is needed for, then the base model.
+    tuned_loaded = models.load(str(config.run / "fused"))
+    encoder = Encoder(tuned_loaded.tokenizer, config.system_prompt)
+    encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
+    tuned = _measure(tuned_loaded, asked, encoded, encoder, config)
+    del tuned_loaded
+    mx.clear_cache()
+    base_loaded = models.load(config.model)
+    base = sample_answers(base_loaded, asked, encoder, config)
+    engine = Engine(base_loaded.model)
+    references = reference.load_or_compute(
+        config.run / "reference",
+        VALID,
+        encoded,
+        reference_inputs(config, VALID, encoded),
+        engine.log_prob,
+    )
+    scores = [
+        score_against(pi, pair, ref, config.dpo)
+        for pi, pair, ref in zip(tuned.pairs, encoded, references, strict=True)
+    ]
+    preference = summarise(scores, config.dpo.beta)
+    report = {
+        "voice": _voice(train, valid, asked, base, tuned.answers),
+        "fluency": _fluency(asked, base, tuned.answers, encoder, engine),
+        "preference": {
+            "accuracy": preference["rewards/accuracies"],
+            "margin": preference["rewards/margins"],
+            "chosen_per_token": preference["logps/chosen_per_token"],
+            "rejected_per_token": preference["logps/rejected_per_token"],
+        },
+        "fuse": jsonl.read_json(config.run / "fuse.json"),
+        "run": {"config": asdict(config), "pairs": stamp.read(PairFiles.of(config).report)},
+        "answers": [
+            {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
+            for pair, b, t in zip(asked, base, tuned.answers, strict=True)
+        ],
+    }
+    return {"verdict": verdict(report, config.smoke), **report}
+
+
+def sample_answers(
+    loaded: models.LoadedModel, asked: list[Pair], encoder: Encoder, config: Config
+) -> list[Answer]:
+    """One sampled answer to each question, seeded."""
+    prompts = [encoder.prompt(pair.prompt) for pair in asked]
+    return sample_all(loaded.model, loaded.tokenizer, prompts, config.generation, config.seed)
+
+
+def _measure(
+    loaded: models.LoadedModel,
+    asked: list[Pair],
+    encoded: list[EncodedPair],
+    encoder: Encoder,
+    config: Config,
+) -> Measured:
+    answers = sample_answers(loaded, asked, encoder, config)
+    engine = Engine(loaded.model)
+    return Measured(
+        answers,
+        [(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected)) for pair in encoded],
+    )
+
+
+def _voice(
+    train: list[Pair],
+    valid: list[Pair],
+    asked: list[Pair],
+    base: list[Answer],
+    tuned: list[Answer],
+) -> Report:
+    classifier = voice.fit([pair.chosen for pair in train], [pair.rejected for pair in train])
+    base_texts, tuned_texts = ([a.text for a in answers] for answers in (base, tuned))
+    above = classifier.score(tuned_texts) > classifier.score(base_texts)
+    return {
+        "share": float(above.mean()),
+        "base": float(classifier.probability(base_texts).mean()),
+        "tuned": float(classifier.probability(tuned_texts).mean()),
+        "chosen": float(classifier.probability([pair.chosen for pair in asked]).mean()),
+        "classifier_accuracy": classifier.accuracy(
+            [pair.chosen for pair in valid], [pair.rejected for pair in valid]
+        ),
+    }
+
+
+def _fluency(
+    asked: list[Pair],
+    base: list[Answer],
+    tuned: list[Answer],
+    encoder: Encoder,
+    engine: Engine,
+) -> Report:
+    def per_token(answers: list[Answer]) -> float:
+        found = []
+        for pair, answer in zip(asked, answers, strict=True):
+            sequence = encoder.sequence(pair.prompt, answer.text, answer.finish)
+            if sequence.answer_length:
+                found.append(engine.log_prob(sequence) / sequence.answer_length)
+        return float(np.mean(found)) if found else float("-inf")
+
+    def both(measure: Any) -> Report:
+        return {"base": measure(base), "tuned": measure(tuned)}
+
+    chosen_tokens = [len(encoder.answer(pair.chosen)) for pair in asked]
+    return {
+        "distinct2": {
+            **both(lambda answers: mean_distinct_bigrams([a.text for a in answers])),
+            "chosen": mean_distinct_bigrams([pair.chosen for pair in asked]),
+        },
+        "self_ended": both(lambda answers: float(np.mean([a.finish == STOP for a in answers]))),
+        "base_logprob_per_token": both(per_token),
+        "median_tokens": {
+            **both(lambda answers: float(np.median([a.tokens for a in answers]))),
+            "chosen": float(np.median(chosen_tokens)),
+        },
+    }
+
+
+def mean_distinct_bigrams(texts: list[str]) -> float:
+    return float(np.mean([voice.distinct_bigrams(text) for text in texts]))
+
+
+def verdict(report: Report, limits: SmokeConfig) -> Report:
+    """Which limits of the config were crossed, and what that means in a few words."""
+    fluency, kept = report["fluency"], report["fuse"]["margin_kept"]
+    drop = {
+        name: fluency[name]["base"] - fluency[name]["tuned"]
+        for name in ("distinct2", "base_logprob_per_token")
+    }
+    ended = fluency["self_ended"]
+    length = fluency["median_tokens"]["tuned"] / fluency["median_tokens"]["chosen"]
+    degenerated = _crossed(
+        ("max_distinct2_drop", drop["distinct2"], limits.max_distinct2_drop),
+        ("max_base_logprob_drop", drop["base_logprob_per_token"], limits.max_base_logprob_drop),
+        ("max_length_ratio", max(length, 1 / max(length, 1e-9)), limits.max_length_ratio),
+    ) + _crossed(
+        ("min_self_ended_ratio", -ended["tuned"], -limits.min_self_ended_ratio * ended["base"])
+    )
+    unmoved = _crossed(("min_voice_share", -report["voice"]["share"], -limits.min_voice_share))
+    lost = _crossed(("min_margin_kept", -(1.0 if kept is None else kept), -limits.min_margin_kept))
+    if degenerated:
+        summary = "The tuned model has degenerated: its answers are no longer fluent."
+    elif unmoved:
+        summary = (
+            "The tuned model did not learn the voice: its answers are much like the base model's."
+        )
+    elif lost:
+        summary = "The adapters learned the voice, but fusing lost much of it."
+    else:
+        summary = "The tuned model has learned the voice and is still fluent."
+    if report["voice"]["classifier_accuracy"] < LEAST_ACCURACY:
+        summary += " (The voice can hardly be measured on these pairs: the classifier is unsure.)"
+    crossed = degenerated + unmoved + lost
+    return {"passed": not crossed, "summary": summary, "crossed": crossed}
+
+
+def _crossed(*checks: tuple[str, float, float]) -> list[str]:
+    """One line for each (name, value, limit) whose value lies above its limit, or is no number."""
+    return [
+        f"smoke.{name}: {abs(value):.3g} against a limit of {abs(limit):.3g}"
+        for name, value, limit in checks
+        if not value <= limit
+    ]
+
+
+def _inputs(config: Config) -> stamp.Inputs:
+    sections = {
+        f"{section}.{key}": value
+        for section in ("generation", "smoke", "dpo")
+        for key, value in asdict(getattr(config, section)).items()
+    }
+    return {
+        "fused": models.fingerprint(str(config.run / "fused")),
+        "model files": models.fingerprint(config.model),
+        "pairs": [jsonl.digest(pair_file(config, split)) for split in (TRAIN, VALID)],
+        "metrics": jsonl.digest(config.run / "metrics.jsonl"),
+        "seed": config.seed,
+        "system_prompt": config.system_prompt,
+        "data.max_length": config.data.max_length,
+        **sections,
+    }
+
+
+def _print(report: Report, config: Config) -> None:
+    v, f = report["voice"], report["fluency"]
+    print(f"12: {report['verdict']['summary']}")
+    for line in report["verdict"]["crossed"]:
+        print(f"    crossed {line}")
+    print(
+        f"    voice: tuned above base on {v['share']:.0%} of questions; score base "
+        f"{v['base']:.2f}, tuned {v['tuned']:.2f}, real answers {v['chosen']:.2f}; "
+        f"classifier right on {v['classifier_accuracy']:.0%} of held-out answers"
+    )
+    for name, values in f.items():
+        print(f"    {name}: " + ", ".join(f"{who} {value:.3g}" for who, value in values.items()))
+    print(f"12: {Path(config.run_dir) / 'report.html'}")

@@ -1,0 +1,48 @@
+# Sourced by train_dpo_run1.sh and tests/run.sh, in the repository's root: a virtual environment
+# with what a requirements file names, and OpenBLAS for MLX on Linux CPUs.
+
+# use_venv FOLDER REQUIREMENTS...: activates FOLDER (made if missing) unless a virtual environment
+# is active already, and installs the files again only when their text has changed.
+use_venv() {
+  local folder=$1; shift
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x "$folder/bin/python" ] || "$(find_python)" -m venv "$folder"
+    . "$folder/bin/activate"
+  fi
+  local stamp="$VIRTUAL_ENV/.installed-$(basename "$folder")"
+  if ! cat "$@" | cmp -s - "$stamp"; then
+    echo "setting up $VIRTUAL_ENV from $*"
+    local file
+    for file in "$@"; do python -m pip install --quiet --disable-pip-version-check -r "$file"; done
+    cat "$@" > "$stamp"
+  fi
+}
+
+find_python() {
+  local name
+  for name in python3.11 python3.12 python3.13 python3; do
+    if command -v "$name" > /dev/null; then echo "$name"; return; fi
+  done
+  echo "error: no Python found; install Python 3.11 or later" >&2
+  return 1
+}
+
+# MLX's Linux wheel brings a reference BLAS that is some 60 times slower than OpenBLAS at float32
+# matrix products. Sets MLX_PRELOAD, which goes before MLX processes as LD_PRELOAD.
+find_openblas() {
+  MLX_PRELOAD=""
+  [ "$(uname -s)" = Linux ] || return 0
+  if ! has_openblas && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "installing libopenblas0-pthread"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+      libopenblas0-pthread; } > /dev/null 2>&1 || echo "note: apt-get could not install it" >&2
+  fi
+  if has_openblas; then
+    MLX_PRELOAD=libopenblas.so.0
+  else
+    echo "note: no OpenBLAS; on a CPU matrix products are some 60 times slower without" \
+      "(install libopenblas0-pthread)" >&2
+  fi
+}
+
+has_openblas() { ldconfig -p 2> /dev/null | grep -q 'libopenblas\.so\.0 '; }

@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Make preference pairs: each existing answer is chosen, the base model's own is rejected."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_mlx import cli
+from dpo_mlx.config import Config
+from dpo_mlx.make_pairs import make_pairs
+
+
+def stage(config: Config, options: argparse.Namespace) -> None:
+    cli.warn_without_blas()
+    make_pairs(config)
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--limit",
+        dest="overrides",
+        action="append",
+        type=lambda number: f"data.limit={number}",
+        metavar="N",
+        help="the same as --set data.limit=N",
+    )
+    cli.main(stage, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Answer held-out questions with the base and the fused model, measure both, write the report.
+
+Exits 1 when a limit of the config's smoke section is crossed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_mlx import cli
+from dpo_mlx.config import Config
+from dpo_mlx.smoke_test import smoke_test
+
+
+def stage(config: Config, options: argparse.Namespace) -> int:
+    cli.warn_without_blas()
+    return 0 if smoke_test(config) else 1
+
+
+if __name__ == "__main__":
+    cli.main(stage, cli.parser(__doc__))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks: ruff, mypy, pytest. Makes its own environment. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+
+use_venv .venv-tests requirements.txt tests/requirements.txt
+find_openblas
+
+ruff format --check .
+ruff check .
+mypy
+LD_PRELOAD="$MLX_PRELOAD" python -m pytest "$@"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From questions and answers to a fused model and its report. Run again, it goes on where it was.
+#
+#   ./train_dpo_run1.sh [CONFIG] [--set section.key=value ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. scripts/environment.sh
+
+config=config/mlx_granite-4.0-h-micro_dpo.yaml
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then config=$1; shift; fi
+
+stage() {
+  local script=$1; shift
+  local started=$SECONDS
+  LD_PRELOAD="$MLX_PRELOAD" python "$script" --config "$config" "$@"
+  echo "-- $(basename "$script"): $((SECONDS - started)) s"
+}
+
+started=$SECONDS
+use_venv .venv requirements.txt
+find_openblas
+echo "-- set-up: $((SECONDS - started)) s"
+
+stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "$@"
+stage scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py "$@"
+stage scripts/phase4-fine-tune-model/10_train_dpo.py "$@"
+stage scripts/phase4-fine-tune-model/11_fuse_adapters.py "$@"
+stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@"
