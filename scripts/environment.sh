@@ -6,7 +6,7 @@
 use_venv() {
   local folder=$1; shift
   if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -x "$folder/bin/python" ] || "$(find_python)" -m venv "$folder"
+    [ -x "$folder/bin/pip" ] || make_venv "$folder"
     . "$folder/bin/activate"
   fi
   local stamp="$VIRTUAL_ENV/.installed-$(basename "$folder")"
@@ -16,6 +16,25 @@ use_venv() {
     for file in "$@"; do python -m pip install --quiet --disable-pip-version-check -r "$file"; done
     cat "$@" > "$stamp"
   fi
+}
+
+# Debian keeps what `python -m venv` needs in a package of its own.
+make_venv() {
+  local python; python=$(find_python)
+  if ! "$python" -c 'import ensurepip' 2> /dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+      apt_install python3-venv
+    else
+      echo "error: $python cannot make virtual environments; install python3-venv" >&2
+      return 1
+    fi
+  fi
+  "$python" -m venv "$1"
+}
+
+apt_install() {
+  echo "installing $1"
+  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$1" > /dev/null
 }
 
 find_python() {
@@ -33,9 +52,7 @@ find_openblas() {
   MLX_PRELOAD=""
   [ "$(uname -s)" = Linux ] || return 0
   if ! has_openblas && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    echo "installing libopenblas0-pthread"
-    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
-      libopenblas0-pthread; } > /dev/null 2>&1 || echo "note: apt-get could not install it" >&2
+    apt_install libopenblas0-pthread || echo "note: apt-get could not install it" >&2
   fi
   if has_openblas; then
     MLX_PRELOAD=libopenblas.so.0

@@ -37,7 +37,7 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     try:
         sys.exit(stage(configs.load(options.config, options.overrides), options))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

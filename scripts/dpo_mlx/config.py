@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from .jsonl import read_bytes
 from .losses import LOSSES
 
 SCHEDULES = ("cosine", "constant")
+REPORTERS = ("wandb", "swanlab")
 
 # Keys of other trainers that would be silently ignored here, and what to use instead.
 REJECTED = {
@@ -100,6 +102,7 @@ class FuseConfig:
 class SmokeConfig:
     questions: int = _number(16, low=1)
     min_voice_share: float = _number(0.6, low=0.0, high=1.0)
+    min_voice_gain: float = _number(0.2, low=-1.0, high=1.0)
     max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_base_logprob_drop: float = _number(1.5, low=0.0)
@@ -116,7 +119,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     demo_model: bool = False
-    seed: int = _number(0, low=0)
+    seed: int = _number(0, low=0, high=2**32 - 1)
     system_prompt: str = ""
     report_to: str = ""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -168,7 +171,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     text = read_bytes(path, remedy="name an existing YAML file with --config")
     try:
         values = yaml.safe_load(text.decode("utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {_kind(values)}")
@@ -185,7 +188,9 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
     *sections, name = dotted.split(".")
     node = values
     for section in sections:
-        child = node.setdefault(section, {})
+        if node.get(section) is None:  # absent, or a section without a key
+            node[section] = {}
+        child = node[section]
         if not isinstance(child, dict):
             faults.append(f"--set {override}: {section} is no section")
             return
@@ -193,7 +198,7 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
     try:
         # A text key takes the words as they stand: `--set model=123` names a folder.
         node[name] = text if _annotation(dotted) is str else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         faults.append(f"--set {override}: the value is not valid YAML")
 
 
@@ -222,11 +227,12 @@ def _build(section: Any, values: Any, prefix: str, faults: list[str]) -> Any:
     for name, f in known.items():
         dotted = f"{prefix}{name}"
         if is_dataclass(hints[name]):
-            arguments[name] = _build(hints[name], values.get(name) or {}, f"{dotted}.", faults)
+            keys_below = {} if values.get(name) is None else values[name]
+            arguments[name] = _build(hints[name], keys_below, f"{dotted}.", faults)
+        elif _is_required(f) and values.get(name) in (None, ""):
+            faults.append(f"{dotted}: missing; this key is required")
         elif name in values:
             arguments[name] = _value(values[name], hints[name], f.metadata, dotted, faults)
-        elif _is_required(f):
-            faults.append(f"{dotted}: missing; this key is required")
     return section(**arguments) if len(faults) == before else None
 
 
@@ -248,7 +254,7 @@ def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults:
         return None
     try:
         value = _coerce(value, allowed[0])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         faults.append(f"{dotted}: expected {_name(allowed[0])}, found {_kind(value)}")
         return None
     low, high, choices = rules.get("low"), rules.get("high"), rules.get("choices")
@@ -263,7 +269,9 @@ def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults:
 
 def _coerce(value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)  # YAML 1.1 reads 1e-6 as a string
+        value = float(value)  # YAML 1.1 reads 1e-6 as a string
+        if math.isfinite(value):
+            return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind in (str, bool) and isinstance(value, kind):
@@ -280,8 +288,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             "lora.dropout: must be 0 with train.grad_checkpoint, whose second forward pass would "
             "draw another dropout mask than the first; set one of the two off"
         )
-    if config.data.train_pairs == config.data.valid_pairs:
-        yield "data.valid_pairs: must not be the file of data.train_pairs"
+    paths: dict[Path, str] = {}
+    for key in ("source", "train_pairs", "valid_pairs"):
+        other = paths.setdefault(Path(getattr(config.data, key)).resolve(), key)
+        if other != key:
+            yield f"data.{key}: must not be the file of data.{other}"
+    for name in filter(None, (part.strip() for part in config.report_to.split(","))):
+        if name.lower() not in REPORTERS:
+            yield f"report_to: {name!r} is not one of {', '.join(REPORTERS)}"
 
 
 def _name(kind: Any) -> str:

@@ -11,15 +11,18 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from .config import DpoConfig
-from .logps import find_head, token_log_probs
-from .losses import Sides, preference_loss, rewards
+from .logps import check_head, find_head, token_log_probs
+from .losses import Sides, objective, preference_loss, rewards
 from .pairs import EncodedPair, Sequence
 from .reference import Reference
 
 
 @dataclass(frozen=True)
 class PairScore:
-    """What one pair contributes to the metrics: log-probs in nats, lengths in tokens."""
+    """What one pair contributes to the metrics: log-probs in nats, lengths in tokens.
+
+    `loss` is the preference loss alone, so that it starts at the same value whatever is added.
+    """
 
     pi: Sides
     ref: Sides
@@ -31,12 +34,17 @@ class Engine:
     """Log-probs of answers under a model, and the gradient of a pair in its trainable parameters.
 
     One sequence at a time, without padding. Raises UserError for a model whose output layer
-    cannot be reproduced.
+    cannot be reproduced; to tell, `check` runs the whole model on a few tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
         self.model = model
         self._backbone, self._head = find_head(model)
+        if check:
+            check_head(model, self._backbone, self._head)
+        # No cache for any block; a hybrid looks at its first attention block's by index, also
+        # when the memory plan runs only the blocks before it.
+        self._caches = [None] * len(model.layers)
         self._value_and_gradient = nn.value_and_grad(model, self._answer_log_prob)
 
     def log_prob(self, sequence: Sequence) -> float:
@@ -57,13 +65,13 @@ class Engine:
         lr = log p(rejected) its gradient is dL/dlc grad(lc) + dL/dlr grad(lr): each side runs
         alone, and the memory needed is that of one.
         """
-        log_prob_chosen, gradient_chosen = self._evaluated(pair.chosen)
-        log_prob_rejected, gradient_rejected = self._evaluated(pair.rejected)
+        log_prob_chosen, gradient_chosen = self.log_prob_and_gradient(pair.chosen)
+        log_prob_rejected, gradient_rejected = self.log_prob_and_gradient(pair.rejected)
         pi = Sides(log_prob_chosen, log_prob_rejected)
         ref, length = _constants(pair, reference)
 
         def loss(chosen: mx.array, rejected: mx.array) -> mx.array:
-            return preference_loss(Sides(chosen, rejected), ref, length, settings)
+            return objective(Sides(chosen, rejected), ref, length, settings)
 
         by_chosen, by_rejected = mx.grad(loss, argnums=(0, 1))(*pi)
         gradient = tree_map(
@@ -73,8 +81,11 @@ class Engine:
         score = PairScore(pi, ref, length, float(preference_loss(pi, ref, length, settings)))
         return score, gradient
 
-    def _evaluated(self, sequence: Sequence) -> tuple[mx.array, Any]:
-        """Log-prob and gradient, computed now, so that no graph outlives its sequence."""
+    def log_prob_and_gradient(self, sequence: Sequence) -> tuple[mx.array, Any]:
+        """log p(answer | prompt) and its gradient in the trainable parameters (a tree).
+
+        Both are computed now, so that no graph outlives its sequence.
+        """
         result = self._value_and_gradient(sequence)
         mx.eval(result)
         return result
@@ -84,7 +95,7 @@ class Engine:
         ids[prompt_length:] are scored by the hidden states prompt_length - 1 to L - 2.
         """
         ids = mx.array(sequence.ids)
-        hidden = self._backbone(ids[None, :-1])[0]
+        hidden = self._backbone(ids[None, :-1], self._caches)[0]
         start = sequence.prompt_length
         return token_log_probs(hidden[start - 1 :], ids[start:], self._head).sum()
 
@@ -123,6 +134,7 @@ def summarise(scores: Iterable[PairScore], beta: float) -> dict[str, float]:
     reward = rewards(pi, ref, beta)
     values = {
         "loss": mx.array([score.loss for score in scores]),
+        "nll_loss": -pi.chosen / length.chosen,
         "rewards/chosen": reward.chosen,
         "rewards/rejected": reward.rejected,
         "rewards/margins": reward.chosen - reward.rejected,

@@ -37,6 +37,8 @@ def fuse_adapters(config: Config) -> None:
     valid, _ = pairs.encode_all(
         pairs.read(pair_file(config, VALID)), encoder, config.data.max_length
     )
+    if not valid:
+        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
     checked = valid[: config.fuse.check_pairs]
     base = _log_probs(loaded, checked)
     loaded = models.load(config.model, adapters)

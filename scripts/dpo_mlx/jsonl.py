@@ -42,14 +42,27 @@ def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        row = json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}); save as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
+        raise UserError(f"{where}: JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if "\\u" in text and not _is_text(row):
+        raise UserError(f"{where}: half a surrogate pair (\\ud800 to \\udfff); write it whole")
     return row
+
+
+def _is_text(row: Any) -> bool:
+    """Whether all of it can be written as UTF-8."""
+    try:
+        return bool(dumps(row).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def dumps(row: Any) -> str:
@@ -99,7 +112,7 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     if whole != raw:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return [_parse(line, f"{path}:{i}") for i, line in enumerate(whole.splitlines(), start=1)]
 
 
 def read_json(path: Path) -> Any:

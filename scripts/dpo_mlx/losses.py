@@ -118,11 +118,15 @@ LOSSES: dict[str, Loss] = {
 
 
 def preference_loss(pi: Sides, ref: Sides, length: Sides, s: Settings) -> mx.array:
-    """The configured loss, plus nll_weight times the chosen answer's mean negative log-likelihood.
+    """The configured loss."""
+    return LOSSES[s.loss](pi, ref, length, s)
 
-    The sum is RPO's (Pang et al. 2024, arXiv:2404.19733, eq. 1).
+
+def objective(pi: Sides, ref: Sides, length: Sides, s: Settings) -> mx.array:
+    """What training minimises: the configured loss, plus nll_weight times the chosen answer's
+    mean negative log-likelihood a token (RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1).
     """
-    return LOSSES[s.loss](pi, ref, length, s) - s.nll_weight * pi.chosen / length.chosen
+    return preference_loss(pi, ref, length, s) - s.nll_weight * pi.chosen / length.chosen
 
 
 def rewards(pi: Sides, ref: Sides, beta: float) -> Sides:

@@ -34,6 +34,10 @@ class PairFiles:
         return cls(Path(config.data.train_pairs), Path(config.data.valid_pairs))
 
     @property
+    def splits(self) -> dict[str, Path]:
+        return {"train": self.train, "valid": self.valid}
+
+    @property
     def report(self) -> Path:
         return self.train.with_suffix(".report.json")
 
@@ -57,17 +61,18 @@ def make_pairs(config: Config) -> None:
     source = Path(config.data.source)
     rows = questions.read(source)
     inputs = _inputs(config, source)
-    if inputs["model files"] and _is_current(files, inputs):
+    restart = config.generation.restart
+    if not restart and inputs["model files"] and _is_current(files, inputs):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
         return
-    _refuse_to_overwrite(files, inputs, config.generation.restart)
+    _refuse_to_overwrite(files, inputs, restart)
     loaded = models.load(config.model)
     inputs = _inputs(config, source)
     dropped: Counter[str] = Counter()
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     rows = _usable(rows, config, encoder, dropped)
     print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, rows)}")
-    known = _open_samples(files, inputs, config.generation.restart)
+    known = _open_samples(files, inputs, restart)
     answers = _sample(loaded, rows, config, encoder, files.samples, known)
     made = _join(rows, answers, config, encoder, dropped)
     _write(files, made, config, encoder, dropped, inputs)
@@ -116,8 +121,8 @@ def _refuse_to_overwrite(files: PairFiles, inputs: stamp.Inputs, restart: bool) 
     if restart:
         return
     report = stamp.read(files.report) or {}
-    for path in (files.train, files.valid):
-        if path.exists() and jsonl.digest(path) != report.get("files", {}).get(path.name):
+    for split, path in files.splits.items():
+        if path.exists() and jsonl.digest(path) != report.get("files", {}).get(split):
             raise UserError(
                 f"{path}: was not written by this stage, or was edited since; move it away, or "
                 "--set generation.restart=true to overwrite it"
@@ -136,7 +141,10 @@ def _usable(
     """The questions to sample for: the first `data.limit` that are no copies and fit."""
     if others := sum(1 for row in rows if row.system not in ("", config.system_prompt)):
         print(f"06: {others} rows carry another system message than system_prompt; it is not used")
-    unique = list({(row.question, row.answer): row for row in reversed(rows)}.values())[::-1]
+    first: dict[tuple[str, str], Question] = {}
+    for row in rows:
+        first.setdefault((row.question, row.answer), row)
+    unique = list(first.values())
     dropped["copy of another row"] = len(rows) - len(unique)
     limited = unique[: config.data.limit]
     dropped["beyond data.limit"] = len(unique) - len(limited)
@@ -262,9 +270,11 @@ def _write(
         "tokens": {
             "percentiles": PERCENTILES,
             "chosen": _percentiles([encoder.answer(pair.chosen) for pair in pairs]),
-            "rejected": _percentiles([encoder.answer(pair.rejected) for pair in pairs]),
+            "rejected": _percentiles(
+                [encoder.answer(pair.rejected, pair.rejected_finish) for pair in pairs]
+            ),
         },
-        "files": {path.name: jsonl.digest(path) for path in (files.train, files.valid)},
+        "files": {split: jsonl.digest(path) for split, path in files.splits.items()},
         "inputs": inputs,
     }
     jsonl.write_json(files.report, report)

@@ -36,22 +36,28 @@ class LoadedModel:
     folder: Path
 
 
-def load(name: str, adapters: Path | None = None) -> LoadedModel:
-    """A model from a folder or the hub, with adapters when asked.
+def load(name: str, adapters: Path | None = None, lazy: bool = False) -> LoadedModel:
+    """A model from a folder or the hub, with adapters when asked; a lazy one reads its weights
+    when they are first used.
 
     Raises UserError for what cannot be loaded, naming the ways on.
     """
     try:
         model, tokenizer, *_ = mlx_lm.load(
-            name, adapter_path=None if adapters is None else str(adapters)
+            name, adapter_path=None if adapters is None else str(adapters), lazy=lazy
         )
         return LoadedModel(model, tokenizer, folder_of(name))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(_why_not(name, error)) from error
+        raise UserError(_why_not(name, adapters, error)) from error
 
 
-def _why_not(name: str, error: Exception) -> str:
+def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
+    if adapters is not None:
+        return (
+            f"{adapters}: does not fit model {name}: {reason}; set model to the one it was trained "
+            "on, or delete the folder and run 10_train_dpo.py again"
+        )
     if Path(name).is_dir():
         return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
     if name.count("/") != 1 or name.startswith((".", "/")):
@@ -71,8 +77,7 @@ def folder_of(name: str) -> Path:
 def fingerprint(name: str) -> dict[str, str] | None:
     """What tells one model from another, file by file; None when it is not on this machine yet.
 
-    Weights are told apart by size and time of change, as hashing gigabytes at every start would
-    cost minutes; everything else by content.
+    Everything but the weights is told apart by content.
     """
     try:
         folder = folder_of(name)
@@ -81,27 +86,53 @@ def fingerprint(name: str) -> dict[str, str] | None:
     marks = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
-            stat = path.stat()
-            marks[path.name] = f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}"
+            marks[path.name] = _weights_mark(path)
         elif path.suffix in (".json", ".jinja", ".model", ".txt"):
             marks[path.name] = jsonl.digest(path)
     return marks
 
 
+def _weights_mark(path: Path) -> str:
+    """Hashing gigabytes at every start would cost minutes. The hub's cache names a file by the
+    hash of its content; elsewhere size and time of change must do.
+    """
+    if path.is_symlink():
+        return path.resolve().name
+    stat = path.stat()
+    return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}"
+
+
 def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
-    """Freeze the model and put LoRA beside its linear layers; B starts at zero (arXiv:2106.09685).
+    """Freeze the model and put LoRA beside its linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+    B starts at zero, so that the model answers as before: it is its own reference until trained.
+    The model is left in evaluation mode.
 
     Raises UserError when no layer takes it.
     """
     model.freeze()
-    linear_to_lora_layers(model, *_lora_arguments(model, lora))
+    try:
+        linear_to_lora_layers(model, *_lora_arguments(model, lora))
+    except ValueError as error:
+        raise UserError(f"lora.keys: {lora.keys}: {error}; set null for all layers") from error
     adapted = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
-    if not adapted:
+    unknown = [k for k in lora.keys or [] if not any(f".{a}".endswith(f".{k}") for a in adapted)]
+    if unknown or not adapted:
         raise UserError(
-            f"lora.keys: {lora.keys} names no linear layer of this model; set null for all of them"
+            f"lora.keys: {unknown} names no linear layer of the blocks that take LoRA; write keys "
+            "like self_attn.q_proj, or set null for all of them"
         )
     if outside := [name for name in adapted if ".layers." not in name]:
         raise UserError(f"lora.keys: {outside[0]} must stay frozen; name layers inside the blocks")
+    model.eval()
+
+
+def check_lora(model: nn.Module, lora: LoraConfig) -> None:
+    """Raises what `attach_lora` would, and leaves the layers as they were."""
+    attach_lora(model, lora)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LORA_LAYERS)]
+    plain = [(name, m["linear"] if "linear" in m else m["embedding"]) for name, m in layers]
+    model.update_modules(tree_unflatten(plain))
 
 
 def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, Any]]:
@@ -179,6 +210,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.rename(folder)
 
 
-def set_memory_limits() -> None:
-    """On Metal, wire the recommended memory, so that a large model is not paged out."""
-    mlx_lm.utils.maybe_set_recommended_wired_limit()
+def bound_memory() -> None:
+    """On Metal, wire the recommended memory so that a large model is not paged out, and keep no
+    more freed buffers than a tenth of it: sequences of ever new lengths would pile them up.
+    """
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended:
+        mx.set_wired_limit(int(recommended))
+        mx.set_cache_limit(int(recommended) // 10)

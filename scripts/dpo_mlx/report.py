@@ -20,9 +20,8 @@ Point = tuple[float, float]
 TEMPLATE = "report.html.j2"
 
 # A chart in SVG units, which are CSS pixels on a phone and about that on a desktop, so that its
-# text keeps its size. The plot lies between LEFT and RIGHT, TOP and BOTTOM.
-WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 348, 28, 198
+# text keeps its size. The plot lies between left and right, top and bottom.
+FRAME = {"width": 360, "height": 236, "left": 54, "right": 348, "top": 28, "bottom": 198}
 
 # Curves by chart: the metric, its name in the legend, its CSS classes ("valid" gets points).
 CURVES = {
@@ -103,8 +102,7 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
     return environment.get_template(TEMPLATE).render(
         **report,
         charts={name: chart(metrics_rows, name, best) for name in CURVES},
-        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
-        | {"top": TOP, "bottom": BOTTOM},
+        frame=FRAME,
         lengths=None if pairs is None else lengths(pairs["tokens"]),
         settings=sections(report["run"]["config"]),
         training=training(metrics_rows, best),
@@ -114,9 +112,10 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
 def chart(rows: Sequence[Row], name: str, best: int | None) -> Chart:
     """The curves of CURVES[name]; an empty chart when there is nothing to draw."""
     found = {key: series(rows, key) for key, _, _ in CURVES[name]}
-    x = Scale(0, max([1, *(row["iteration"] for row in rows)]), LEFT, RIGHT)
+    x = Scale(0, max([1, *(row["iteration"] for row in rows)]), FRAME["left"], FRAME["right"])
     # SVG counts downwards: the lowest value lies at the bottom.
-    y = Scale(*padded([value for points in found.values() for _, value in points]), BOTTOM, TOP)
+    values = [value for points in found.values() for _, value in points]
+    y = Scale(*padded(values), FRAME["bottom"], FRAME["top"])
     curves = []
     for key, label, css in CURVES[name]:
         places = [(x(update), y(value)) for update, value in found[key]]
@@ -137,9 +136,12 @@ def series(rows: Iterable[Row], key: str) -> list[Point]:
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
-    """A range that holds the values with some room; about 0 when there are none."""
+    """A range that holds the values with some room; about 0 when there are none.
+
+    At least 2% of the values' size, so that a curve that hardly moves is drawn as one.
+    """
     low, high = min(values, default=0.0), max(values, default=0.0)
-    room = 0.06 * (high - low) or max(0.1 * abs(high), 0.1)
+    room = max(0.06 * (high - low), 0.01 * max(abs(low), abs(high))) or 0.1
     return low - room, high + room
 
 
@@ -168,7 +170,8 @@ def ticks(scale: Scale, least_step: float = 0.0) -> list[Tick]:
     values = nice_ticks(scale.low, scale.high, least_step=least_step)
     step = values[1] - values[0] if len(values) > 1 else 1.0
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [Tick(scale(value), number(value, f".{decimals}f")) for value in values]
+    spec = f".{decimals}f" if decimals <= 4 else ".3g"  # 0.00002 would not fit, 2e-05 does
+    return [Tick(scale(value), number(value, spec)) for value in values]
 
 
 def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +180,8 @@ def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
         side: dict(zip(tokens["percentiles"], tokens[side], strict=True))
         for side in ("chosen", "rejected")
     }
-    scale = Scale(0, max([1, *(n for side in sides.values() for n in side.values())]), 66, RIGHT)
+    longest = max([1, *(n for side in sides.values() for n in side.values())])
+    scale = Scale(0, longest, 66, FRAME["right"])
     boxes = {side: {p: scale(n) for p, n in values.items()} for side, values in sides.items()}
     return {"values": sides, "boxes": boxes, "ticks": ticks(scale, least_step=1)}
 
@@ -190,9 +194,8 @@ def best_update(rows: Iterable[Row]) -> int | None:
 
 def training(rows: Sequence[Row], best: int | None) -> dict[str, Any]:
     """Speed and memory over the updates; None where nothing was measured."""
-    memory, speed = (
-        [value for _, value in series(rows, key)] for key in ("peak_memory_gb", "tokens_per_second")
-    )
+    memory = [value for _, value in series(rows, "peak_memory_gb")]
+    speed = [value for _, value in series(rows, "tokens_per_second")]
     return {
         "updates": max((row["iteration"] for row in rows), default=0),
         "best": best,

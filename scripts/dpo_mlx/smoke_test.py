@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -39,17 +38,17 @@ def smoke_test(config: Config) -> bool:
     Raises UserError when the fused model is not there.
     """
     fused, report_path = config.run / "fused", config.run / "report.json"
-    if not (config.run / "fuse.json").is_file():
+    if not (fused.is_dir() and (config.run / "fuse.json").is_file()):
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
     stamp_path, inputs = stamp.path(config.run, "12_smoke_test"), _inputs(config)
-    if stamp.is_current(stamp_path, inputs, [report_path, config.run / "report.html"]):
+    if stamp.is_current(stamp_path, inputs, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
         report = jsonl.read_json(report_path)
     else:
         report = _report(config)
         jsonl.write_json(report_path, report)
-        write_html(config.run / "report.html", report, config.run / "metrics.jsonl")
         stamp.write(stamp_path, inputs)
+    write_html(config.run / "report.html", report, config.run / "metrics.jsonl")
     _print(report, config)
     return report["verdict"]["passed"]
 
@@ -61,6 +60,8 @@ def _report(config: Config) -> Report:
     tuned_loaded = models.load(str(config.run / "fused"))
     encoder = Encoder(tuned_loaded.tokenizer, config.system_prompt)
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
+    if not encoded:
+        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
     tuned = _measure(tuned_loaded, asked, encoded, encoder, config)
     del tuned_loaded
     mx.clear_cache()
@@ -181,45 +182,60 @@ def mean_distinct_bigrams(texts: list[str]) -> float:
 
 def verdict(report: Report, limits: SmokeConfig) -> Report:
     """Which limits of the config were crossed, and what that means in a few words."""
-    fluency, kept = report["fluency"], report["fuse"]["margin_kept"]
-    drop = {
-        name: fluency[name]["base"] - fluency[name]["tuned"]
-        for name in ("distinct2", "base_logprob_per_token")
-    }
-    ended = fluency["self_ended"]
-    length = fluency["median_tokens"]["tuned"] / fluency["median_tokens"]["chosen"]
-    degenerated = _crossed(
-        ("max_distinct2_drop", drop["distinct2"], limits.max_distinct2_drop),
-        ("max_base_logprob_drop", drop["base_logprob_per_token"], limits.max_base_logprob_drop),
-        ("max_length_ratio", max(length, 1 / max(length, 1e-9)), limits.max_length_ratio),
-    ) + _crossed(
-        ("min_self_ended_ratio", -ended["tuned"], -limits.min_self_ended_ratio * ended["base"])
+    fluency, voices, kept = report["fluency"], report["voice"], report["fuse"]["margin_kept"]
+    distinct, natural, ended, length = (
+        fluency[name]
+        for name in ("distinct2", "base_logprob_per_token", "self_ended", "median_tokens")
     )
-    unmoved = _crossed(("min_voice_share", -report["voice"]["share"], -limits.min_voice_share))
-    lost = _crossed(("min_margin_kept", -(1.0 if kept is None else kept), -limits.min_margin_kept))
+    ratio = max(length["tuned"], 1.0) / length["chosen"]
+    degenerated = [
+        *_at_most(
+            "max_distinct2_drop", distinct["base"] - distinct["tuned"], limits.max_distinct2_drop
+        ),
+        *_at_most(
+            "max_base_logprob_drop",
+            natural["base"] - natural["tuned"],
+            limits.max_base_logprob_drop,
+        ),
+        *_at_most("max_length_ratio", max(ratio, 1 / ratio), limits.max_length_ratio),
+        *_at_least(
+            "min_self_ended_ratio",
+            ended["tuned"] / max(ended["base"], 1e-9),
+            limits.min_self_ended_ratio,
+        ),
+    ]
+    unmoved = [
+        *_at_least("min_voice_share", voices["share"], limits.min_voice_share),
+        *_at_least("min_voice_gain", voice_gain(voices), limits.min_voice_gain),
+    ]
+    lost = _at_least("min_margin_kept", 1.0 if kept is None else kept, limits.min_margin_kept)
     if degenerated:
         summary = "The tuned model has degenerated: its answers are no longer fluent."
     elif unmoved:
-        summary = (
-            "The tuned model did not learn the voice: its answers are much like the base model's."
-        )
+        summary = "The tuned model did not learn the voice: it answers much like the base model."
     elif lost:
         summary = "The adapters learned the voice, but fusing lost much of it."
     else:
         summary = "The tuned model has learned the voice and is still fluent."
-    if report["voice"]["classifier_accuracy"] < LEAST_ACCURACY:
+    if voices["classifier_accuracy"] < LEAST_ACCURACY:
         summary += " (The voice can hardly be measured on these pairs: the classifier is unsure.)"
     crossed = degenerated + unmoved + lost
     return {"passed": not crossed, "summary": summary, "crossed": crossed}
 
 
-def _crossed(*checks: tuple[str, float, float]) -> list[str]:
-    """One line for each (name, value, limit) whose value lies above its limit, or is no number."""
-    return [
-        f"smoke.{name}: {abs(value):.3g} against a limit of {abs(limit):.3g}"
-        for name, value, limit in checks
-        if not value <= limit
-    ]
+def _at_most(name: str, value: float, limit: float) -> list[str]:
+    """A line when the value is above the limit, or is no number."""
+    return [] if value <= limit else [f"smoke.{name}: {value:.3g}, the most is {limit:.3g}"]
+
+
+def _at_least(name: str, value: float, limit: float) -> list[str]:
+    return [] if value >= limit else [f"smoke.{name}: {value:.3g}, the least is {limit:.3g}"]
+
+
+def voice_gain(scores: Report) -> float:
+    """How far the tuned answers went from the base's mean voice score to the real answers'."""
+    gap = scores["chosen"] - scores["base"]
+    return (scores["tuned"] - scores["base"]) / gap if gap > 0 else 0.0
 
 
 def _inputs(config: Config) -> stamp.Inputs:
@@ -252,4 +268,4 @@ def _print(report: Report, config: Config) -> None:
     )
     for name, values in f.items():
         print(f"    {name}: " + ", ".join(f"{who} {value:.3g}" for who, value in values.items()))
-    print(f"12: {Path(config.run_dir) / 'report.html'}")
+    print(f"12: report: {config.run / 'report.html'}")

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
 from . import config as configs
-from . import jsonl, metrics, models, pairs, reference, stamp
+from . import jsonl, memory, metrics, models, pairs, reference, stamp
 from .config import Config
 from .engine import Engine
 from .errors import UserError
@@ -24,11 +25,12 @@ TRAIN, VALID = SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class Job:
-    """All that stage 10 works on: a config, the loaded model, the pairs of both splits."""
+    """All that stage 10 works on: the model with fresh adapters, the pairs of both splits."""
 
     config: Config
-    loaded: models.LoadedModel
+    model: nn.Module
     pairs: dict[str, list[EncodedPair]]
+    plan: memory.Plan
 
 
 def train_dpo(config: Config, stage: str) -> None:
@@ -43,8 +45,8 @@ def train_dpo(config: Config, stage: str) -> None:
         print(f"10: {adapters} is up to date, skipped")
         return
     job = prepare(config)
-    jsonl.write_text(config.run / "config.yaml", configs.dump(config))
     references = _references(job, only_read=stage == TRAIN_ONLY)
+    jsonl.write_text(config.run / "config.yaml", configs.dump(config))
     if stage == PRECOMPUTE:
         return
     outcome = _train(job, references)
@@ -56,9 +58,12 @@ def train_dpo(config: Config, stage: str) -> None:
 
 
 def prepare(config: Config) -> Job:
-    """Read and check the pairs, load the model, encode."""
+    """Read and check the pairs, load the model, see whether its training fits in memory.
+
+    Raises UserError for pairs, a model or settings that cannot be trained.
+    """
     read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
-    loaded = models.load(config.model)
+    loaded = models.load(config.model, lazy=True)
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     encoded = {}
     for split in SPLITS:
@@ -76,7 +81,28 @@ def prepare(config: Config) -> Job:
         )
     if not encoded[VALID]:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
-    return Job(config, loaded, encoded)
+    models.check_lora(loaded.model, config.lora)  # now, not after hours of reference
+    models.bound_memory()
+    mx.random.seed(config.seed)
+    models.attach_lora(loaded.model, config.lora)
+    plan = _plan(config, loaded.model, encoded)
+    return Job(config, loaded.model, encoded, plan)
+
+
+def _plan(config: Config, model: nn.Module, encoded: dict[str, list[EncodedPair]]) -> memory.Plan:
+    """The memory plan; UserError when the machine does not offer that much."""
+    everything = [*pairs.sequences(encoded[TRAIN]), *pairs.sequences(encoded[VALID])]
+    longest = max(everything, key=lambda sequence: len(sequence.ids))
+    with models.gradient_checkpointing(model, config.train.grad_checkpoint):
+        plan = memory.plan(model, longest)
+    if plan.total > memory.available():
+        raise UserError(
+            f"{config.model}: training needs {plan}, this machine offers "
+            f"{memory.available() / 1e9:.2f} GB; lower data.max_length (the longest sequence has "
+            f"{len(longest.ids)} tokens), set train.grad_checkpoint: true, or set model to a "
+            "quantised one"
+        )
+    return plan
 
 
 def describe(job: Job) -> None:
@@ -94,6 +120,7 @@ def describe(job: Job) -> None:
         f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, "
         f"LoRA rank {config.lora.rank}, scale {config.lora.scale:g}"
     )
+    print(f"10: memory at the peak about {job.plan}, of {memory.available() / 1e9:.2f} GB")
 
 
 def reference_inputs(config: Config, split: str, encoded: list[EncodedPair]) -> stamp.Inputs:
@@ -129,7 +156,7 @@ def training_inputs(config: Config) -> stamp.Inputs:
 def _references(job: Job, only_read: bool) -> dict[str, list[Reference]]:
     """The reference of both splits; computed where it is not there, unless `only_read`."""
     folder = job.config.run / "reference"
-    engine = Engine(job.loaded.model)
+    engine = Engine(job.model)
     made = {}
     for split in SPLITS:
         encoded = job.pairs[split]
@@ -155,10 +182,9 @@ def _references(job: Job, only_read: bool) -> dict[str, list[Reference]]:
 
 
 def _train(job: Job, references: dict[str, list[Reference]]) -> Outcome:
-    config, model = job.config, job.loaded.model
+    config = job.config
+    reporters = metrics.reporters(config, asdict(config))
     describe(job)
-    mx.random.seed(config.seed)
-    models.attach_lora(model, config.lora)
     examples = {
         split: [Example(*both) for both in zip(job.pairs[split], references[split], strict=True)]
         for split in SPLITS
@@ -167,10 +193,10 @@ def _train(job: Job, references: dict[str, list[Reference]]) -> Outcome:
     callback = metrics.Callbacks(
         metrics.MetricsFile(config.run / "metrics.jsonl"),
         bar,
-        *metrics.reporters(config, asdict(config)),
+        *reporters,
     )
     try:
-        return Trainer(model, config, examples[TRAIN], examples[VALID], callback).run()
+        return Trainer(job.model, config, examples[TRAIN], examples[VALID], callback).run()
     finally:
         bar.close()
 

@@ -181,8 +181,9 @@ class Trainer:
             {"iteration": update, **{f"eval_{name}": value for name, value in metrics.items()}}
         )
         models.save_adapters(self.model, self.config.lora, self._checkpoint("last"))
-        if metrics["loss"] < self.best_loss:
-            self.best_update, self.best_loss = update, metrics["loss"]
+        loss = metrics["loss"] + self.config.dpo.nll_weight * metrics["nll_loss"]
+        if loss < self.best_loss:
+            self.best_update, self.best_loss = update, loss
             models.copy_folder(self._checkpoint("last"), self._checkpoint("best"))
         return scores
 

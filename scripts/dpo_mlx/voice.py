@@ -44,17 +44,19 @@ def fit(chosen: Sequence[str], rejected: Sequence[str]) -> VoiceClassifier:
     # Rows have length 1, so the log-loss is smooth with a constant of at most 1/4 in each of the
     # weight and the bias.
     step = 1 / (0.5 + RIDGE)
-    weight = previous_weight = np.zeros(FEATURES)
+    # Steps never leave the span of the rows: the weight is x.T @ mix, and x @ weight = gram @ mix.
+    gram = x @ x.T
+    mix = previous_mix = np.zeros(len(y))
     bias = previous_bias = 0.0
     for t in range(STEPS):
         momentum = t / (t + 3)
-        w = weight + momentum * (weight - previous_weight)
+        m = mix + momentum * (mix - previous_mix)
         b = bias + momentum * (bias - previous_bias)
-        error = (_sigmoid(x @ w + b) - y) / len(y)
-        previous_weight, previous_bias = weight, bias
-        weight = w - step * (x.T @ error + RIDGE * w)
+        error = (_sigmoid(gram @ m + b) - y) / len(y)
+        previous_mix, previous_bias = mix, bias
+        mix = m - step * (error + RIDGE * m)
         bias = b - step * error.sum()
-    return VoiceClassifier(weight, float(bias))
+    return VoiceClassifier(x.T @ mix, float(bias))
 
 
 def features(texts: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""What a training run will need of memory, found by running a few blocks before the whole model.
+
+The first blocks of the lazily loaded model take one gradient of the longest sequence; what each
+further block adds is extrapolated to all of them. So the plan knows the device, the dtype, the
+architecture and checkpointing as they are, and costs seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .engine import Engine
+from .pairs import Sequence
+
+# Beside its parameters an adapter has two moments in AdamW, and three gradients at the peak: the
+# sum so far, the chosen side's and, counted in the activations, the rejected side's.
+ADAPTER_COPIES = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes at the peak of a training step."""
+
+    weights: int
+    adapters: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.activations
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / 1e9:.2f} GB (weights {self.weights / 1e9:.2f}, adapters with "
+            f"optimizer {self.adapters / 1e9:.2f}, activations of the longest sequence "
+            f"{self.activations / 1e9:.2f})"
+        )
+
+
+def plan(model: nn.Module, longest: Sequence) -> Plan:
+    """The plan of a model that carries adapters, for its longest sequence.
+
+    Call it inside `models.gradient_checkpointing` as training will be. Weights that are not in
+    memory yet stay out of it, but for those of the blocks that are run.
+    """
+    adapters = nbytes(model.trainable_parameters())
+    weights = nbytes(model.parameters()) - adapters
+    return Plan(weights, ADAPTER_COPIES * adapters, _activations(model, longest))
+
+
+def available() -> int:
+    """Bytes that the device offers: Metal's recommended working set, or the machine's memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended:
+        return int(recommended)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree of parameters, in memory or not."""
+    return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
+
+
+def _activations(model: nn.Module, longest: Sequence) -> int:
+    """Bytes that one gradient of the whole model takes beside weights and adapters' state."""
+    kinds = _kinds(model.layers)
+    # What a block of each kind adds is the step from all blocks before its first to those and it.
+    firsts = {kind: max(kinds.index(kind), 1) for kind in set(kinds)}
+    counts = sorted({1} | set(firsts.values()) | {first + 1 for first in firsts.values()})
+    counts = [count for count in counts if count <= len(kinds)]
+    taken = {count: _taken(model, count, longest) for count in counts}
+    step = {
+        kind: taken[first + 1] - taken[first] if first + 1 in taken else 0
+        for kind, first in firsts.items()
+    }
+    return taken[1] + sum(step[kind] for kind in kinds[1:])
+
+
+def _kinds(layers: List[nn.Module]) -> list[str]:
+    """What kind of block each is, told by the names and shapes of its parameters."""
+    return [
+        str([(name, array.shape) for name, array in dict(tree_flatten(layer.parameters())).items()])
+        for layer in layers
+    ]
+
+
+def _taken(model: nn.Module, count: int, longest: Sequence) -> int:
+    """Bytes that the gradient of the first `count` blocks takes at its peak."""
+    engine = Engine(model, check=False)
+    layers = model.model.layers
+    model.model.layers = layers[:count]
+    try:
+        mx.eval(model.parameters())  # the weights that are run count as weights
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        result = engine.log_prob_and_gradient(longest)
+        del result
+        return mx.get_peak_memory() - before
+    finally:
+        model.model.layers = layers

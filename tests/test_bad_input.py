@@ -1,0 +1,361 @@
+"""Bad input through the numbered scripts: one clear line, exit code not 0, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import tiny
+import yaml
+from conftest import REPOSITORY
+from dpo_mlx import config, jsonl
+from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.smoke_test import smoke_test
+from dpo_mlx.train_dpo import train_dpo
+
+SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
+
+# Paths are relative to the folder that a test runs in, so that a finished run can be copied.
+SETTINGS: dict[str, Any] = {
+    "run_dir": "run",
+    "data": {
+        "source": "source.jsonl",
+        "train_pairs": "run/pairs/train.jsonl",
+        "valid_pairs": "run/pairs/valid.jsonl",
+        "valid_fraction": 0.25,
+        "max_length": 256,
+    },
+    "generation": {"max_tokens": 8, "batch_size": 16},
+    "lora": {"rank": 4},
+    "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 9},
+    "smoke": {"questions": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(granite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, its source and a whole run; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"question": f"Why is {i}?", "answer": f"**So.** It is {i}."} for i in range(16)]
+    (folder / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "c.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": str(granite)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        loaded = config.load(Path("c.yaml"))
+        make_pairs(loaded)
+        train_dpo(loaded, "all")
+        fuse_adapters(loaded)
+        smoke_test(loaded)
+    return folder
+
+
+@pytest.fixture
+def work(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, which is the current folder."""
+    folder = tmp_path / "work"
+    shutil.copytree(finished, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p): jsonl.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def arguments(script: str, *more: str) -> list[str]:
+    return [str(SCRIPTS[script]), "--config", "c.yaml", *more]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is damaged, which script is called how, and what its one line must hold."""
+
+    script: str
+    says: tuple[str, ...]
+    damage: Callable[[], object] = lambda: None
+    more: tuple[str, ...] = ()
+
+
+def setting(override: str, *says: str, script: str = "10", more: tuple[str, ...] = ()) -> Case:
+    return Case(script, says, more=("--set", override, *more))
+
+
+def file(path: str, content: bytes | None, *says: str, script: str = "10") -> Case:
+    """A file with other content; None takes it away."""
+
+    def damage() -> None:
+        Path(path).unlink()
+        if content is not None:
+            Path(path).write_bytes(content)
+
+    return Case(script, (path, *says), damage)
+
+
+def directory(path: str, *says: str, script: str = "10") -> Case:
+    def damage() -> None:
+        Path(path).unlink()
+        Path(path).mkdir()
+
+    return Case(script, (path, *says), damage)
+
+
+def removed(folder: str, script: str, *says: str, more: tuple[str, ...] = ()) -> Case:
+    return Case(script, says, lambda: shutil.rmtree(folder), more)
+
+
+def model(change: Callable[[Path], object], *says: str, script: str = "10") -> Case:
+    """Another model folder, changed after it was made."""
+    return Case(
+        script,
+        says,
+        lambda: change(tiny.folder(Path("other"))),
+        ("--set", "model=other"),
+    )
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def third_line(line: bytes) -> bytes:
+    good = b'{"question": "q", "answer": "a"}\n'
+    return good + good + line + b"\n" + good
+
+
+def source(line: bytes, says: str) -> Case:
+    return file("source.jsonl", third_line(line), "source.jsonl:3: ", says, script="06")
+
+
+def pair(says: str, **changes: Any) -> Case:
+    """A train pair on line 2 with other fields; None takes one away."""
+    row = {"prompt": "q", "chosen": "c", "rejected": "r", "rejected_finish": "stop"}
+    bad = {key: value for key, value in {**row, **changes}.items() if value is not None}
+    content = f"{json.dumps(row)}\n{json.dumps(bad)}\n".encode()
+    return file("run/pairs/train.jsonl", content, "train.jsonl:2: ", says)
+
+
+def other_adapters(hidden_size: int, rank: int) -> None:
+    """Adapters as another model or another rank would have them, with the settings as they were."""
+    path = "run/adapters/adapters.safetensors"
+    mx.save_safetensors(
+        path,
+        {
+            name: mx.zeros([{64: hidden_size, 4: rank}.get(n, n) for n in value.shape])
+            for name, value in mx.load(path).items()  # type: ignore[union-attr]
+        },
+    )
+
+
+TRAIN, VALID, ADAPTERS = "run/pairs/train.jsonl", "run/pairs/valid.jsonl", "run/adapters"
+GOOD_PAIR = b'{"prompt": "q", "chosen": "c", "rejected": "r"}\n'
+LONG_PAIR = b'{"prompt": "q", "chosen": "' + b"c" * 300 + b'", "rejected": "r"}\n'
+
+CASES: dict[str, Case] = {
+    # the config
+    "config missing": file("c.yaml", None, "no such file", "--config", script="06"),
+    "config is a directory": directory("c.yaml", "is a directory"),
+    "config is no YAML": file("c.yaml", b"a: [\n", "not valid YAML", script="11"),
+    "config empty": file("c.yaml", b"", "found nothing", script="12"),
+    "unknown key": setting("train.learning_rat=1", "c.yaml", "mean train.learning_rate?"),
+    "mistyped section": setting("trian.epochs=1", "c.yaml", "trian: unknown key"),
+    "--set without =": setting("dpo.beta", "c.yaml", "--set dpo.beta: expected section.key=value"),
+    "wrong type": setting("lora.rank=big", "lora.rank: expected a whole number", script="06"),
+    "out of range": setting("dpo.beta=0", "dpo.beta", "too small", script="12"),
+    "required key empty": setting("data.train_pairs=", "data.train_pairs: missing", script="06"),
+    "dropout": setting("lora.dropout=0.1", "lora.dropout", "train.grad_checkpoint"),
+    "report_to": setting("report_to=wnadb", "report_to", "'wnadb'", "wandb, swanlab"),
+    "run_dir is a file": setting("run_dir=source.jsonl", "source.jsonl"),
+    # the source
+    "source missing": file("source.jsonl", None, "no such file", "data.source", script="06"),
+    "source is a directory": directory("source.jsonl", "data.source", script="06"),
+    "source empty": file("source.jsonl", b"\n", "is empty", "data.source", script="06"),
+    "broken JSON": source(b'{"question": "q", "ans', "broken JSON at column"),
+    "missing field": source(b'{"question": "q"}', '"answer" is missing'),
+    "field of wrong type": source(b'{"question": "q", "answer": 4}', "must be text, found int"),
+    "answer empty": source(b'{"question": "q", "answer": " "}', '"answer" is empty'),
+    "unknown format": source(b'{"q": "q", "a": "a"}', "none of the known formats"),
+    "invalid UTF-8": source(b'{"question": "q", "answer": "\xe9"}', "not UTF-8"),
+    "half a character": source(b'{"question": "q", "answer": "\\ud83d"}', "surrogate"),
+    "all too long": setting(
+        "data.max_length=8", "source.jsonl", "data.max_length = 8", script="06"
+    ),
+    "other sampling": setting(
+        "generation.temperature=1", "generation.temperature: 0.7 -> 1", script="06"
+    ),
+    "pairs edited": Case(
+        "06",
+        (VALID, "was edited since", "generation.restart=true"),
+        lambda: Path(VALID).write_bytes(GOOD_PAIR),
+        ("--limit", "12"),
+    ),
+    # the model
+    "no such model": setting("model=./absent", "./absent: no such folder", script="06"),
+    "no weights": model(lambda f: (f / "model.safetensors").unlink(), "model other", "safetensors"),
+    "torn weights": model(
+        lambda f: os.truncate(f / "model.safetensors", 5000), "model other", "safetensors"
+    ),
+    "no config.json": model(lambda f: (f / "config.json").unlink(), "other/config.json"),
+    "unknown architecture": model(
+        lambda f: edit(f / "config.json", model_type="nosuch"), "model other", "nosuch", script="06"
+    ),
+    "no chat template": model(
+        lambda f: edit(f / "tokenizer_config.json", chat_template=None),
+        "no chat template",
+        "instruct",
+        script="06",
+    ),
+    # the pairs
+    "train pairs missing": file(TRAIN, None, "no such file", "06_generate_dpo_pairs.py"),
+    "valid pairs missing": file(VALID, None, "no such file", "06_generate_dpo_pairs.py"),
+    "valid pairs missing for 11": file(VALID, None, script="11"),
+    "pairs are a directory": directory(TRAIN, "is a directory"),
+    "pairs empty": file(TRAIN, b"", "is empty", "06_generate_dpo_pairs.py"),
+    "no valid pairs": file(VALID, b"", "is empty", "06_generate_dpo_pairs.py"),
+    "pairs broken": file(TRAIN, GOOD_PAIR + b"{", "train.jsonl:2: broken JSON"),
+    "no rejected": pair('"rejected"', rejected=None),
+    "rejected is no text": pair('"rejected"', rejected=["r"]),
+    "chosen empty": pair('"chosen"', chosen=" "),
+    "rejected_finish": pair('"rejected_finish" must be "stop" or "length"', rejected_finish="eos"),
+    "too few pairs": setting(
+        "train.grad_accumulation=99", TRAIN, "fewer than one update needs (99 = train.batch_size x"
+    ),
+    "all train pairs too long": setting("data.max_length=8", TRAIN, "0 pairs are fewer"),
+    "all valid pairs too long": file(VALID, LONG_PAIR, "no valid pairs", "data.max_length"),
+    "all valid pairs too long for 11": setting(
+        "data.max_length=8", VALID, "no valid pairs", "data.max_length", script="11"
+    ),
+    "all valid pairs too long for 12": setting(
+        "data.max_length=8", VALID, "no valid pairs", "data.max_length", script="12"
+    ),
+    # training
+    "no reference": removed(
+        "run/reference",
+        "10",
+        "run/reference: no complete reference",
+        "--stage precompute",
+        more=("--stage", "train", "--set", "train.epochs=2"),
+    ),
+    "stale reference": setting(
+        "data.max_length=255", "run/reference", "--stage precompute", more=("--stage", "train")
+    ),
+    "lora.keys names nothing": setting("lora.keys=[q_porj]", "lora.keys", "q_porj"),
+    "one of lora.keys names nothing": setting(
+        "lora.keys=[self_attn.q_proj, q_porj]", "lora.keys", "q_porj"
+    ),
+    "lora.keys names no linear layer": setting("lora.keys=[input_layernorm]", "lora.keys"),
+    "lora.keys names the embedding": setting("lora.keys=[model.embed_tokens]", "lora.keys"),
+    # fusing and after
+    "no adapters": removed(ADAPTERS, "11", ADAPTERS, "run 10_train_dpo.py first"),
+    "adapters of another rank": Case(
+        "11", (ADAPTERS, "does not fit model", "shape"), lambda: other_adapters(64, 8)
+    ),
+    "adapters of another width": Case(
+        "11", (ADAPTERS, "does not fit model", "shape"), lambda: other_adapters(32, 4)
+    ),
+    "adapters torn": Case(
+        "11", (ADAPTERS,), lambda: os.truncate(f"{ADAPTERS}/adapters.safetensors", 999)
+    ),
+    "adapters' settings missing": Case(
+        "11",
+        (ADAPTERS,),
+        lambda: [Path(f"{ADAPTERS}/adapter_config.json").unlink(), other_adapters(64, 4)],
+    ),
+    "not fused": removed("run/fused", "12", "run/fused: no fused model", "11_fuse_adapters.py"),
+    "never fused": replace(
+        file("run/fuse.json", None, script="12"), says=("run/fused: no fused model there",)
+    ),
+    "no metrics": file("run/metrics.jsonl", None, script="12"),
+}
+
+
+def error_lines(stderr: str) -> list[str]:
+    """Everything a user sees on stderr, but for the note that there is no OpenBLAS."""
+    return [line for line in stderr.splitlines() if not line.startswith("note: running without")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_loses_nothing(name, work, monkeypatch, capfd):
+    """The script fails with one line that names the culprit, and every file is as it was."""
+    case = CASES[name]
+    case.damage()
+    before = digests(work)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", arguments(case.script, *case.more))
+        patch.setattr(sys, "path", sys.path[:])
+        runpy.run_path(str(SCRIPTS[case.script]), run_name="__main__")
+    assert stopped.value.code == 1
+    [line] = error_lines(capfd.readouterr().err)
+    assert line.startswith("error: ")
+    for word in case.says:
+        assert word in line
+    assert digests(work) == before
+
+
+def run(*more: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments(script, *more)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_all_faults_of_a_config_are_lines_of_their_own(work):
+    """As a process: three mistakes, three lines, exit code 1, no traceback."""
+    before = digests(work)
+    done = run("--set", "lora.alpha=1", "--set", "seed", "--set", "dpo.beta=x", script="06")
+    lines = error_lines(done.stderr)
+    assert (done.returncode, done.stdout, len(lines)) == (1, "", 3)
+    assert all(line.startswith("error: c.yaml: ") for line in lines)
+    assert digests(work) == before
+
+
+def test_library_that_logs_adds_no_line(work):
+    """As a process: mlx-lm and transformers print nothing of their own beside the line."""
+    shutil.copytree(Path(yaml.safe_load(Path("c.yaml").read_text())["model"]), "other")
+    edit(Path("other/config.json"), model_type="nosuch")
+    done = run("--set", "model=other", script="10")
+    [line] = error_lines(done.stderr)
+    assert done.returncode == 1
+    assert line.startswith("error: model other: ") and "nosuch" in line
+
+
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str
+)
+def test_hub_without_network_names_three_ways_on(environment, work):
+    """Offline by choice or by a refused connection: download elsewhere, log in, or the demo."""
+    before = digests(work)
+    done = run("--set", "model=nobody/nothing", script="06", HF_HOME=str(work), **environment)
+    [line] = error_lines(done.stderr)
+    assert done.returncode == 1
+    for word in ("model nobody/nothing", "set model to the folder", "log in", "smollm2-135m_demo"):
+        assert word in line
+    assert digests(work).items() >= before.items()
+
+
+def test_reporter_that_is_not_installed_keeps_the_metrics(work, monkeypatch, capfd):
+    """It is found before the earlier run's metrics are written over."""
+    monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", None)
+    before = digests(work)
+    monkeypatch.setattr(sys, "argv", arguments("10", "--set", "report_to=wandb"))
+    # What is reported is no part of what determines the adapters: ask for another run.
+    sys.argv += ["--set", "train.epochs=2"]
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPTS["10"]), run_name="__main__")
+    assert stopped.value.code == 1
+    assert "error: report_to: " in capfd.readouterr().err
+    changed = {path for path, digest in digests(work).items() if before.get(path) != digest}
+    assert changed <= {str(work / "run/config.yaml")}

@@ -1,0 +1,116 @@
+"""The whole chain on a tiny Granite, through the runner, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+import pytest
+from conftest import REPOSITORY
+
+from dpo_mlx import jsonl
+
+CONFIG = REPOSITORY / "config" / "mlx_granite-4.0-h-micro_dpo.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, Any]:
+    """The Granite config on the plan's text rows, run twice; what was printed and written."""
+    folder = tmp_path_factory.mktemp("chain")
+    source = folder / "train.jsonl"
+    texts = [f"Question: Why is {n} so?\nAnswer: **It is {n}.** So take {n}." for n in range(40)]
+    jsonl.write(source, [{"text": text} for text in texts])
+    changes = {
+        "model": granite,
+        "run_dir": folder / "run",
+        "data.source": source,
+        "data.train_pairs": folder / "dpo_train.jsonl",
+        "data.valid_pairs": folder / "dpo_valid.jsonl",
+        "generation.max_tokens": 16,
+        "train.learning_rate": "1e-3",
+        "smoke.questions": 4,
+        "smoke.min_voice_share": 0,
+        "smoke.min_voice_gain": -1,
+        "smoke.max_distinct2_drop": 1,
+        "smoke.min_self_ended_ratio": 0,
+        "smoke.max_base_logprob_drop": 100,
+        "smoke.max_length_ratio": 1000,
+    }
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    first, second = (_start([str(CONFIG), *sets]) for _ in range(2))
+    return {"folder": folder, "first": first, "second": second}
+
+
+def _start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    # The tests' own environment counts as the active one, so that nothing is installed.
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [str(REPOSITORY / "train_dpo_run1.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_the_chain_ends_with_the_report(run: dict[str, Any]) -> None:
+    """Every stage runs, and the last line printed is the report's path."""
+    first = run["first"]
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.splitlines()[-1] == str(run["folder"] / "run" / "report.html")
+    assert "<|start_of_role|>user<|end_of_role|>Why is 0 so?" in first.stdout
+
+
+def test_a_second_run_skips_every_stage(run: dict[str, Any]) -> None:
+    """Unchanged inputs and settings: nothing is made again."""
+    second = run["second"]
+    assert second.returncode == 0, second.stdout + second.stderr
+    for stage in ("06", "10", "11", "12"):
+        assert any(
+            line.startswith(f"{stage}: ") and line.endswith("up to date, skipped")
+            for line in second.stdout.splitlines()
+        ), f"stage {stage} was not skipped:\n{second.stdout}"
+
+
+def test_training_starts_at_the_reference(run: dict[str, Any]) -> None:
+    """Decision 5: before the first update the loss is ln 2 and the margin 0."""
+    rows = jsonl.read_whole_lines(run["folder"] / "run" / "metrics.jsonl")
+    first_evaluation, first_update = rows[0], rows[1]
+    assert first_evaluation["iteration"] == 0
+    assert first_evaluation["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first_update["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first_update["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    updates = [row["iteration"] for row in rows if "loss" in row]
+    assert updates == list(range(1, len(updates) + 1))
+
+
+def test_outputs_load_with_mlx_lm(run: dict[str, Any], granite: Path) -> None:
+    """Decision 8: mlx-lm reads the adapters and the fused model, and they answer."""
+    folder = run["folder"] / "run"
+    for arguments in ((str(folder / "fused"), None), (str(granite), str(folder / "adapters"))):
+        model, tokenizer, *_ = mlx_lm.load(arguments[0], adapter_path=arguments[1])
+        assert isinstance(mlx_lm.generate(model, tokenizer, "Hi", max_tokens=4), str)
+
+
+def test_report_keeps_every_answer(run: dict[str, Any]) -> None:
+    """report.json has the measures and the answers that anyone can measure again."""
+    report = json.loads((run["folder"] / "run" / "report.json").read_text())
+    assert {"verdict", "voice", "fluency", "preference", "fuse", "answers"} <= set(report)
+    assert len(report["answers"]) == 4
+    assert all(set(a) == {"question", "base", "tuned", "chosen"} for a in report["answers"])
+    assert set(report["fluency"]["median_tokens"]) == {"base", "tuned", "chosen"}
+    assert report["fuse"]["max_logprob_difference"] < 1e-2
+
+
+def test_the_report_opens_from_disk(run: dict[str, Any]) -> None:
+    """The page is whole and asks nothing of the network."""
+    page = (run["folder"] / "run" / "report.html").read_text()
+    assert page.rstrip().endswith("</html>")
+    assert "https://" not in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")

@@ -1,0 +1,279 @@
+"""Stage 06 on a tiny model: what is written, what is dropped, what is never lost or done twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dpo_mlx import config, jsonl, make_pairs, sampling
+from dpo_mlx.errors import UserError
+from dpo_mlx.sampling import Answer
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every batch that goes through the model, as it happens."""
+    batches: list[int] = []
+    original = sampling.sample_batch
+
+    def counted(model: Any, tokenizer: Any, prompts: Any, settings: Any, seed: int) -> Any:
+        batches.append(len(prompts))
+        return original(model, tokenizer, prompts, settings, seed)
+
+    monkeypatch.setattr(sampling, "sample_batch", counted)
+    return batches
+
+
+def elsewhere(settings: Settings, name: str) -> Settings:
+    """The same settings with another run folder."""
+    other = copy.deepcopy(settings)
+    run = Path(settings["run_dir"]).with_name(name)
+    other["run_dir"] = str(run)
+    for split in ("train", "valid"):
+        other["data"][f"{split}_pairs"] = str(run / f"pairs/{split}.jsonl")
+    return other
+
+
+def make(settings: Settings, *overrides: str) -> Path:
+    """Runs stage 06 with these settings; the folder of the pairs."""
+    path = Path(settings["run_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    make_pairs.make_pairs(config.load(path, list(overrides)))
+    return Path(settings["data"]["train_pairs"]).parent
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def rows(folder: Path, split: str) -> list[dict[str, str]]:
+    return [row for _, row in jsonl.read(folder / f"{split}.jsonl", "")]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return jsonl.read_json(folder / "train.report.json")
+
+
+def test_pairs_hold_the_answers_as_written(settings, questions):
+    """Every question is in one file, on its side, in order, with its answer verbatim."""
+    questions[3]["answer"] = "  **Two** lines:\n\n    indented  \n"
+    Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in questions))
+    folder = make(settings)
+    expected: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    for q in questions:
+        held_out = make_pairs.questions.is_held_out(q["question"], 0.25)
+        expected[held_out].append((q["question"], q["answer"].strip()))
+    for split, held_out in (("train", False), ("valid", True)):
+        made = rows(folder, split)
+        assert [(row["prompt"], row["chosen"]) for row in made] == expected[held_out]
+        for row in made:
+            assert list(row) == ["prompt", "chosen", "rejected", "rejected_finish"]
+            assert row["rejected"].strip() == row["rejected"] != ""
+            assert row["rejected_finish"] in ("stop", "length")
+    found = report(folder)
+    assert (found["train"], found["valid"]) == tuple(len(expected[side]) for side in (False, True))
+    assert found["dropped"] == {}
+
+
+def test_second_call_is_skipped(settings, sampled, capsys):
+    """Nothing changed, nothing done: it says so, loads no model and touches no byte."""
+    before = contents(make(settings))
+    assert "up to date" not in capsys.readouterr().out
+    sampled.clear()
+    assert contents(make(settings)) == before
+    assert "up to date, skipped" in capsys.readouterr().out
+    assert sampled == []
+
+
+def test_same_seed_same_pairs(settings):
+    """Two folders, one seed: the same bytes. Another seed: other answers."""
+    first, second = (make(elsewhere(settings, name)) for name in ("one", "two"))
+    third = make(elsewhere(settings, "three"), "seed=1")
+    for name in ("train.jsonl", "valid.jsonl", "train.samples.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert (first / name).read_bytes() != (third / name).read_bytes()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
+    """Stopped in the second batch: the first is kept, and the end is as if never stopped."""
+    undisturbed = contents(make(elsewhere(settings, "undisturbed")))
+    sampled.clear()
+    counted = sampling.sample_batch
+
+    def stopped(*arguments: Any) -> list[Answer]:
+        if len(sampled) == 1:
+            raise KeyboardInterrupt
+        return counted(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sampling, "sample_batch", stopped)
+        make(settings)
+    folder = Path(settings["data"]["train_pairs"]).parent
+    assert not (folder / "train.jsonl").exists()
+    if torn:
+        with (folder / "train.samples.jsonl").open("a") as file:
+            file.write('{"batch": 1, "questions": ["Wh')
+    make(settings)
+    assert contents(folder) == undisturbed
+    assert sampled == [8, 8, 8, 6]  # of which the first before the stop
+
+
+def test_larger_limit_keeps_what_there_is(settings, sampled):
+    """From 16 to 30 questions: each pair stays, on its side, and two batches are not made again."""
+    folder = make(settings, "data.limit=16")
+    before = {split: rows(folder, split) for split in ("train", "valid")}
+    assert report(folder)["dropped"] == {"beyond data.limit": 14}
+    make(settings, "data.limit=30")
+    assert sampled == [8, 8, 8, 6]
+    for split, old in before.items():
+        assert rows(folder, split)[: len(old)] == old
+    assert len(rows(folder, "train") + rows(folder, "valid")) == 30
+
+
+def test_smaller_limit_samples_nothing(settings, sampled):
+    """Back from 30 to 16: the answers are there already."""
+    folder = make(settings)
+    sampled.clear()
+    make(settings, "data.limit=16")
+    assert sampled == []
+    assert len(rows(folder, "train") + rows(folder, "valid")) == 16
+
+
+def test_copies_are_dropped_where_they_come_again(settings, questions, sampled):
+    """The first of two equal rows counts, so that a growing source moves no earlier question."""
+    folder = make(settings, "data.limit=16")
+    before = contents(folder)
+    source = Path(settings["data"]["source"])
+    source.write_text("".join(json.dumps(q) + "\n" for q in [*questions, questions[0]]))
+    sampled.clear()
+    make(settings, "data.limit=16")
+    assert sampled == []
+    for name in ("train.jsonl", "valid.jsonl"):
+        assert (folder / name).read_bytes() == before[name]
+    assert report(folder)["dropped"] == {"copy of another row": 1, "beyond data.limit": 14}
+
+
+def test_edited_pairs_are_not_overwritten(settings, sampled):
+    """A hand-edited file survives a skip and a change of settings; restart=true replaces it."""
+    folder = make(settings, "data.limit=16")
+    original = contents(folder)
+    path = folder / "valid.jsonl"
+    path.write_text(path.read_text().replace("**", "__"))
+    edited = contents(folder)
+    make(settings, "data.limit=16")
+    with pytest.raises(UserError, match=f"{path}: .*edited.*generation.restart=true"):
+        make(settings, "data.limit=30")
+    assert contents(folder) == edited
+    sampled.clear()
+    make(settings, "data.limit=16", "generation.restart=true")
+    assert sampled == [8, 8]
+    assert contents(folder) == original
+
+
+def test_foreign_pairs_are_not_overwritten(settings):
+    """A file of that name that this stage did not write is the user's."""
+    path = Path(settings["data"]["train_pairs"])
+    path.parent.mkdir(parents=True)
+    path.write_text("mine\n")
+    with pytest.raises(UserError, match=f"{path}: was not written by this stage"):
+        make(settings)
+    assert contents(path.parent) == {"train.jsonl": b"mine\n"}
+
+
+def test_pair_files_may_share_a_name(settings):
+    """train/pairs.jsonl and valid/pairs.jsonl are two files, each known as written here."""
+    for split in ("train", "valid"):
+        settings["data"][f"{split}_pairs"] = str(Path(settings["run_dir"], split, "pairs.jsonl"))
+    make(settings, "data.limit=16")
+    make(settings, "data.limit=30")
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("generation.temperature=0.5", "generation.temperature: 0.7 -> 0.5"),
+        ("generation.max_tokens=12", "generation.max_tokens: 24 -> 12"),
+        ("generation.batch_size=4", "generation.batch_size: 8 -> 4"),
+        ("seed=1", "seed: 0 -> 1"),
+        ("system_prompt=Be brief.", "system_prompt:  -> Be brief."),
+    ],
+)
+def test_changed_settings_are_refused(override, changed, settings):
+    """Answers of two settings are never mixed; the error names what changed, nothing is touched."""
+    folder = make(settings, "data.limit=16")
+    before = contents(folder)
+    with pytest.raises(UserError) as error:
+        make(settings, "data.limit=16", override)
+    assert f"({changed})" in str(error.value)
+    assert "generation.restart=true" in str(error.value)
+    assert contents(folder) == before
+    make(settings, "data.limit=16", override, "generation.restart=true")
+    assert contents(folder) != before
+
+
+def test_unusable_answers_are_dropped_and_counted(settings, questions, monkeypatch):
+    """Empty, equal to the chosen one, and too long: three counts, three rows fewer."""
+    made = [Answer(f"no {i}", "stop", 4) for i in range(30)]
+    made[0] = Answer("", "stop", 0)
+    made[1] = Answer(questions[1]["answer"], "stop", 9)
+    made[2] = Answer("x" * 300, "length", 300)
+    monkeypatch.setattr(make_pairs, "sample_all", lambda *_: made)
+    folder = make(settings)
+    assert report(folder)["dropped"] == {
+        "rejected is empty": 1,
+        "rejected equals chosen": 1,
+        "rejected longer than data.max_length": 1,
+    }
+    prompts = {row["prompt"] for split in ("train", "valid") for row in rows(folder, split)}
+    assert prompts == {q["question"] for q in questions[3:]}
+
+
+def test_too_long_chosen_is_dropped_before_sampling(settings, questions, sampled):
+    """No side is ever cut: a question whose answer is too long is counted and not asked."""
+    questions[5]["answer"] = "x" * 300
+    Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in questions))
+    folder = make(settings)
+    assert report(folder)["dropped"] == {"chosen longer than data.max_length": 1}
+    assert sum(sampled) == 29
+    both = rows(folder, "train") + rows(folder, "valid")
+    assert questions[5]["question"] not in {row["prompt"] for row in both}
+
+
+def test_percentiles_by_hand(settings, questions, monkeypatch):
+    """Lengths in the report are tokens with the end of turn: a byte each here, and one."""
+    monkeypatch.setattr(
+        make_pairs, "sample_all", lambda *_: [Answer("x" * (i + 1), "stop", i) for i in range(30)]
+    )
+    tokens = report(make(settings))["tokens"]
+    assert tokens["percentiles"] == [5, 25, 50, 75, 95, 100]
+    assert tokens["rejected"] == [3, 9, 16, 23, 29, 31]  # 2 + 29 p/100, cut
+    assert tokens["chosen"][-1] == max(len(q["answer"]) for q in questions) + 1
+
+
+@pytest.mark.parametrize(("fraction", "split"), [("0", "valid"), ("0.9", "train")])
+def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatch):
+    """Nothing to validate or to train on is said before files are written."""
+    held = [q for q in questions if make_pairs.questions.is_held_out(q["question"], 0.9)]
+    kept = questions if split == "valid" else held
+    Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in kept))
+    monkeypatch.setattr(make_pairs, "sample_all", lambda *_: [Answer("no", "stop", 2)] * len(kept))
+    with pytest.raises(UserError, match=f"{split}.jsonl: no pair would be left in it"):
+        make(settings, f"data.valid_fraction={fraction}")
+    folder = Path(settings["data"]["train_pairs"]).parent
+    assert not (folder / "train.jsonl").exists()
+
+
+def test_it_says_how_much_and_how_long(settings, capfd):
+    """Before sampling the number of answers, after the first batch the time to go."""
+    make(settings, "data.limit=16")
+    out = capfd.readouterr().out
+    assert "06: 16 answers to sample, 0 of them are there already" in out
+    assert "minutes to go" in out
+    assert "<|start_of_role|>user<|end_of_role|>Why is number 0 odd?<|end_of_text|>" in out

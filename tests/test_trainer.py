@@ -1,0 +1,382 @@
+"""The loop on tiny models: which pairs, at which rate, from where, and what is kept."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from dpo_mlx import config as config_module
+from dpo_mlx import jsonl, models
+from dpo_mlx.config import TrainConfig
+from dpo_mlx.engine import Engine, summarise
+from dpo_mlx.errors import UserError
+from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.reference import Reference
+from dpo_mlx.trainer import Example, Trainer, count_updates, groups, learning_rate
+from mlx.utils import tree_flatten, tree_map
+
+TRAIN = [
+    Pair(f"Why {i} {word}?", f"**{word}!** Yes.", f"It is {word}, {i} times.", line=i)
+    for i, word in enumerate(["odd", "red", "hot", "big", "shy", "dry", "sad"], start=1)
+]
+VALID = [Pair("Why 9 old?", "**old!** Yes.", "It is old, 9 times.", line=1)]
+
+
+def swapped(pair):
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+
+
+class Run:
+    """A trainer over a fresh model with its true reference; metrics in run_dir/metrics.jsonl."""
+
+    def __init__(self, config, train=TRAIN, valid=VALID, off=0.0):
+        self.config = config
+        loaded = models.load(config.model)
+        self.model, encoder = loaded.model, Encoder(loaded.tokenizer)
+        engine = Engine(self.model)
+
+        def example(pair, off=off):
+            encoded = encoder.pair(pair)
+            chosen, rejected = engine.log_prob(encoded.chosen), engine.log_prob(encoded.rejected)
+            return Example(encoded, Reference(chosen + off, rejected))
+
+        self.train, self.valid = [example(p) for p in train], [example(p) for p in valid]
+        mx.random.seed(config.seed)
+        models.attach_lora(self.model, config.lora)
+        self.start = dict(tree_flatten(self.model.trainable_parameters()))
+        metrics = MetricsFile(config.run / "metrics.jsonl")
+        self.trainer = Trainer(self.model, config, self.train, self.valid, metrics)
+
+    def run(self):
+        self.outcome = self.trainer.run()
+        return self
+
+    @property
+    def adapters(self):
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    @property
+    def metrics(self):
+        return jsonl.read_whole_lines(self.config.run / "metrics.jsonl")
+
+    @property
+    def updates(self):
+        return [row for row in self.metrics if "loss" in row]
+
+    @property
+    def evaluations(self):
+        return [row for row in self.metrics if "eval_loss" in row]
+
+
+@pytest.fixture
+def make(settings, write_config, tmp_path, llama):
+    """make(key of the train section=value) -> Run, each in a folder of its own.
+
+    A constant rate without warm-up or checkpointing unless said.
+    """
+    count = itertools.count()
+
+    def made(train_pairs=TRAIN, valid_pairs=VALID, off=0.0, model=llama, seed=0, **train):
+        plain = {"schedule": "constant", "warmup_ratio": 0.0, "grad_checkpoint": False}
+        settings["model"] = str(model)
+        settings["seed"] = seed
+        settings["run_dir"] = str(tmp_path / f"run{next(count)}")
+        settings["train"] = {"learning_rate": 1e-3, "eval_every": 100, **plain, **train}
+        return Run(config_module.load(write_config(settings)), train_pairs, valid_pairs, off)
+
+    return made
+
+
+def differences(found, expected):
+    return max(float(mx.abs(found[k] - expected[k]).max()) for k in expected)
+
+
+# Which pairs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pairs", "size"), [(7, 3), (8, 4), (5, 8), (1, 1)])
+def test_groups_cover_every_pair_once_an_epoch(pairs, size):
+    """No pair is skipped or repeated within an epoch; only the last group may be smaller."""
+    train = TrainConfig(learning_rate=1.0, epochs=3, batch_size=1, grad_accumulation=size)
+    made = list(groups(train, pairs, seed=0))
+    assert len(made) == count_updates(train, pairs) == 3 * math.ceil(pairs / size)
+    for epoch in range(3):
+        own = [indices for e, indices in made if e == epoch]
+        assert sorted(itertools.chain(*own)) == list(range(pairs))
+        assert all(len(indices) == size for indices in own[:-1])
+
+
+def test_groups_are_seeded_and_differ_by_epoch():
+    """The same seed gives the same order, another seed another one, as does another epoch."""
+    train = TrainConfig(learning_rate=1.0, epochs=2, grad_accumulation=40)
+    (_, first), (_, second) = groups(train, 40, seed=1)
+    assert [first, second] == [indices for _, indices in groups(train, 40, seed=1)]
+    assert first != second
+    assert first != next(groups(train, 40, seed=2))[1]
+    assert first != list(range(40))
+
+
+def test_a_smaller_group_is_averaged_over_its_true_size(make):
+    """Seven pairs in fours: the second update is the mean of three gradients, not a sum over 4.
+
+    Plain gradients of each pair, added by hand at the same adapters, give the logged norm.
+    """
+    run = make(grad_accumulation=4, learning_rate=0, max_grad_norm=1e6).run()
+    assert [row["pairs"] for row in run.updates] == [4, 3]
+    engine = Engine(run.model)
+    orders = groups(run.config.train, 7, run.config.seed)
+    for row, (_, indices) in zip(run.updates, orders, strict=True):
+        gradients = [
+            engine.pair_gradient(e.pair, e.reference, run.config.dpo)[1]
+            for e in (run.train[i] for i in indices)
+        ]
+        total = tree_map(lambda *g: sum(g), *gradients)
+        squares = sum(float(mx.square(g).sum()) for g in dict(tree_flatten(total)).values())
+        norm = math.sqrt(squares) / len(indices)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_every_pair_is_trained_on(make, monkeypatch):
+    """Over two epochs each pair's gradient is taken twice, in the order of `groups`."""
+    seen = []
+    original = Engine.pair_gradient
+
+    def record(self, pair, *arguments):
+        seen.append(pair.line)
+        return original(self, pair, *arguments)
+
+    monkeypatch.setattr(Engine, "pair_gradient", record)
+    run = make(epochs=2, grad_accumulation=3).run()
+    order = [i + 1 for _, indices in groups(run.config.train, 7, 0) for i in indices]
+    assert seen == order and sorted(seen) == sorted(2 * [1, 2, 3, 4, 5, 6, 7])
+    assert [row["epoch"] for row in run.updates] == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (4, 1)])
+def test_batch_and_accumulation_are_one_thing(batch, accumulation, make):
+    """Pairs are summed one by one, so 2 x 2 and 4 x 1 are 1 x 4 to the last bit."""
+    expected = make(batch_size=1, grad_accumulation=4).run().adapters
+    found = make(batch_size=batch, grad_accumulation=accumulation).run().adapters
+    assert differences(found, expected) == 0
+
+
+# At which rate ----------------------------------------------------------------------------------
+
+
+def rates(updates, **settings):
+    train = TrainConfig(learning_rate=0.8, **settings)
+    schedule = learning_rate(train, updates)
+    return [float(schedule(mx.array(step))) for step in range(updates)]
+
+
+def test_cosine_by_hand():
+    """Ten updates, two of warm-up: 1/3 and 2/3 of the peak, then (1 + cos(pi k / 8)) / 2 of it."""
+    expected = [0.8 / 3, 1.6 / 3, *(0.4 * (1 + math.cos(math.pi * k / 8)) for k in range(8))]
+    found = rates(10, schedule="cosine", warmup_ratio=0.2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found[2] == max(found) == pytest.approx(0.8)
+    assert found[-1] > 0.03 * 0.8
+
+
+def test_constant_by_hand():
+    """Without warm-up the peak throughout; with it 1/4, 2/4, 3/4 of the peak first."""
+    assert rates(4, schedule="constant", warmup_ratio=0.0) == pytest.approx([0.8] * 4)
+    expected = [0.2, 0.4, 0.6, *[0.8] * 7]
+    assert rates(10, schedule="constant", warmup_ratio=0.3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("updates", [1, 2, 3, 11])
+def test_no_update_is_wasted(updates, ratio, schedule):
+    """Every update, the first and the last too, has a rate above zero, and the peak is reached."""
+    found = rates(updates, schedule=schedule, warmup_ratio=ratio)
+    assert min(found) > 0
+    assert max(found) == pytest.approx(0.8)
+
+
+def test_logged_rate_is_the_one_used(make):
+    """metrics.jsonl shows the rate of the update it belongs to."""
+    run = make(grad_accumulation=1, schedule="cosine", warmup_ratio=0.3).run()
+    schedule = learning_rate(run.config.train, 7)
+    expected = [float(schedule(mx.array(step))) for step in range(7)]
+    assert [row["learning_rate"] for row in run.updates] == pytest.approx(expected, rel=1e-6)
+
+
+# From where -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["granite", "llama"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_fresh_run_starts_at_the_reference(kind, checkpoint, make, request):
+    """Before anything is learned the loss is ln 2 and all margins are 0, in training and valid."""
+    folder = request.getfixturevalue(kind)
+    run = make(model=folder, grad_accumulation=7, grad_checkpoint=checkpoint).run()
+    first, valid = run.updates[0], run.evaluations[0]
+    assert first["iteration"] == 1 and valid["iteration"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert valid["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+        assert first[name] == pytest.approx(0, abs=1e-4)
+        assert valid[f"eval_{name}"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("off", [0.5, -0.5, math.nan])
+def test_a_wrong_reference_stops_the_run(off, make):
+    """A reference half a nat off, or none at all, is refused before the first update."""
+    run = make(off=off)
+    with pytest.raises(UserError, match="off the reference's; delete that folder"):
+        run.run()
+    assert differences(run.adapters, run.start) == 0
+
+
+def test_a_wrong_reference_of_one_training_pair_stops_the_run(make):
+    """Evaluation sees the valid pairs alone; a training pair of the first update is checked too."""
+    run = make(grad_accumulation=7)
+    bad = run.trainer.train_examples[3]
+    run.trainer.train_examples[3] = Example(bad.pair, Reference(-1.0, bad.reference.rejected))
+    with pytest.raises(UserError, match="off the reference's"):
+        run.run()
+
+
+# Updates ----------------------------------------------------------------------------------------
+
+
+def test_the_first_update_moves_by_the_rate(make):
+    """With bias correction Adam's first step is the rate times the gradient's sign.
+
+    Without it, sqrt(0.001) takes the place of 1 and 0.1 of 1 above it: 3.2 times more. B alone
+    moves: A's gradient is zero where B is.
+    """
+    rate = 1e-3
+    run = make(grad_accumulation=7, learning_rate=rate).run()
+    assert run.outcome.updates == 1
+    for name, after in run.adapters.items():
+        moved = np.abs(np.array(after - run.start[name]))
+        if name.endswith("lora_a"):
+            assert moved.max() == 0
+        else:
+            assert moved.max() <= rate * 1.001
+            assert np.median(moved) == pytest.approx(rate, rel=1e-2)
+
+
+def test_gradients_are_clipped(make):
+    """The logged norm is that before clipping; Adam is fed the clipped gradient.
+
+    A limit of 1e-7 leaves gradients near Adam's eps of 1e-8, and the first step falls short of
+    the rate.
+    """
+    loose = make(grad_accumulation=7, max_grad_norm=1e6).run()
+    tight = make(grad_accumulation=7, max_grad_norm=1e-7).run()
+    assert tight.updates[0]["grad_norm"] == pytest.approx(loose.updates[0]["grad_norm"])
+    steps = [
+        np.concatenate([np.abs(np.array(a)).ravel() for n, a in run.adapters.items() if "_b" in n])
+        for run in (loose, tight)
+    ]
+    assert np.median(steps[1]) < 0.5 * np.median(steps[0])
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(make, monkeypatch):
+    """NaN stops the run with the lines of its pairs; the adapters stay as they were."""
+    original = Engine.pair_gradient
+
+    def broken(self, *arguments):
+        score, gradient = original(self, *arguments)
+        return score, tree_map(lambda g: g * mx.nan, gradient)
+
+    monkeypatch.setattr(Engine, "pair_gradient", broken)
+    run = make(grad_accumulation=2)
+    with pytest.raises(UserError, match=r"lines \[\d, \d\] is not finite"):
+        run.run()
+    assert differences(run.adapters, run.start) == 0
+
+
+def test_runs_repeat_to_the_last_bit(make):
+    """The same config gives the same adapters; another seed others."""
+    first, again = make(grad_accumulation=3).run(), make(grad_accumulation=3).run()
+    assert differences(first.adapters, again.adapters) == 0
+    assert differences(first.adapters, make(grad_accumulation=3, seed=1).run().adapters) > 0
+
+
+@pytest.mark.parametrize("kind", ["granite", "llama"])
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+def test_the_loss_falls(kind, checkpoint, make, request):
+    """Six updates on seven pairs lower the loss of all pairs, trained and held out."""
+    folder = request.getfixturevalue(kind)
+    run = make(
+        model=folder,
+        epochs=6,
+        grad_accumulation=7,
+        learning_rate=3e-3,
+        grad_checkpoint=checkpoint,
+    ).run()
+    losses = [row["loss"] for row in run.updates]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.55
+    assert run.updates[-1]["rewards/accuracies"] == 1
+    assert run.evaluations[-1]["eval_loss"] < 0.6
+
+
+# What is kept -----------------------------------------------------------------------------------
+
+
+def evaluate_folder(run, folder):
+    """The loss of the valid pairs under the saved adapters, loaded by mlx-lm."""
+    model, *_ = mlx_lm.load(run.config.model, adapter_path=str(folder))
+    engine = Engine(model)
+    scores = [engine.score(e.pair, e.reference, run.config.dpo) for e in run.valid]
+    return summarise(scores, run.config.dpo.beta)["loss"]
+
+
+def test_the_best_adapters_are_kept(make):
+    """run_dir/adapters has the lowest valid loss of all evaluations; `last` is the last."""
+    run = make(epochs=2, grad_accumulation=2, eval_every=3).run()
+    assert [row["iteration"] for row in run.evaluations] == [0, 3, 6, 8]
+    losses = {row["iteration"]: row["eval_loss"] for row in run.evaluations}
+    best = min(losses, key=losses.__getitem__)
+    assert (run.outcome.best_update, run.outcome.best_loss) == (best, losses[best])
+    assert evaluate_folder(run, run.config.run / "adapters") == pytest.approx(
+        losses[best], rel=1e-5
+    )
+    last = run.config.run / "checkpoints/last"
+    assert evaluate_folder(run, last) == pytest.approx(losses[8], rel=1e-5)
+
+
+def test_a_run_that_only_hurts_keeps_its_start(make):
+    """Valid pairs that prefer the opposite get worse from the first update on: B stays zero."""
+    run = make(valid_pairs=[swapped(p) for p in VALID], eval_every=1, grad_accumulation=3).run()
+    losses = [row["eval_loss"] for row in run.evaluations]
+    assert losses[0] == min(losses) and losses[-1] > losses[0]
+    assert run.outcome.best_update == 0
+    kept = mx.load(str(run.config.run / "adapters/adapters.safetensors"))
+    assert isinstance(kept, dict)
+    assert all(mx.abs(v).max().item() == 0 for k, v in kept.items() if k.endswith("lora_b"))
+
+
+def test_evaluation_changes_nothing(make):
+    """How often a run is evaluated does not touch what is learned."""
+    rare = make(grad_accumulation=2).run().adapters
+    often = make(grad_accumulation=2, eval_every=1).run().adapters
+    assert differences(rare, often) == 0
+
+
+def test_metrics_carry_trl_s_names(make):
+    """Dashboards made for TRL read these files: its names, with eval_ before those of valid."""
+    run = make(grad_accumulation=4).run()
+    shared = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    }
+    assert shared | {"grad_norm", "learning_rate", "epoch"} <= run.updates[0].keys()
+    assert {f"eval_{name}" for name in shared} <= run.evaluations[0].keys()
+    numbers = [v for row in run.metrics for v in row.values() if isinstance(v, int | float)]
+    assert all(math.isfinite(v) for v in numbers)

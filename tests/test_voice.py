@@ -1,0 +1,158 @@
+"""The measures of voice and fluency on texts whose answer is known."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from dpo_mlx import voice
+
+NOUNS = ["sky", "sea", "salt", "moon", "bread", "rust", "echo", "frost", "wheel", "spring"]
+VERBS = ["bends", "pulls", "warms", "keeps", "moves", "splits", "holds", "feeds"]
+
+
+def sentence(draw: random.Random) -> str:
+    return f"the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)}"
+
+
+def plain(draw: random.Random, sentences: int = 4) -> str:
+    return ". ".join(sentence(draw).capitalize() for _ in range(sentences)) + "."
+
+
+def teacher(draw: random.Random) -> str:
+    first, image, end = sentence(draw), sentence(draw), plain(draw, 2)
+    return f"**{first.capitalize()}.** Think of it like {image}. So, {end}"
+
+
+def many(make, count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [make(draw) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def classifier() -> voice.VoiceClassifier:
+    return voice.fit(many(teacher, 60, 0), many(plain, 60, 1))
+
+
+def test_two_voices_are_told_apart(classifier):
+    """Texts not seen in fitting fall on their side, all of them."""
+    assert classifier.accuracy(many(teacher, 60, 2), many(plain, 60, 3)) == 1.0
+
+
+def test_one_voice_is_at_chance():
+    """Where there is no difference none is found: the measure does not flatter."""
+    classifier = voice.fit(many(plain, 60, 0), many(plain, 60, 1))
+    assert 0.3 < classifier.accuracy(many(plain, 200, 2), many(plain, 200, 3)) < 0.7
+
+
+def test_probability_is_the_sigmoid_of_the_score(classifier):
+    """0 to 1, one a text, above a half where the score is above 0."""
+    texts = [*many(teacher, 5, 4), *many(plain, 5, 5)]
+    probability = classifier.probability(texts)
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-classifier.score(texts))))
+    assert probability.shape == (10,)
+    assert (probability > 0.5).tolist() == [True] * 5 + [False] * 5
+
+
+def test_extreme_scores_stay_numbers():
+    """No overflow: log-odds of a million are certainty."""
+    sure = voice.VoiceClassifier(np.zeros(voice.FEATURES), 1e6)
+    assert sure.probability(["x"]) == [1.0]
+    assert voice.VoiceClassifier(np.zeros(voice.FEATURES), -1e6).probability(["x"]) == [0.0]
+
+
+def test_length_does_not_count(classifier):
+    """A text said twice is as much in the voice as said once."""
+    texts = [*many(teacher, 10, 6), *many(plain, 10, 7)]
+    once, twice = (classifier.probability([(t + " ") * n for t in texts]) for n in (1, 2))
+    np.testing.assert_allclose(once, twice, atol=0.02)
+
+
+def test_fit_is_the_minimum():
+    """300 steps are enough: the gradient of the penalised loss is nearly zero."""
+    chosen, rejected = many(teacher, 20, 0), many(plain, 20, 1)
+    fitted = voice.fit(chosen, rejected)
+    x = voice.features([*chosen, *rejected])
+    error = (fitted.probability([*chosen, *rejected]) - np.repeat([1, 0], 20)) / 40
+    assert np.abs(x.T @ error + voice.RIDGE * fitted.weight).max() < 1e-3
+    assert abs(error.sum()) < 1e-3
+
+
+def test_accuracy_weighs_both_sides_the_same():
+    """Nine rejected answers do not outvote one chosen: calling all rejected is right by half."""
+    never = voice.VoiceClassifier(np.zeros(voice.FEATURES), -1.0)
+    assert never.accuracy(["a"], ["b"] * 9) == 0.5
+
+
+@pytest.mark.parametrize("text", ["abc", "é🙂日本", "a b " * 500, "ab"])
+def test_rows_have_length_one(text):
+    """A row's length does not depend on the text's."""
+    assert voice.features([text]).shape == (1, voice.FEATURES)
+    assert np.linalg.norm(voice.features([text])) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_text_without_ngrams_is_zero(text):
+    """Too short to tell: a row of zeros, no division by zero, the score is the bias."""
+    assert not voice.features([text]).any()
+    assert voice.VoiceClassifier(np.ones(voice.FEATURES), 0.25).score([text]) == [0.25]
+
+
+def slot(ngram: str) -> int:
+    """The hash in whole numbers: a polynomial in the code points, mixed, its upper 14 bits."""
+    value = len(ngram)
+    for letter in ngram:
+        value = (value * 0x9E3779B97F4A7C15 + ord(letter)) % 2**64
+    return (value * 0xD6E8FEB86659FD93) % 2**64 >> 50
+
+
+def test_features_by_hand():
+    """In aaab: aa twice, ab, aaa, aab, aaab; roots of the counts, scaled to length one."""
+    expected = np.zeros(voice.FEATURES)
+    for ngram, count in {"aa": 2, "ab": 1, "aaa": 1, "aab": 1, "aaab": 1}.items():
+        expected[slot(ngram)] = np.sqrt(count / 6)
+    np.testing.assert_allclose(voice.features(["aaab"])[0], expected, atol=1e-12)
+
+
+PROGRAM = """
+import hashlib
+from dpo_mlx import voice
+slots = voice.features(["abc"])[0].nonzero()[0].tolist()
+print(hashlib.sha256(repr(slots).encode()).hexdigest())
+"""
+
+
+def test_hash_is_the_same_everywhere():
+    """A report means the same on another day and machine: no salted hash, a fixed digest."""
+    other = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={"PYTHONPATH": str(REPOSITORY / "scripts"), "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    slots = sorted(map(slot, ["ab", "bc", "abc"]))
+    assert other.stdout.strip() == hashlib.sha256(repr(slots).encode()).hexdigest()
+    assert slots == [12511, 13508, 14812]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 1.0),
+        ("word", 1.0),
+        ("a b c", 1.0),
+        ("a a a a a", 1 / 4),  # (a, a) four times
+        ("a b a b", 2 / 3),  # (a, b), (b, a), (a, b)
+        ("a  b\na b", 2 / 3),  # blanks do not count
+        ("hormonal " * 101, 1 / 100),
+    ],
+)
+def test_distinct_bigrams_by_hand(text, share):
+    """The run that collapsed scores one hundredth, running text near one."""
+    assert voice.distinct_bigrams(text) == pytest.approx(share)
