@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 def folder(source: Path, path: Path) -> Path:
-    """A folder as the hub has it, of the MLX folder `source`; config and tokenizer as they stand."""
+    """A folder as the hub has it, of the MLX folder `source`; all but the weights as it stands."""
     shutil.copytree(source, path)
     weights: Any = mx.load(str(source / "model.safetensors"))
     kind = json.loads((source / "config.json").read_text())["model_type"]
@@ -41,9 +41,10 @@ def load(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, report = loaded
     faults = {k: v for k, v in report.items() if v}
     assert not faults, faults
     return model.eval()

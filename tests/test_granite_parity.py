@@ -1,7 +1,8 @@
 """mlx-lm's Granite against transformers' on the same random weights, where dt is small too.
 
-Mamba's step dt = softplus(projection + dt_bias). mlx-lm clamps it to `time_step_limit`, (0.001, 100)
-when config.json has no such key; transformers' default is (0, infinity), llama.cpp knows no limit.
+Mamba's step is dt = softplus(projection + dt_bias). mlx-lm clamps it to `time_step_limit`, which is
+(0.001, 100) when config.json has no such key; transformers' default is (0, infinity), and llama.cpp
+knows no limit.
 """
 
 import json
@@ -38,7 +39,9 @@ def logits_of_both(folder, path):
     """([L, V] of mlx-lm, the same of transformers)."""
     model, *_ = mlx_lm.load(str(folder))
     with torch.no_grad():
-        theirs = hf.load(hf.folder(folder, path))(torch.tensor(IDS)).logits[0].numpy()
+        theirs = (
+            hf.load(hf.folder(folder, path))(torch.tensor(IDS), use_cache=False).logits[0].numpy()
+        )
     return np.array(model(mx.array(IDS))[0]), theirs
 
 

@@ -9,8 +9,9 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx import logps
+from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
-from dpo_mlx.logps import Head, find_head, token_log_probs
+from dpo_mlx.logps import Head, check_head, find_head, token_log_probs
 from mlx.utils import tree_map
 from mlx_lm.models import cohere, gemma2, granite, minicpm
 
@@ -260,8 +261,15 @@ def tiny_minicpm():
     return randomised(minicpm.Model(args))
 
 
-def assert_head_is_the_models(model):
+def checked(model):
+    """Backbone and head, as the engine takes them."""
     backbone, head = find_head(model)
+    check_head(model, backbone, head)
+    return backbone, head
+
+
+def assert_head_is_the_models(model):
+    backbone, head = checked(model)
     ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     targets = mx.arange(8)
     expected = nn.log_softmax(model(ids)[0].astype(mx.float32))[mx.arange(8), targets]
@@ -319,17 +327,24 @@ def wrapper(model, logits):
     ],
     ids=["scaled", "shifted", "capped", "narrower", "nan"],
 )
-def test_find_head_refuses_an_unknown_final_step(logits, granite):
+def test_check_head_refuses_an_unknown_final_step(logits, granite):
     """A model whose logits the head does not reproduce is refused by its architecture's name."""
     model, *_ = mlx_lm.load(str(granite))
     with pytest.raises(UserError, match="architecture odd"):
-        find_head(wrapper(model, logits))
+        checked(wrapper(model, logits))
 
 
-def test_find_head_refuses_a_real_model_it_does_not_know():
+def test_check_head_refuses_a_real_model_it_does_not_know():
     """MiniCPM divides its hidden states before the head, which the config does not tell us."""
     with pytest.raises(UserError, match="architecture minicpm"):
-        find_head(tiny_minicpm())
+        checked(tiny_minicpm())
+
+
+def test_the_engine_refuses_before_any_work():
+    """An engine is not made over a head that is not the model's, unless told not to look."""
+    with pytest.raises(UserError, match="architecture minicpm"):
+        Engine(tiny_minicpm())
+    Engine(tiny_minicpm(), check=False)
 
 
 @pytest.mark.parametrize("missing", ["model", "args", "head"])

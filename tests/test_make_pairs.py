@@ -160,6 +160,21 @@ def test_copies_are_dropped_where_they_come_again(settings, questions, sampled):
     assert report(folder)["dropped"] == {"copy of another row": 1, "beyond data.limit": 14}
 
 
+def test_changed_question_is_asked_anew(settings, questions, sampled):
+    """An answer is never taken over for another question; other batches are."""
+    folder = make(settings)
+    before = {row["prompt"]: row for split in ("train", "valid") for row in rows(folder, split)}
+    questions[9]["question"] = "Why is this one new?"
+    Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in questions))
+    sampled.clear()
+    make(settings)
+    assert sampled == [8]
+    made = rows(folder, "train") + rows(folder, "valid")
+    others = {q["question"] for q in [*questions[:8], *questions[16:]]}
+    assert [row for row in made if row["prompt"] in others and row != before[row["prompt"]]] == []
+    assert "Why is this one new?" in {row["prompt"] for row in made}
+
+
 def test_edited_pairs_are_not_overwritten(settings, sampled):
     """A hand-edited file survives a skip and a change of settings; restart=true replaces it."""
     folder = make(settings, "data.limit=16")

@@ -128,6 +128,16 @@ def test_tokenizer_without_chat_template_is_refused(tmp_path):
         encoder_of(folder)
 
 
+def test_template_without_system_message_is_named(tmp_path):
+    """Gemma's and old Mistral's templates raise on a system message: the key at fault is named."""
+    folder = tiny.folder(tmp_path / "m")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    edit(folder / "tokenizer_config.json", chat_template=refusing + tiny.GRANITE_TEMPLATE)
+    assert encoder_of(folder).rendered("Why?") == RENDERED["granite"][0]
+    with pytest.raises(UserError, match="^system_prompt: .*no system"):
+        encoder_of(folder, system_prompt="Be brief.")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pair_sides_share_the_prompt(kind, encoders):
     """Chosen always ends its turn; rejected only when it ended by itself."""
@@ -161,8 +171,8 @@ def test_digest_tells_ids_and_spans_apart(encoders):
     """The reference's fingerprint changes with a token and with where the answer begins."""
     encoder = encoders["granite"]
 
-    def digest(*sides: str) -> str:
-        return pairs.digest([encoder.pair(Pair(*sides))])
+    def digest(prompt: str, chosen: str, rejected: str) -> str:
+        return pairs.digest([encoder.pair(Pair(prompt, chosen, rejected))])
 
     assert digest("q", "a", "b") == digest("q", "a", "b")
     moved = pairs.EncodedPair(pairs.Sequence((1, 2, 3), 1), pairs.Sequence((1, 2, 3), 1), 1)

@@ -80,10 +80,10 @@ def make(settings, write_config, tmp_path, llama):
     """
     count = itertools.count()
 
-    def made(train_pairs=TRAIN, valid_pairs=VALID, off=0.0, model=llama, seed=0, **train):
+    def made(train_pairs=TRAIN, valid_pairs=VALID, off=0.0, model=llama, seed=0, dpo=None, **train):
         plain = {"schedule": "constant", "warmup_ratio": 0.0, "grad_checkpoint": False}
         settings["model"] = str(model)
-        settings["seed"] = seed
+        settings["seed"], settings["dpo"] = seed, dpo or {}
         settings["run_dir"] = str(tmp_path / f"run{next(count)}")
         settings["train"] = {"learning_rate": 1e-3, "eval_every": 100, **plain, **train}
         return Run(config_module.load(write_config(settings)), train_pairs, valid_pairs, off)
@@ -344,6 +344,29 @@ def test_the_best_adapters_are_kept(make):
     )
     last = run.config.run / "checkpoints/last"
     assert evaluate_folder(run, last) == pytest.approx(losses[8], rel=1e-5)
+
+
+def test_the_best_counts_what_is_minimised(make):
+    """With nll_weight the best adapters are those of the lowest sum, not of the lowest loss.
+
+    Valid pairs that prefer the opposite: their preference loss is least at the start, their chosen
+    answers' likelihood still rises with the tokens they share with the trained ones.
+    """
+    run = make(
+        valid_pairs=[swapped(p) for p in VALID],
+        epochs=3,
+        grad_accumulation=7,
+        eval_every=1,
+        dpo={"nll_weight": 20.0},
+    ).run()
+    rows = run.evaluations
+    sums = [row["eval_loss"] + 20 * row["eval_nll_loss"] for row in rows]
+    assert run.outcome.best_loss == pytest.approx(min(sums), rel=1e-6)
+    assert run.outcome.best_update == rows[int(np.argmin(sums))]["iteration"] > 0
+    assert min(row["eval_loss"] for row in rows) == rows[0]["eval_loss"]
+    for name in ("loss", "eval_loss"):
+        first = next(row[name] for row in run.metrics if name in row)
+        assert first == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_a_run_that_only_hurts_keeps_its_start(make):

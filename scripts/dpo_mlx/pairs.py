@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from . import jsonl
 from .errors import UserError
 
@@ -56,7 +58,7 @@ class Encoder:
     """Text to token ids with a model's tokenizer and chat template.
 
     Prompt and answer are tokenised apart and joined as ids, so that no token spans the two.
-    Raises UserError when the tokenizer has no chat template.
+    Raises UserError when the tokenizer has no chat template, or it takes no system message.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str = "") -> None:
@@ -65,6 +67,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.end_of_turn = self._end_of_turn()
+        try:
+            self.rendered("Q")
+        except TemplateError as error:
+            raise UserError(
+                f'system_prompt: the model\'s chat template refuses it ({error}); set it to ""'
+            ) from error
 
     def prompt(self, question: str) -> list[int]:
         """Ids of the rendered question, up to where the answer begins."""

@@ -1,0 +1,166 @@
+"""What the benchmarks share: measured processes, the peers' environments, tables and files.
+
+Nothing here imports mlx, torch or this project: the workers of peers use it in their environments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "data/benchmarks"  # git-ignored
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]
+
+Values = dict[str, Any]
+
+# LoRA and loss of every run, ours or a peer's.
+LORA_RANK, LORA_SCALE = 8, 20.0
+LEARNING_RATE, BETA = 1e-5, 0.1
+
+
+def start(main: Callable[[], None], worker: Callable[[Values], Values]) -> None:
+    """Run `main`, or `worker` when `measure` started this script as a measured process."""
+    if sys.argv[1:2] != ["--worker"]:
+        return main()
+    task, answer = map(Path, sys.argv[2:])
+    result = worker(json.loads(task.read_text()))
+    answer.write_text(json.dumps({"peak_rss": peak_rss(), **result}))
+
+
+def measure(script: str, task: Values, python: str = sys.executable, mlx: bool = True) -> Values:
+    """What the worker of `script` returns for `task`, in a fresh process with a peak of its own.
+
+    The process may take what memory is free now, so that one that takes more fails alone:
+    {"failed": why}.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder, "task.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps(task))
+        process = subprocess.run(
+            [python, str(Path(__file__).parent / script), "--worker", str(asked), str(answer)],
+            env=environment(mlx),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=limit_memory,
+        )
+        if answer.is_file():
+            return json.loads(answer.read_text())
+    lines = process.stdout.splitlines()
+    print("\n".join(lines[-12:]), file=sys.stderr)
+    return {"failed": f"exit code {process.returncode}: {lines[-1][:200] if lines else ''}"}
+
+
+def environment(mlx: bool) -> dict[str, str]:
+    """OpenBLAS goes before MLX on Linux; torch brings its own and becomes slower by another's."""
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env.pop("LD_PRELOAD", None)
+    if mlx and (library := openblas()):
+        env["LD_PRELOAD"] = library
+    return env
+
+
+def openblas() -> str:
+    """As scripts/environment.sh finds it; "" where there is none or none is needed."""
+    if platform.system() != "Linux" or not shutil.which("ldconfig"):
+        return ""
+    known = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+    return "libopenblas.so.0" if "libopenblas.so.0 " in known else ""
+
+
+def limit_memory() -> None:
+    """On a CPU only: a GPU's driver reserves addresses beyond what it uses."""
+    info = Path("/proc/meminfo")
+    if info.is_file() and not Path("/dev/nvidiactl").exists():
+        available = next(r for r in info.read_text().splitlines() if r.startswith("MemAvailable"))
+        free = int(available.split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (free, free))
+
+
+def peak_rss() -> int:
+    """Bytes of memory this process held at most. On Linux ru_maxrss would count the parent's too."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(r for r in status.read_text().splitlines() if r.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def venv(name: str, requirements: list[str]) -> str:
+    """The Python of a virtual environment with these packages, made where it is not there yet."""
+    folder = DATA / "venvs" / name
+    python, stamp = str(folder / "bin/python"), folder / "requirements.txt"
+    if not stamp.is_file() or stamp.read_text().split() != requirements:
+        print(f"installing {' '.join(requirements)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+        subprocess.run([*pip, *requirements], check=True)
+        stamp.write_text("\n".join(requirements))
+    return python
+
+
+def pins(*prefixes: str) -> list[str]:
+    """name==version of the installed packages whose names begin so: peers get the same."""
+    found = {f"{d.name}=={d.version}" for d in distributions() if d.name.startswith(prefixes)}
+    return sorted(found)
+
+
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--out", type=Path, default=DATA / f"{name}.json", help="the JSON file")
+    return made
+
+
+def numbers(text: str) -> list[int]:
+    """An option's value like 4,7,10."""
+    return [int(part) for part in text.split(",")]
+
+
+def table(title: str, rows: list[Values]) -> None:
+    """Print rows of one set of keys under their names."""
+    columns = list(rows[0]) if rows else []
+    cells = [columns, *([_cell(row[c]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    print(f"\n{title}")
+    for line in cells:
+        both = zip(line, widths, strict=True)
+        print("  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(both)))
+    sys.stdout.flush()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
+
+
+def gigabytes(count: float | None) -> float | None:
+    return None if count is None else round(count / 1e9, 3)
+
+
+def save(args: argparse.Namespace, results: Values) -> None:
+    """Write what was measured, with the options and the versions behind it."""
+    about = {
+        "options": {k: str(v) for k, v in vars(args).items() if k not in ("out", "model")},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "openblas": bool(openblas()),
+        "versions": pins("mlx", "transformers", "numpy"),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**about, **results}, indent=2) + "\n")
+    print(f"\nwritten: {args.out.name}")

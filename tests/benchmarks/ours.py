@@ -1,0 +1,187 @@
+"""This project's side of the benchmarks: models to train, random pairs, and the real trainer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import mlx.core as mx
+import numpy as np
+import tiny
+from dpo_mlx import models
+from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, TrainConfig
+from dpo_mlx.engine import Engine
+from dpo_mlx.pairs import EncodedPair, Sequence
+from dpo_mlx.reference import Reference
+from dpo_mlx.trainer import Example, Trainer, groups
+from mlx.utils import tree_flatten
+from mlx_lm.models import granitemoehybrid
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+PROMPT = 32  # tokens of a random pair's prompt
+LORA = LoraConfig(rank=common.LORA_RANK, scale=common.LORA_SCALE)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update: its seconds, and MLX's peak memory during it in bytes."""
+
+    seconds: float
+    peak: int
+
+
+def granite_config(layers: int, dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+    """Granite 4.0 H-Micro's true geometry with its first `layers` layers."""
+    geometry = {
+        "vocab_size": 100352,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "shared_intermediate_size": 8192,
+        "num_hidden_layers": layers,
+        "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(layers)],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "attention_multiplier": 0.015625,
+        "mamba_n_heads": 64,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "max_position_embeddings": 131072,
+        "torch_dtype": dtype,
+    }
+    return tiny.config("granite", **{**geometry, **changes})
+
+
+def granite(layers: int, dtype: str = "float32") -> Any:
+    """A random model of that geometry; nothing is in memory until it is evaluated."""
+    made = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(granite_config(layers)))
+    made.set_dtype(getattr(mx, dtype))
+    return made.eval()
+
+
+def materialise(model: Any) -> None:
+    """Evaluate the weights one by one: random bits take memory of their own."""
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)
+
+
+def load(task: common.Values) -> Any:
+    """The model of a task, with adapters: `model` is a folder, a number of Granite's layers at its
+    true width, or a tiny model's kind.
+    """
+    mx.random.seed(0)
+    name = task["model"]
+    if isinstance(name, int):
+        model = granite(name, task.get("dtype", "float32"))
+        materialise(model)
+    elif name in tiny.SPECIAL:
+        model = tiny.model(tiny.config(name))
+    else:
+        model = models.load(name).model
+    models.attach_lora(model, LORA)
+    return model
+
+
+def random_pair(model: Any, answer: int, seed: int = 0, prompt: int = PROMPT) -> EncodedPair:
+    """A pair of random ids whose answers both have `answer` tokens."""
+    vocabulary = model.model.embed_tokens.weight.shape[0]
+    ids = np.random.default_rng(seed).integers(vocabulary, size=(2, answer)).tolist()
+    chosen, rejected = (Sequence((*range(prompt), *side), prompt) for side in ids)
+    return EncodedPair(chosen, rejected, seed)
+
+
+def examples(model: Any, pairs: list[EncodedPair]) -> list[Example]:
+    engine = Engine(model)
+    return [
+        Example(p, Reference(engine.log_prob(p.chosen), engine.log_prob(p.rejected))) for p in pairs
+    ]
+
+
+def train(
+    model: Any,
+    examples: list[Example],
+    checkpoint: bool,
+    epochs: int = 1,
+    after: Callable[[int], None] = lambda update: None,
+) -> list[Step]:
+    """One update a pair, in the order given in the first epoch, by the project's Trainer.
+
+    Its first update is a warm-up and left out. `after` runs after each update, untimed.
+    """
+    settings = TrainConfig(
+        learning_rate=common.LEARNING_RATE,
+        epochs=epochs,
+        grad_accumulation=1,
+        schedule="constant",
+        warmup_ratio=0.0,
+        grad_checkpoint=checkpoint,
+        eval_every=10**9,
+    )
+    ordered = list(examples)  # the trainer's shuffle of the first epoch, undone
+    shuffled = groups(settings, len(examples), 0)
+    for example, (_, [index]) in zip(examples, shuffled, strict=False):
+        ordered[index] = example
+    clock = Clock(after)
+    with tempfile.TemporaryDirectory() as run:
+        config = Config(
+            model="",
+            run_dir=run,
+            data=DataConfig(source="", train_pairs="", valid_pairs=""),
+            train=settings,
+            lora=LORA,
+            dpo=DpoConfig(beta=common.BETA),
+        )
+        shortest = min(examples, key=lambda example: example.pair.length)
+        trainer = Trainer(model, config, ordered, [shortest], clock)
+        # The first update already is of the memory of all others.
+        trainer.optimizer.init(model.trainable_parameters())
+        mx.eval(trainer.optimizer.state)
+        trainer.run()
+    return clock.steps[1:] or clock.steps
+
+
+class Clock(TrainingCallback):
+    """Times each update from the report of the one before."""
+
+    def __init__(self, after: Callable[[int], None]) -> None:
+        self.steps: list[Step] = []
+        self._after = after
+        self._since = time.perf_counter()
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        step = Step(time.perf_counter() - self._since, mx.get_peak_memory())
+        self.steps.append(step)
+        self._after(train_info["iteration"])
+        self._since = time.perf_counter()
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        pass
+
+
+def summary(steps: list[Step]) -> common.Values:
+    return {
+        "steps": [asdict(step) for step in steps],
+        "seconds": float(np.mean([step.seconds for step in steps])),
+        "median_seconds": float(np.median([step.seconds for step in steps])),
+        "peak_mlx": max(step.peak for step in steps),
+    }
+
+
+def granite_folder(path: Path, layers: int, tokenizer: Path) -> None:
+    """A random model of Granite's width as an MLX folder, with the tokenizer files of another."""
+    path.mkdir(parents=True)
+    mx.random.seed(0)
+    model = granite(layers)
+    materialise(model)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    known = json.loads((tokenizer / "config.json").read_text())
+    ends = {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (path / "config.json").write_text(json.dumps(granite_config(layers, **ends)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((tokenizer / name).read_bytes())
