@@ -9,6 +9,7 @@ use_venv() {
     [ -x "$folder/bin/pip" ] || make_venv "$folder"
     . "$folder/bin/activate"
   fi
+  PATH="$VIRTUAL_ENV/bin:$PATH"
   local stamp="$VIRTUAL_ENV/.installed-$(basename "$folder")"
   if ! cat "$@" | cmp -s - "$stamp"; then
     echo "setting up $VIRTUAL_ENV from $*"

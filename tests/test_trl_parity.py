@@ -34,8 +34,6 @@ import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-# More threads only get in one another's way on models this small.
-torch.set_num_threads(1)
 
 # Rank and scale of all adapters here; the layers are those that both libraries have. Granite's
 # gate and up are one layer in transformers.
@@ -57,6 +55,15 @@ PAIRS = [
     Pair("Is it hot?", " Blank first, then hot.", "Hot", line=3),
     Pair("How big?", "\n\nNewlines before big: **big**", "As big as 1234.", line=4),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads only get in one another's way on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Recorder(trl.DPOTrainer):

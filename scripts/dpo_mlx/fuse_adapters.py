@@ -32,6 +32,12 @@ def fuse_adapters(config: Config) -> None:
     if stamp.is_current(stamp_path, inputs, [fused, report]):
         print(f"11: {fused} is up to date, skipped")
         return
+    trained = stamp.read(stamp.path(config.run, "10_train_dpo"))
+    if trained is not None and trained["model files"] != inputs["model files"]:
+        raise UserError(
+            f"{adapters}: were not trained on {config.model} as it is now; set model to the one "
+            "they were trained on, or run 10_train_dpo.py again"
+        )
     loaded = models.load(config.model)
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     valid, _ = pairs.encode_all(
@@ -41,6 +47,7 @@ def fuse_adapters(config: Config) -> None:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
     checked = valid[: config.fuse.check_pairs]
     base = _log_probs(loaded, checked)
+    del loaded  # one model in memory at a time
     loaded = models.load(config.model, adapters)
     with_adapters = _log_probs(loaded, checked)
     models.fuse(loaded.model)

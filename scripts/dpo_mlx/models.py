@@ -127,14 +127,6 @@ def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
     model.eval()
 
 
-def check_lora(model: nn.Module, lora: LoraConfig) -> None:
-    """Raises what `attach_lora` would, and leaves the layers as they were."""
-    attach_lora(model, lora)
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LORA_LAYERS)]
-    plain = [(name, m["linear"] if "linear" in m else m["embedding"]) for name, m in layers]
-    model.update_modules(tree_unflatten(plain))
-
-
 def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, Any]]:
     parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
     if lora.keys is not None:

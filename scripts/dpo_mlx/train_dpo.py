@@ -81,7 +81,6 @@ def prepare(config: Config) -> Job:
         )
     if not encoded[VALID]:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
-    models.check_lora(loaded.model, config.lora)  # now, not after hours of reference
     models.bound_memory()
     mx.random.seed(config.seed)
     models.attach_lora(loaded.model, config.lora)

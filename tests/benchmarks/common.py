@@ -134,7 +134,7 @@ def numbers(text: str) -> list[int]:
 def table(title: str, rows: list[Values]) -> None:
     """Print rows of one set of keys under their names."""
     columns = list(rows[0]) if rows else []
-    cells = [columns, *([_cell(row[c]) for c in columns] for row in rows)]
+    cells = [columns, *([cell(row[c]) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print(f"\n{title}")
     for line in cells:
@@ -143,7 +143,7 @@ def table(title: str, rows: list[Values]) -> None:
     sys.stdout.flush()
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
