@@ -13,7 +13,6 @@ from typing import Any
 import mlx_lm
 import pytest
 from conftest import REPOSITORY
-
 from dpo_mlx import jsonl
 
 CONFIG = REPOSITORY / "config" / "mlx_granite-4.0-h-micro_dpo.yaml"

@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 
 import hf  # noqa: E402
 import torch  # noqa: E402
+from dpo_mlx import models  # noqa: E402
 
 INFINITY = float("inf")
 IDS = np.random.default_rng(0).integers(4, 250, size=(1, 150))
@@ -110,3 +111,22 @@ def test_a_limit_given_at_loading_is_that_of_the_config(tmp_path):
     assert mx.array_equal(given(ids), expected(ids))
     default, *_ = mlx_lm.load(str(plain))
     assert not mx.allclose(default(ids), expected(ids), atol=1e-5)
+
+
+def test_trained_and_fused_run_without_the_clamp(tmp_path):
+    """What is trained has transformers' logits, and so has the fused folder in plain mlx-lm."""
+    folder = granite_folder(tmp_path / "mlx", dt_bias=-8.0)
+    loaded = models.load(str(folder))
+    models.save(loaded.model, loaded.folder, tmp_path / "fused")
+    fused, *_ = mlx_lm.load(str(tmp_path / "fused"))
+    _, theirs = logits_of_both(folder, tmp_path / "hf")
+    for model in (loaded.model, fused):
+        ours = np.array(model(mx.array(IDS))[0])
+        assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-5
+
+
+def test_a_limit_of_the_model_s_own_is_not_touched(tmp_path):
+    """A config.json that sets the limit, and every other architecture, is left as it is."""
+    own = granite_folder(tmp_path / "own", time_step_limit=[0.01, 1.0])
+    assert models.config_additions(own) == {}
+    assert models.config_additions(tiny.folder(tmp_path / "llama", "llama")) == {}

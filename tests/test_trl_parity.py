@@ -34,7 +34,6 @@ import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-
 # Rank and scale of all adapters here; the layers are those that both libraries have. Granite's
 # gate and up are one layer in transformers.
 RANK, SCALE = 4, 8.0

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from .config import DpoConfig
-from .logps import check_head, find_head, token_log_probs
+from .logps import check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Sides, objective, preference_loss, rewards
 from .pairs import EncodedPair, Sequence
 from .reference import Reference
@@ -49,7 +49,8 @@ class Engine:
 
     def log_prob(self, sequence: Sequence) -> float:
         """log p(answer | prompt), the sum over the answer's tokens, in nats."""
-        return float(self._answer_log_prob(sequence))
+        hidden, targets = self._answer(sequence)
+        return float(token_log_probs(hidden, targets, self._head).sum())
 
     def score(self, pair: EncodedPair, reference: Reference, settings: DpoConfig) -> PairScore:
         """A pair's loss and log-probs, without gradients."""
@@ -91,13 +92,19 @@ class Engine:
         return result
 
     def _answer_log_prob(self, sequence: Sequence) -> mx.array:
-        """A float32 scalar. Position t predicts token t + 1: the answer's tokens
-        ids[prompt_length:] are scored by the hidden states prompt_length - 1 to L - 2.
+        hidden, targets = self._answer(sequence)
+        return differentiable_log_probs(hidden, targets, self._head).sum()
+
+    def _answer(self, sequence: Sequence) -> tuple[mx.array, mx.array]:
+        """(hidden states [T, D], answer tokens [T] they predict).
+
+        Position t predicts token t + 1: the answer's tokens ids[prompt_length:] are scored by the
+        hidden states prompt_length - 1 to L - 2.
         """
         ids = mx.array(sequence.ids)
         hidden = self._backbone(ids[None, :-1], self._caches)[0]
         start = sequence.prompt_length
-        return token_log_probs(hidden[start - 1 :], ids[start:], self._head).sum()
+        return hidden[start - 1 :], ids[start:]
 
 
 def _constants(pair: EncodedPair, reference: Reference) -> tuple[Sides, Sides]:

@@ -105,7 +105,12 @@ def _unknown_head(model: nn.Module) -> UserError:
 
 
 def token_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
-    """log p(target) at each position, [T] float32, of hidden [T, D] and targets [T].
+    """log p(target) at each position, [T] float32, of hidden [T, D] and targets [T]."""
+    return _scores_and_slopes(hidden, targets, head)[0]
+
+
+def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
+    """The same, with a gradient; the slopes are computed too, whether they are used or not.
 
     Differentiable in `hidden` alone; the head is frozen. The backward pass only scales what the
     forward pass kept, [T, D].

@@ -17,12 +17,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import hf_repo_to_path, save_model
+from mlx_lm.utils import hf_repo_to_path, load_config, save_model
 
 from . import jsonl
 from .config import LoraConfig
 from .errors import UserError
 
+# Files of a model folder beside its weights, and the weights' index.
+SETTINGS, INDEX = (".json", ".jinja", ".model", ".txt", ".tiktoken"), "model.safetensors.index.json"
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 
@@ -43,10 +45,14 @@ def load(name: str, adapters: Path | None = None, lazy: bool = False) -> LoadedM
     Raises UserError for what cannot be loaded, naming the ways on.
     """
     try:
+        folder = _fetch(name)
         model, tokenizer, *_ = mlx_lm.load(
-            name, adapter_path=None if adapters is None else str(adapters), lazy=lazy
+            str(folder),
+            model_config=config_additions(folder),
+            adapter_path=None if adapters is None else str(adapters),
+            lazy=lazy,
         )
-        return LoadedModel(model, tokenizer, folder_of(name))
+        return LoadedModel(model, tokenizer, folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(_why_not(name, adapters, error)) from error
 
@@ -69,6 +75,28 @@ def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
     )
 
 
+def _fetch(name: str) -> Path:
+    """The local folder of a model, which mlx-lm downloads when it is not on this machine yet."""
+    try:
+        return folder_of(name)
+    except (OSError, ValueError):
+        mlx_lm.load(name, lazy=True)
+        return folder_of(name)
+
+
+def config_additions(folder: Path) -> dict[str, Any]:
+    """What a model's config.json has to say to mlx-lm and does not; nothing for most models.
+
+    Granite's Mamba blocks were trained with an unbounded time step, and transformers runs them
+    so; without `time_step_limit` mlx-lm keeps the step above 0.001. Written as a finite number,
+    as strict JSON has no infinity. A limit that the config itself sets is kept.
+    """
+    config = load_config(folder)
+    if config.get("model_type") != "granitemoehybrid" or "time_step_limit" in config:
+        return {}
+    return {"time_step_limit": [0.0, 1e9]}
+
+
 def folder_of(name: str) -> Path:
     """The local folder of a model. Raises OSError or ValueError when it is not on this machine."""
     return Path(name) if Path(name).is_dir() else hf_repo_to_path(name)
@@ -81,13 +109,13 @@ def fingerprint(name: str) -> dict[str, str] | None:
     """
     try:
         folder = folder_of(name)
+        marks = {"config.json, added": jsonl.dumps(config_additions(folder))}
     except (OSError, ValueError):
         return None
-    marks = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             marks[path.name] = _weights_mark(path)
-        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
+        elif path.suffix in SETTINGS:
             marks[path.name] = jsonl.digest(path)
     return marks
 
@@ -173,14 +201,18 @@ def fuse(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, source: Path, folder: Path) -> None:
-    """An ordinary model folder: these weights, and every other file of `source` as it stands.
+    """An ordinary model folder: these weights, and the other files of `source` as they stand,
+    but for what `config_additions` adds, so that the folder runs as it was trained.
 
     mlx-lm's own `save` asks the hub for a model card, and writes the tokenizer anew.
     """
     with new_folder(folder) as temporary:
         for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.startswith(("model", ".")):
+            if path.suffix in SETTINGS and path.name != INDEX:
                 shutil.copy(path, temporary / path.name)
+        if additions := config_additions(source):
+            config = jsonl.read_json(source / "config.json")
+            jsonl.write_json(temporary / "config.json", {**config, **additions})
         save_model(temporary, model)
 
 
