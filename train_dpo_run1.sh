@@ -5,7 +5,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
-exec 3>&1
 
 config=config/mlx_granite-4.0-h-micro_dpo.yaml
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then config=$1; shift; fi
@@ -26,6 +25,6 @@ stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "$@"
 stage scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py "$@"
 stage scripts/phase4-fine-tune-model/10_train_dpo.py "$@"
 stage scripts/phase4-fine-tune-model/11_fuse_adapters.py "$@"
-report=$(stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@" |
-  tee /dev/fd/3 | sed -n 's/^12: report: //p')
-echo "$report"
+# The report's path once more, as the last line.
+stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@" |
+  awk '{ print } sub(/^12: report: /, "") { path = $0 } END { if (path) print path }'

@@ -63,4 +63,4 @@ find_openblas() {
   fi
 }
 
-has_openblas() { ldconfig -p 2> /dev/null | grep -q 'libopenblas\.so\.0 '; }
+has_openblas() { [[ $(PATH=$PATH:/sbin ldconfig -p 2> /dev/null) == *libopenblas.so.0* ]]; }
