@@ -90,6 +90,7 @@ class TrainConfig:
     weight_decay: float = _number(0.0, low=0.0)
     max_grad_norm: float = _number(1.0, low=1e-9)
     grad_checkpoint: bool = True
+    scan_chunk: int | None = _number(64, low=1)
     eval_every: int = _number(5, low=1)
 
 

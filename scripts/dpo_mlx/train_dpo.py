@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import config as configs
-from . import jsonl, memory, metrics, models, pairs, reference, stamp
+from . import jsonl, memory, metrics, models, pairs, reference, scan, stamp
 from .config import Config
 from .engine import Engine
 from .errors import UserError
@@ -82,6 +82,8 @@ def prepare(config: Config) -> Job:
     if not encoded[VALID]:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
     models.bound_memory()
+    if config.train.scan_chunk is not None:
+        scan.use_chunks(loaded.model, config.train.scan_chunk)
     mx.random.seed(config.seed)
     models.attach_lora(loaded.model, config.lora)
     plan = _plan(config, loaded.model, encoded)
