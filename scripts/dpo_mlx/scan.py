@@ -21,10 +21,11 @@ def scan(x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, chunk
     x [L, G, R, P] in G groups of R heads, dt [L, G, R], A [G, R], B and C [L, G, N]; the result
     has the shape of x. All in float32.
     """
-    steps = (dt * a, dt[..., None] * x, b, c)
+    log_decay, u = dt * a, dt[..., None] * x
     outputs, state = [], None
     for start in range(0, x.shape[0], chunk):
-        y, state = _chunk(*(part[start : start + chunk] for part in steps), state)
+        part = slice(start, start + chunk)
+        y, state = _chunk(log_decay[part], u[part], b[part], c[part], state)
         outputs.append(y)
     return mx.concatenate(outputs)
 

@@ -34,7 +34,7 @@ import hf
 import ours
 from dpo_mlx import models, pairs, questions, reference
 from dpo_mlx.engine import Engine
-from dpo_mlx.pairs import Encoder, EncodedPair, Pair, Sequence
+from dpo_mlx.pairs import EncodedPair, Encoder, Pair, Sequence
 from dpo_mlx.trainer import Example
 
 TORCH, TRL, PEFT, MLX_LM_LORA = "2.13.0", "1.16.0", "0.21.2", "5.10.2"
@@ -223,7 +223,7 @@ def worker(task: common.Values) -> common.Values:
     seconds = time.perf_counter() - since
     examples = [Example(*both) for both in zip(encoded, kept, strict=True)]
     steps = ours.train(model, examples, task["checkpoint"])
-    return {**ours.summary(steps), "reference_seconds": seconds / len(encoded)}
+    return {**ours.summary(model, steps), "reference_seconds": seconds / len(encoded)}
 
 
 def encoded_pair(row: common.Values, line: int) -> EncodedPair:

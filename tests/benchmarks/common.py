@@ -91,7 +91,7 @@ def limit_memory() -> None:
 
 
 def peak_rss() -> int:
-    """Bytes of memory this process held at most. On Linux ru_maxrss would count the parent's too."""
+    """Bytes this process held at most: ru_maxrss, which on Linux would count the parent's too."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(r for r in status.read_text().splitlines() if r.startswith("VmHWM"))
@@ -153,10 +153,15 @@ def gigabytes(count: float | None) -> float | None:
     return None if count is None else round(count / 1e9, 3)
 
 
+def _plain(value: Any) -> str:
+    """An option without the machine's folders."""
+    return Path(value).name if isinstance(value, Path) else str(value)
+
+
 def save(args: argparse.Namespace, results: Values) -> None:
     """Write what was measured, with the options and the versions behind it."""
     about = {
-        "options": {k: str(v) for k, v in vars(args).items() if k not in ("out", "model")},
+        "options": {k: _plain(v) for k, v in vars(args).items() if k != "out"},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "openblas": bool(openblas()),
         "versions": pins("mlx", "transformers", "numpy"),

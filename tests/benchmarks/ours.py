@@ -66,7 +66,7 @@ def granite(layers: int, dtype: str = "float32") -> Any:
 
 def materialise(model: Any) -> None:
     """Evaluate the weights one by one: random bits take memory of their own."""
-    for _, array in tree_flatten(model.parameters()):
+    for array in dict(tree_flatten(model.parameters())).values():
         mx.eval(array)
 
 
@@ -163,8 +163,10 @@ class Clock(TrainingCallback):
         pass
 
 
-def summary(steps: list[Step]) -> common.Values:
+def summary(model: Any, steps: list[Step]) -> common.Values:
+    adapters: Any = dict(tree_flatten(model.trainable_parameters())).values()
     return {
+        "adapters": sum(array.size for array in adapters),
         "steps": [asdict(step) for step in steps],
         "seconds": float(np.mean([step.seconds for step in steps])),
         "median_seconds": float(np.median([step.seconds for step in steps])),

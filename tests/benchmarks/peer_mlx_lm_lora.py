@@ -10,6 +10,7 @@ from typing import Any
 import common
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm_lora.trainer.dpo_trainer import DPOTrainingArgs, train_dpo
 from mlx_lm_lora.utils import from_pretrained
@@ -82,7 +83,13 @@ def worker(task: common.Values) -> common.Values:
             training_callback=clock,
         )
     steps = clock.seconds[1:]
-    return {"seconds": sum(steps) / len(steps), "steps": steps, "peak_mlx": mx.get_peak_memory()}
+    adapters: Any = dict(tree_flatten(model.trainable_parameters())).values()
+    return {
+        "seconds": sum(steps) / len(steps),
+        "steps": steps,
+        "peak_mlx": mx.get_peak_memory(),
+        "adapters": sum(array.size for array in adapters),
+    }
 
 
 def _fit_device_info() -> None:

@@ -1,4 +1,4 @@
-"""Worker of bench_train, in TRL's own environment: its DPOTrainer with PEFT, timed by a callback."""
+"""Worker of bench_train, in TRL's own environment: its DPOTrainer with PEFT, timed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def worker(task: common.Values) -> common.Values:
             processing_class=AutoTokenizer.from_pretrained(task["folder"]),
             peft_config=peft.LoraConfig(
                 r=common.LORA_RANK,
-                lora_alpha=common.LORA_SCALE * common.LORA_RANK,
+                lora_alpha=round(common.LORA_SCALE * common.LORA_RANK),
                 lora_dropout=0.0,
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
@@ -56,6 +56,7 @@ def worker(task: common.Values) -> common.Values:
             callbacks=[clock],
         )
         trainer.train()
+    model: Any = trainer.model
     steps = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
     return {
         "seconds": sum(steps) / len(steps),
@@ -63,7 +64,7 @@ def worker(task: common.Values) -> common.Values:
         "reference_seconds": trainer.reference_seconds / len(pairs),
         "peak_cuda": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "same_ids": same_ids(trainer.train_dataset, pairs),
-        "adapter_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "adapters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
