@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hf
 import mlx_lm
 import pytest
 from conftest import REPOSITORY
@@ -20,13 +21,16 @@ CONFIG = REPOSITORY / "config" / "mlx_granite-4.0-h-micro_dpo.yaml"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, Any]:
-    """The Granite config on the plan's text rows, run twice; what was printed and written."""
+    """The Granite config on the plan's text rows and a folder in the hub's own layout, run twice;
+    what was printed and written.
+    """
     folder = tmp_path_factory.mktemp("chain")
+    model = hf.folder(granite, folder / "granite")
     source = folder / "train.jsonl"
     texts = [f"Question: Why is {n} so?\nAnswer: **It is {n}.** So take {n}." for n in range(40)]
     jsonl.write(source, [{"text": text} for text in texts])
     changes = {
-        "model": granite,
+        "model": model,
         "run_dir": folder / "run",
         "data.source": source,
         "data.train_pairs": folder / "dpo_train.jsonl",
@@ -47,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, An
 
 
 def _start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    # The tests' own environment counts as the active one, so that nothing is installed.
+    # The tests' own environment counts as the active one.
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [str(REPOSITORY / "train_dpo_run1.sh"), *arguments],
@@ -89,10 +93,10 @@ def test_training_starts_at_the_reference(run: dict[str, Any]) -> None:
     assert updates == list(range(1, len(updates) + 1))
 
 
-def test_outputs_load_with_mlx_lm(run: dict[str, Any], granite: Path) -> None:
+def test_outputs_load_with_mlx_lm(run: dict[str, Any]) -> None:
     """Decision 8: mlx-lm reads the adapters and the fused model, and they answer."""
-    folder = run["folder"] / "run"
-    for arguments in ((str(folder / "fused"), None), (str(granite), str(folder / "adapters"))):
+    folder, base = run["folder"] / "run", run["folder"] / "granite"
+    for arguments in ((str(folder / "fused"), None), (str(base), str(folder / "adapters"))):
         model, tokenizer, *_ = mlx_lm.load(arguments[0], adapter_path=arguments[1])
         assert isinstance(mlx_lm.generate(model, tokenizer, "Hi", max_tokens=4), str)
 
