@@ -23,6 +23,9 @@ from .pairs import Sequence
 # sum so far, the chosen side's and, counted in the activations, the rejected side's.
 ADAPTER_COPIES = 5
 
+# Blocks of a kind that are run at most; the more, the less a peak's chance overlaps count.
+MEASURED = 5
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,18 +72,31 @@ def nbytes(tree: Any) -> int:
 
 
 def _activations(model: nn.Module, longest: Sequence) -> int:
-    """Bytes that one gradient of the whole model takes beside weights and adapters' state."""
+    """Bytes that one gradient of the whole model takes beside weights and adapters' state.
+
+    The first blocks, at least one of each kind, are run; each further one takes what a block of
+    its kind took among them.
+    """
     kinds = _kinds(model.layers)
-    # What a block of each kind adds is the step from all blocks before its first to those and it.
-    firsts = {kind: max(kinds.index(kind), 1) for kind in set(kinds)}
-    counts = sorted({1} | set(firsts.values()) | {first + 1 for first in firsts.values()})
-    counts = [count for count in counts if count <= len(kinds)]
-    taken = {count: _taken(model, count, longest) for count in counts}
+    spans = {kind: _span(kinds, kinds.index(kind)) for kind in set(kinds)}
+    taken = {count: _taken(model, count, longest) for count in sorted(set().union(*spans.values()))}
     step = {
-        kind: taken[first + 1] - taken[first] if first + 1 in taken else 0
-        for kind, first in firsts.items()
+        kind: (taken[end] - taken[start]) // (end - start) if start < end else taken[end]
+        for kind, (start, end) in spans.items()
     }
-    return taken[1] + sum(step[kind] for kind in kinds[1:])
+    most = max(taken)
+    return taken[most] + sum(step[kind] for kind in kinds[most:])
+
+
+def _span(kinds: list[str], first: int) -> tuple[int, int]:
+    """(start, end) such that blocks start to end - 1 are alike: up to MEASURED of them from the
+    first of a kind on. The very first two blocks are always run: from the second on, one block's
+    buffers overlap with another's.
+    """
+    end = first + 1
+    while end < min(len(kinds), first + MEASURED) and kinds[end] == kinds[first]:
+        end += 1
+    return max(1, first, min(2, end - 1)), end
 
 
 def _kinds(layers: List[nn.Module]) -> list[str]:

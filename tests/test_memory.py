@@ -1,0 +1,94 @@
+"""The memory plan against the measured peak of a real training step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import tiny
+from dpo_mlx import config as configs
+from dpo_mlx import memory, models, scan
+from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
+from dpo_mlx.engine import Engine
+from dpo_mlx.errors import UserError
+from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.metrics import Callbacks
+from dpo_mlx.pairs import EncodedPair, Sequence
+from dpo_mlx.reference import Reference
+from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.trainer import Example, Trainer
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "shared_intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+GRANITE = {
+    "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,
+}
+
+
+def loaded(kind: str) -> Any:
+    """A model wide enough that activations outweigh everything that is not counted."""
+    extra = GRANITE if kind == "granite" else {}
+    model = tiny.model(tiny.config(kind, **{**WIDE, **extra}))
+    scan.use_chunks(model, 64)
+    mx.random.seed(0)
+    models.attach_lora(model, LoraConfig(rank=8))
+    return model
+
+
+def sequence(length: int = 256) -> Sequence:
+    return Sequence(tuple(i * 37 % 250 for i in range(length)), 40)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) -> None:
+    """The planned peak of an update of two pairs is within 15% of the measured one."""
+    model = loaded(kind)
+    pair = EncodedPair(sequence(), sequence(), 1)
+    config = Config(
+        model="",
+        run_dir=str(tmp_path),
+        data=DataConfig(source="", train_pairs="", valid_pairs=""),
+        train=TrainConfig(learning_rate=1e-4, grad_accumulation=2, grad_checkpoint=checkpoint),
+    )
+    with models.gradient_checkpointing(model, checkpoint):
+        plan = memory.plan(model, pair.chosen)
+    engine = Engine(model)
+    reference = Reference(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
+    examples = [Example(pair, reference)] * 4
+    trainer = Trainer(model, config, examples, examples[:1], Callbacks())
+    held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
+    trainer.run()
+    assert plan.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
+
+
+def test_refused_when_it_cannot_fit(
+    settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run larger than the machine stops before training, and says what to change."""
+    config = configs.load(write_config(settings))
+    make_pairs(config)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(UserError, match="data.max_length .* train.grad_checkpoint") as error:
+        train_dpo(config, ALL)
+    assert "\n" not in str(error.value)
+    assert not (config.run / "adapters").exists()
+
+
+def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device recommends counts; without it, the machine's memory does."""
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 11})
+    assert memory.available() == 11
+    monkeypatch.setattr(mx, "device_info", lambda: {})
+    assert memory.available() > 10**8
