@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 use_venv .venv-tests requirements.txt tests/requirements.txt
 find_openblas
 
-ruff format --check .
-ruff check .
-mypy
-LD_PRELOAD="$MLX_PRELOAD" python -m pytest "$@"
+ruff format --check --config tests/pyproject.toml .
+ruff check --config tests/pyproject.toml .
+mypy --config-file tests/pyproject.toml
+LD_PRELOAD="$MLX_PRELOAD" python -m pytest -c tests/pyproject.toml tests "$@"

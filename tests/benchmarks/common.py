@@ -146,7 +146,9 @@ def table(title: str, rows: list[Values]) -> None:
 def cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
 
 
 def gigabytes(count: float | None) -> float | None:
