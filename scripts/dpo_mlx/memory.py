@@ -7,6 +7,7 @@ architecture and checkpointing as they are, and costs seconds.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence as List
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def _taken(model: nn.Module, count: int, longest: Sequence) -> int:
     model.model.layers = layers[:count]
     try:
         mx.eval(model.parameters())  # the weights that are run count as weights
+        gc.collect()  # or arrays of others, freed while this is measured, would be taken off
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
