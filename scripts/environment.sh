@@ -41,9 +41,12 @@ apt_install() {
 find_python() {
   local name
   for name in python3.11 python3.12 python3.13 python3; do
-    if command -v "$name" > /dev/null; then echo "$name"; return; fi
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+      echo "$name"
+      return
+    fi
   done
-  echo "error: no Python found; install Python 3.11 or later" >&2
+  echo "error: no Python 3.11 or later found; install one" >&2
   return 1
 }
 

@@ -113,7 +113,7 @@ class SmokeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. `path` is the file it came from, for messages; it is not a key."""
+    """A whole run; the shipped YAML files say what each key means."""
 
     model: str
     run_dir: str
