@@ -88,8 +88,13 @@ class ChunkedMixer(GraniteMoeHybridMamba2Mixer):
         return y.reshape(1, length, -1).astype(hidden_states.dtype)
 
 
-def use_chunks(model: nn.Module, chunk: int) -> None:
-    """Give every Mamba block of a Granite this scan; other models are left as they are."""
+def use_chunks(model: nn.Module, chunk: int | None) -> None:
+    """Give every Mamba block of a Granite this scan, in chunks of so many positions.
+
+    None leaves the scan to mlx-lm; models of another kind are left as they are.
+    """
+    if chunk is None:
+        return
     for layer in model.layers:
         mixer = getattr(layer, "mamba", None)
         if type(mixer) is GraniteMoeHybridMamba2Mixer:

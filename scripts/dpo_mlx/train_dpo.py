@@ -82,8 +82,7 @@ def prepare(config: Config) -> Job:
     if not encoded[VALID]:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
     models.bound_memory()
-    if config.train.scan_chunk is not None:
-        scan.use_chunks(loaded.model, config.train.scan_chunk)
+    scan.use_chunks(loaded.model, config.train.scan_chunk)
     mx.random.seed(config.seed)
     models.attach_lora(loaded.model, config.lora)
     plan = _plan(config, loaded.model, encoded)

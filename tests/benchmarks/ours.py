@@ -14,7 +14,7 @@ import common
 import mlx.core as mx
 import numpy as np
 import tiny
-from dpo_mlx import models
+from dpo_mlx import models, scan
 from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.pairs import EncodedPair, Sequence
@@ -25,6 +25,7 @@ from mlx_lm.models import granitemoehybrid
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 PROMPT = 32  # tokens of a random pair's prompt
+SCAN_CHUNK = TrainConfig(learning_rate=0.0).scan_chunk
 LORA = LoraConfig(rank=common.LORA_RANK, scale=common.LORA_SCALE)
 
 
@@ -61,6 +62,7 @@ def granite(layers: int, dtype: str = "float32") -> Any:
     """A random model of that geometry; nothing is in memory until it is evaluated."""
     made = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(granite_config(layers)))
     made.set_dtype(getattr(mx, dtype))
+    scan.use_chunks(made, SCAN_CHUNK)
     return made.eval()
 
 
@@ -83,6 +85,7 @@ def load(task: common.Values) -> Any:
         model = tiny.model(tiny.config(name))
     else:
         model = models.load(name).model
+        scan.use_chunks(model, SCAN_CHUNK)
     models.attach_lora(model, LORA)
     return model
 
