@@ -34,9 +34,11 @@ class Head:
     def vocabulary(self) -> int:
         return self.layer.weight.shape[0]
 
-    def weight(self, rows: slice | mx.array) -> mx.array:
-        """Rows of the weight, [rows, D] float32."""
+    def weight(self, rows: slice | mx.array, after: mx.array | None = None) -> mx.array:
+        """Rows of the weight, [rows, D] float32; not before `after` is computed."""
         weight = self.layer.weight[rows]
+        if after is not None:
+            weight = mx.depends(weight, after)
         if "scales" in self.layer:
             biases = self.layer.get("biases")
             weight = mx.dequantize(
@@ -106,7 +108,7 @@ def _unknown_head(model: nn.Module) -> UserError:
 
 def token_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
     """log p(target) at each position, [T] float32, of hidden [T, D] and targets [T]."""
-    return _scores_and_slopes(hidden, targets, head)[0]
+    return _scores_and_slopes(hidden, targets, head, slopes=False)[0]
 
 
 def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
@@ -118,7 +120,7 @@ def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) ->
 
     @mx.custom_function
     def scores(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return _scores_and_slopes(hidden, targets, head)
+        return _scores_and_slopes(hidden, targets, head, slopes=True)
 
     @scores.vjp
     def scores_vjp(hidden: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -129,9 +131,11 @@ def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) ->
 
 
 def _scores_and_slopes(
-    hidden: mx.array, targets: mx.array, head: Head
+    hidden: mx.array, targets: mx.array, head: Head, slopes: bool
 ) -> tuple[mx.array, mx.array]:
     """(log p(target) [T], d(log p)/d(hidden) [T, D]), float32, in blocks of the vocabulary.
+
+    Without `slopes` the second is not to be used.
 
     With z the raw products and l(z) the logits, log p = l_target - log sum exp l, and
     d(log p)/d(hidden) = W^T (l'(z) (onehot - softmax(l))). The softmax's part is summed up block
@@ -143,7 +147,8 @@ def _scores_and_slopes(
     pull = mx.zeros_like(x)  # sum of exp(l - top) l' W
     for start in range(0, head.vocabulary, VOCABULARY_BLOCK):
         rows = slice(start, min(start + VOCABULARY_BLOCK, head.vocabulary))
-        weight = head.weight(rows)
+        # Block after block, or all of them would stand in memory in float32 at once.
+        weight = head.weight(rows, after=pull if slopes else total)
         logits = head.logits(x @ weight.T, rows)
         new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
         shrink, share = mx.exp(top - new_top), mx.exp(logits - new_top)
