@@ -13,7 +13,7 @@ from .engine import Engine
 from .errors import UserError
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
-from .train_dpo import VALID, pair_file
+from .train_dpo import VALID, pair_file, require_valid
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3
@@ -43,8 +43,7 @@ def fuse_adapters(config: Config) -> None:
     valid, _ = pairs.encode_all(
         pairs.read(pair_file(config, VALID)), encoder, config.data.max_length
     )
-    if not valid:
-        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
+    require_valid(config, valid)
     checked = valid[: config.fuse.check_pairs]
     base = _log_probs(loaded, checked)
     del loaded  # one model in memory at a time

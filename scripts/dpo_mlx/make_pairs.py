@@ -249,22 +249,23 @@ def _write(
     dropped: Counter[str],
     inputs: stamp.Inputs,
 ) -> None:
-    splits: dict[bool, list[Pair]] = {False: [], True: []}
+    splits: dict[str, list[Pair]] = {split: [] for split in files.splits}
     for row, answer in made:
         pair = Pair(row.question, row.answer, answer.text, answer.finish)
-        splits[questions.is_held_out(row.question, config.data.valid_fraction)].append(pair)
-    for held_out, path in ((False, files.train), (True, files.valid)):
-        if not splits[held_out]:
+        held_out = questions.is_held_out(row.question, config.data.valid_fraction)
+        splits["valid" if held_out else "train"].append(pair)
+    for split, path in files.splits.items():
+        if not splits[split]:
             raise UserError(
                 f"{path}: no pair would be left in it ({len(made)} in all); raise data.limit or "
                 "change data.valid_fraction"
             )
-    for held_out, path in ((False, files.train), (True, files.valid)):
-        jsonl.write(path, [_row(pair) for pair in splits[held_out]])
-    pairs = splits[False] + splits[True]
+    for split, path in files.splits.items():
+        jsonl.write(path, [_row(pair) for pair in splits[split]])
+    pairs = splits["train"] + splits["valid"]
     report = {
-        "train": len(splits[False]),
-        "valid": len(splits[True]),
+        "train": len(splits["train"]),
+        "valid": len(splits["valid"]),
         "dropped": {reason: count for reason, count in dropped.items() if count},
         "rejected_finish": dict(Counter(pair.rejected_finish for pair in pairs)),
         "tokens": {

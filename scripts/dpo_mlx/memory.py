@@ -61,10 +61,21 @@ def plan(model: nn.Module, longest: Sequence) -> Plan:
 
 def available() -> int:
     """Bytes that the device offers: Metal's recommended working set, or the machine's memory."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if recommended:
-        return int(recommended)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _recommended() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bound() -> None:
+    """On Metal, wire the recommended memory so that a large model is not paged out, and keep no
+    more freed buffers than a tenth of it: sequences of ever new lengths would pile them up.
+    """
+    if recommended := _recommended():
+        mx.set_wired_limit(recommended)
+        mx.set_cache_limit(recommended // 10)
+
+
+def _recommended() -> int:
+    """Bytes of Metal's recommended working set, 0 on other devices."""
+    return int(mx.device_info().get("max_recommended_working_set_size", 0))
 
 
 def nbytes(tree: Any) -> int:

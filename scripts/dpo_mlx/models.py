@@ -232,13 +232,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
     yield temporary
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-
-
-def bound_memory() -> None:
-    """On Metal, wire the recommended memory so that a large model is not paged out, and keep no
-    more freed buffers than a tenth of it: sequences of ever new lengths would pile them up.
-    """
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if recommended:
-        mx.set_wired_limit(int(recommended))
-        mx.set_cache_limit(int(recommended) // 10)

@@ -16,7 +16,7 @@ from .make_pairs import PairFiles
 from .pairs import STOP, EncodedPair, Encoder, Pair
 from .report import write_html
 from .sampling import Answer, sample_all
-from .train_dpo import TRAIN, VALID, pair_file, reference_inputs
+from .train_dpo import TRAIN, VALID, pair_file, reference_inputs, require_valid
 
 # Below this the classifier cannot tell the two sides apart on pairs it has not seen.
 LEAST_ACCURACY = 0.8
@@ -60,8 +60,7 @@ def _report(config: Config) -> Report:
     tuned_loaded = models.load(str(config.run / "fused"))
     encoder = Encoder(tuned_loaded.tokenizer, config.system_prompt)
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
-    if not encoded:
-        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
+    require_valid(config, encoded)
     tuned = _measure(tuned_loaded, asked, encoded, encoder, config)
     del tuned_loaded
     mx.clear_cache()

@@ -79,14 +79,19 @@ def prepare(config: Config) -> Job:
             f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs are fewer than one update "
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
-    if not encoded[VALID]:
-        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
-    models.bound_memory()
+    require_valid(config, encoded[VALID])
+    memory.bound()
     scan.use_chunks(loaded.model, config.train.scan_chunk)
     mx.random.seed(config.seed)
     models.attach_lora(loaded.model, config.lora)
     plan = _plan(config, loaded.model, encoded)
     return Job(config, loaded.model, encoded, plan)
+
+
+def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
+    """Raises UserError when no valid pair fits in `data.max_length`."""
+    if not encoded:
+        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
 
 
 def _plan(config: Config, model: nn.Module, encoded: dict[str, list[EncodedPair]]) -> memory.Plan:
