@@ -12,7 +12,7 @@ if [ $# -gt 0 ] && [[ $1 != -* ]]; then config=$1; shift; fi
 stage() {
   local script=$1; shift
   local started=$SECONDS
-  LD_PRELOAD="$MLX_PRELOAD" python "$script" --config "$config" "$@"
+  LD_PRELOAD="$MLX_PRELOAD" python "$script" --config "$config" "$@" || return
   echo "-- $(basename "$script"): $((SECONDS - started)) s"
 }
 
@@ -23,8 +23,12 @@ echo "-- set-up: $((SECONDS - started)) s"
 
 stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "$@"
 stage scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py "$@"
-stage scripts/phase4-fine-tune-model/10_train_dpo.py "$@"
+# 3: stopped by a guard. The best adapters before that are fused, and the report tells the story.
+stopped=0
+stage scripts/phase4-fine-tune-model/10_train_dpo.py "$@" || stopped=$?
+[ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"
 stage scripts/phase4-fine-tune-model/11_fuse_adapters.py "$@"
 # The report's path once more, as the last line.
 stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@" |
   awk '{ print } sub(/^12: report: /, "") { path = $0 } END { if (path) print path }'
+exit "$stopped"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import tiny
 import yaml
+from dpo_mlx import config as configs
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -69,3 +72,69 @@ def write_config(tmp_path: Path) -> Any:
         return path
 
     return write
+
+
+@pytest.fixture
+def make(settings: dict[str, Any], write_config: Any, tmp_path: Path, llama: Path) -> Any:
+    """make(key of the train section=value) -> runs.Run, each in a folder of its own.
+
+    A constant rate without warm-up or checkpointing unless said; sections beside `train` are
+    dicts, and `run` holds what else a Run takes.
+    """
+    count = itertools.count()
+
+    def made(
+        run: dict[str, Any] | None = None,
+        model: Path = llama,
+        seed: int = 0,
+        sft: dict[str, Any] | None = None,
+        dpo: dict[str, Any] | None = None,
+        guard: dict[str, Any] | None = None,
+        lora: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> runs.Run:
+        plain = {"schedule": "constant", "warmup_ratio": 0.0, "grad_checkpoint": False}
+        values = {
+            **settings,
+            "model": str(model),
+            "seed": seed,
+            "run_dir": str(tmp_path / f"run{next(count)}"),
+            "sft": sft or {},
+            "dpo": dpo or {},
+            "guard": guard or {},
+            "lora": {**settings["lora"], **(lora or {})},
+            "train": {"learning_rate": 1e-3, "eval_every": 100, **plain, **train},
+        }
+        return runs.Run(configs.load(write_config(values)), **(run or {}))
+
+    return made
+
+
+@pytest.fixture
+def job(
+    settings: dict[str, Any], write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """job(what is written after each evaluation, section={key: value}) -> (config, its path).
+
+    Seven train pairs, two valid ones, outside of the run's folder; an update for each pair and an
+    evaluation after every second. `script` may be a class in the place of `Watch`.
+    """
+    files = {f"{split}_pairs": str(tmp_path / f"{split}.jsonl") for split in ("train", "valid")}
+
+    def made(script: Any = (), **sections: Any) -> tuple[configs.Config, Path]:
+        values = {
+            **settings,
+            "data": {**settings["data"], **files},
+            "train": {"learning_rate": 1e-3, "grad_accumulation": 1, "eval_every": 2},
+        }
+        for name, changes in sections.items():
+            own = values.get(name, {})
+            values[name] = {**own, **changes} if isinstance(changes, dict) else changes
+        runs.write_pairs(Path(files["train_pairs"]), 7)
+        runs.write_pairs(Path(files["valid_pairs"]), 2)
+        watch = script if isinstance(script, type) else lambda *_: runs.Scripted(script)
+        monkeypatch.setattr("dpo_mlx.train_dpo.Watch", watch)
+        path = write_config(values)
+        return configs.load(path), path
+
+    return made

@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
     "no reference": removed(
         "run/reference",
         "10",
-        "run/reference: no complete reference",
+        "run/reference/base: no complete reference",
         "--stage precompute",
         more=("--stage", "train", "--set", "train.epochs=2"),
     ),

@@ -82,14 +82,17 @@ def test_a_second_run_skips_every_stage(run: dict[str, Any]) -> None:
 
 
 def test_training_starts_at_the_reference(run: dict[str, Any]) -> None:
-    """Decision 5: before the first update the loss is ln 2 and the margin 0."""
+    """Decision 5: before DPO's first update the loss is ln 2 and the margin 0, against the model
+    that SFT left; updates are counted through both phases.
+    """
     rows = jsonl.read_whole_lines(run["folder"] / "run" / "metrics.jsonl")
-    first_evaluation, first_update = rows[0], rows[1]
-    assert first_evaluation["iteration"] == 0
+    first_evaluation, first_update, *_ = (row for row in rows if row["phase"] == "dpo")
+    sft = [row["iteration"] for row in rows if row["phase"] == "sft"]
+    assert first_evaluation["iteration"] == max(sft) > 0
     assert first_evaluation["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first_update["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first_update["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    updates = [row["iteration"] for row in rows if "loss" in row]
+    updates = [row["iteration"] for row in rows if "nll_loss" in row]
     assert updates == list(range(1, len(updates) + 1))
 
 

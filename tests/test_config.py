@@ -65,7 +65,7 @@ def test_shipped_config_loads_with_every_key(path):
 
 def sort_like_file(keys: typing.Iterable[str]) -> list[str]:
     """Keys without a section first, then section by section in the files' order."""
-    order = ["data", "generation", "lora", "dpo", "train", "fuse", "smoke"]
+    order = ["data", "generation", "lora", "sft", "dpo", "train", "guard", "fuse", "smoke"]
     plain = ["model", "demo_model", "run_dir", "seed", "system_prompt", "report_to"]
     keys = list(keys)
     assert {key.split(".")[0] for key in keys} == {*order, *plain}
@@ -180,6 +180,11 @@ def test_number_as_yaml_text_is_a_number(value, file):
         ("lora.rank=0", "lora.rank: 0 is too small; the least is 1"),
         ("data.limit=0", "data.limit: 0 is too small; the least is 1"),
         ("data.valid_fraction=0.91", "data.valid_fraction: 0.91 is too large; the most is 0.9"),
+        ("sft.epochs=-1", "sft.epochs: -1 is too small; the least is 0"),
+        ("sft.beta=1", "sft.beta: unknown key; did you mean dpo.beta?"),
+        ("guard.max_distinct2_drop=2", "guard.max_distinct2_drop: 2.0 is too large; the most is 1"),
+        ("guard.enabled=1", "guard.enabled: expected true or false, found int 1"),
+        ("train.eval_questions=0", "train.eval_questions: 0 is too small; the least is 1"),
         ("train.learning_rate=-1e-6", "train.learning_rate: -1e-06 is too small"),
         ("seed=-1", "seed: -1 is too small; the least is 0"),
         ("seed=100000000000000000000", "seed: 100000000000000000000 is too large"),

@@ -197,6 +197,21 @@ def test_gradient_with_nll(setting, loss, checkpoint):
     assert largest_difference(gradient, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+def test_gradient_of_the_likelihood_alone(setting, checkpoint):
+    """SFT's value is the mean of minus log p over the answer's tokens, its gradient autodiff's."""
+    sequence = setting.pair.chosen
+
+    def nll(model):
+        return -plain_log_prob(model, sequence) / sequence.answer_length
+
+    with models.gradient_checkpointing(setting.model, checkpoint):
+        found, gradient = setting.engine.nll_gradient(sequence)
+    value, expected = nn.value_and_grad(setting.model, nll)(setting.model)
+    assert found == pytest.approx(value.item(), rel=1e-5)
+    assert largest_difference(gradient, expected) <= 1e-5
+
+
 def test_gradient_is_of_adapters_alone(setting):
     """Every adapter gets a gradient, and nothing else does."""
     _, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, DpoConfig())
@@ -275,6 +290,8 @@ def test_summarise_by_hand():
         "logps/rejected": -12.0,
         "logps/chosen_per_token": -31 / 6,
         "logps/rejected_per_token": -3.0,
+        "logps/chosen_change_per_token": (2 - 4 + 1) / 6,
+        "nll_loss": 31 / 6,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 

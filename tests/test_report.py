@@ -19,12 +19,13 @@ HOSTILE = [
 ]
 
 REPORT: dict[str, Any] = {
-    "verdict": {"passed": True, "summary": "Learned the voice.", "crossed": []},
+    "verdict": {"passed": True, "outcome": "learned", "summary": "It has it.", "crossed": []},
     "voice": {"share": 0.6, "base": 0.1, "tuned": 0.8, "chosen": 0.9, "classifier_accuracy": 0.97},
     "fluency": {
         "distinct2": {"base": 0.91, "tuned": 0.92, "chosen": 0.98},
-        "self_ended": {"base": 0.75, "tuned": 1.0},
-        "base_logprob_per_token": {"base": -0.6, "tuned": -1.3},
+        "longest_loop": {"base": 1.5, "tuned": 3.25, "chosen": 0.0},
+        "self_ended": {"base": 0.75, "tuned": 0.5, "chosen": 1.0},
+        "base_logprob_per_token": {"base": -0.6, "tuned": -1.3, "chosen": -3.1},
         "median_tokens": {"base": 150.0, "tuned": 117.0, "chosen": 126.0},
     },
     "preference": {
@@ -39,6 +40,7 @@ REPORT: dict[str, Any] = {
         "margin_kept": 0.99,
         "max_logprob_difference": 0.2,
     },
+    "training": {"updates": 4, "kept_update": 2, "voice": 0.8, "stopped": []},
     "run": {
         "config": {
             "model": "a/model",
@@ -66,9 +68,20 @@ REPORT: dict[str, Any] = {
 }
 
 
+def sft_row(update: int) -> dict[str, Any]:
+    return {
+        "iteration": update,
+        "phase": "sft",
+        "nll_loss": 3.0,
+        "peak_memory_gb": 2.0,
+        "tokens_per_second": 100.0,
+    }
+
+
 def train_row(update: int, **changed: float) -> dict[str, Any]:
     return {
         "iteration": update,
+        "phase": "dpo",
         "loss": 0.6,
         "rewards/margins": 0.2,
         "logps/chosen_per_token": -3.0,
@@ -79,17 +92,34 @@ def train_row(update: int, **changed: float) -> dict[str, Any]:
     }
 
 
-def valid_row(update: int, loss: float) -> dict[str, Any]:
+def valid_row(update: int, loss: float, phase: str = "dpo", voice: float = 0.5) -> dict[str, Any]:
     return {
         "iteration": update,
+        "phase": phase,
         "eval_loss": loss,
         "eval_rewards/margins": 0.1,
         "eval_logps/chosen_per_token": -3.0,
         "eval_logps/rejected_per_token": -1.0,
+        "eval_text/voice": voice,
+        "eval_text/greedy_voice": voice / 2,
+        "eval_text/distinct2": 0.9,
+        "eval_text/greedy_distinct2": 0.8,
+        "eval_text/self_ended": 1.0,
     }
 
 
-METRICS = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
+# Two updates of SFT, then two of DPO: the same model is evaluated at the end of one and at the
+# beginning of the other.
+METRICS = [
+    valid_row(0, 0.69, "sft", voice=0.0),
+    sft_row(1),
+    sft_row(2),
+    valid_row(2, 0.3, "sft"),
+    valid_row(2, 0.69),
+    train_row(3),
+    train_row(4),
+    valid_row(4, 0.5, voice=1.0),
+]
 
 
 class Page(HTMLParser):
@@ -100,21 +130,24 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.style = ""
-        self._in_style = False
+        self.heading = ""
+        self._inside = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        self._in_style = tag == "style"
+        self._inside = tag
 
     def handle_endtag(self, tag: str) -> None:
-        self._in_style = False
+        self._inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self._in_style:
+        if self._inside == "style":
             self.style += data
-        else:
-            self.text += data
+            return
+        self.text += data
+        if self._inside == "h1":
+            self.heading += data
 
     def with_class(self, name: str) -> list[dict[str, str | None]]:
         return [a for _, a in self.elements if name in (a.get("class") or "").split()]
@@ -167,7 +200,58 @@ def test_verdict_is_told_in_words(passed: bool) -> None:
     crossed = [] if passed else ["smoke.min_voice_share: 0.2 against a limit of 0.6"]
     page = Page(report.render(changed(verdict={"passed": passed, "crossed": crossed}), METRICS))
     assert ("Not passed" in page.text) is not passed
+    assert ("Passed" in page.text) is passed
     assert all(line in page.text for line in crossed)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "stopped", "expected"),
+    [
+        ("learned", [], "Learned the voice"),
+        ("unmoved", [], "Did not move"),
+        ("degenerated", [], "Degenerated"),
+        ("lost in fusing", [], "Lost in fusing"),
+        ("unmoved", ["a reason"], "Training was stopped"),
+        ("learned", ["a reason"], "Learned the voice"),
+        ("made up later", [], "Made up later"),
+    ],
+)
+def test_heading(outcome: str, stopped: list[str], expected: str) -> None:
+    """The largest words say what became of the model; a stop only where it is the cause."""
+    made = changed(verdict={"outcome": outcome}, training={"stopped": stopped})
+    assert Page(report.render(made, METRICS)).heading == expected
+
+
+def test_reasons_for_a_stop_are_told_and_escaped() -> None:
+    """Each is on the page once more than without the stop, whatever is in it, beside when it was
+    and what was kept.
+    """
+    whole = Page(report.render(REPORT, METRICS))
+    page = Page(report.render(changed(training={"stopped": HOSTILE}), METRICS))
+    for text in HOSTILE:
+        assert page.text.count(text) == whole.text.count(text) + 1
+    assert "at update 4. The adapters of update 2 are the ones kept." in page.text
+    assert {tag for tag, _ in page.elements} == {tag for tag, _ in whole.elements}
+
+
+def test_a_whole_run_was_not_stopped() -> None:
+    """Nothing of guards stopping it at the top."""
+    assert "stopped by a guard" not in Page(report.render(REPORT, METRICS)).text
+
+
+def test_untrained_adapters_are_called_so() -> None:
+    """A run stopped before anything was better keeps update 0: a model that is the base model."""
+    made = changed(training={"kept_update": 0, "stopped": ["a reason"]})
+    assert "change nothing" in Page(report.render(made, METRICS)).text
+
+
+def test_a_run_whose_training_is_unknown() -> None:
+    """Adapters may come from elsewhere: no kept line, no stop, dashes, no `None`."""
+    page = Page(report.render({**REPORT, "training": None}, METRICS))
+    assert not page.with_class("kept")
+    assert "dotted line" not in page.text
+    assert "None" not in page.text
+    assert len(Page(report.render(REPORT, METRICS)).with_class("kept")) == len(report.CURVES)
 
 
 def test_an_unknown_limit_is_still_shown() -> None:
@@ -197,10 +281,19 @@ def test_pairs_brought_by_the_user() -> None:
 
 
 def test_no_margin_to_keep() -> None:
-    """margin_kept is None when the adapters learned nothing; the length takes its place."""
+    """margin_kept is None when the adapters learned nothing; a dash stands for it."""
     page = Page(report.render(changed(fuse={"margin_kept": None}), METRICS))
-    assert "Median length" in page.text
+    assert "margin kept–" in page.text
     assert "None" not in page.text
+
+
+def test_every_measure_of_fluency_has_all_three_sides() -> None:
+    """Without the real answers beside it nobody can tell a measure of the tuned ones as good or
+    bad; the row of the longest repetition is checked by hand.
+    """
+    lines = " ".join(Page(report.render(REPORT, METRICS)).text.split())
+    assert "0 never does. 1.5 3.2 0.0 Ended by itself" in lines
+    assert "forgotten how. 75% 50% 100% Log-prob" in lines
 
 
 def test_measures_that_are_no_numbers() -> None:
@@ -208,7 +301,9 @@ def test_measures_that_are_no_numbers() -> None:
     nan_everywhere = dict.fromkeys(REPORT["voice"], math.nan)
     made = changed(
         voice=nan_everywhere,
-        fluency={"base_logprob_per_token": {"base": -0.6, "tuned": -math.inf}},
+        fluency={
+            "base_logprob_per_token": {"base": -0.6, "tuned": -math.inf, "chosen": -3.0},
+        },
     )
     page = Page(report.render(made, METRICS))
     assert not [word for word in page.text.split() if word.strip("−%") in {"nan", "inf"}]
@@ -220,9 +315,10 @@ def test_measures_that_are_no_numbers() -> None:
         [],
         [valid_row(0, 0.69)],
         [train_row(1)],
+        [valid_row(0, 0.69, "sft"), sft_row(1)],
         [valid_row(0, math.nan), train_row(1, loss=math.inf), train_row(2, loss=-math.inf)],
     ],
-    ids=["nothing", "one evaluation", "one update", "nothing finite"],
+    ids=["nothing", "one evaluation", "one update", "only sft", "nothing finite"],
 )
 def test_short_and_broken_runs_are_drawn(rows: list[dict[str, Any]]) -> None:
     """A run that stopped early or degenerated still gets a page, without a broken coordinate."""
@@ -242,15 +338,71 @@ def test_values_left_out_are_counted() -> None:
 
 def test_places_of_a_curve() -> None:
     """By hand: updates 0..2 fill 54..348, so update 1 lies at 201. Losses 0 and 1 get 6% of room,
-    so [-0.06, 1.06] fills 198..28 upwards: 0 lies at 198 - 170 * 0.06 / 1.12 = 188.89, 1 at 37.11.
+    so [-0.06, 1.06] fills 204..34 upwards: 0 lies at 204 - 170 * 0.06 / 1.12 = 194.89, 1 at 43.11.
     """
-    chart = report.chart([valid_row(0, 1.0), train_row(1, loss=1.0), valid_row(2, 0.0)], "loss", 2)
+    chart = report.chart([valid_row(0, 1.0), train_row(1, loss=1.0), valid_row(2, 0.0)], "loss", 1)
     train, valid = chart.curves
-    assert train.points == [(201, 37.11)]
-    assert valid.points == [(54, 37.11), (348, 188.89)]
-    assert valid.path == "M54 37.11L348 188.89h0"
-    assert chart.best == 348
+    assert train.points == [(201, 43.11)]
+    assert valid.points == [(54, 43.11), (348, 194.89)]
+    assert valid.path == "M54 43.11L348 194.89h0"
     assert [tick.at for tick in chart.x_ticks] == [54, 201, 348]
+
+
+def test_voice_is_drawn_over_both_phases() -> None:
+    """By hand: updates 0..4 fill 54..348, scores 0..1 fill 204..34. Greedy ones are half of it."""
+    sampled, greedy = report.chart(METRICS, "voice", 2).curves
+    assert sampled.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
+    assert greedy.points == [(54, 204), (201, 161.5), (201, 161.5), (348, 119)]
+
+
+def test_shares_are_drawn_from_0_to_1() -> None:
+    """A voice score that rises by 0.02 must not look like a voice that was learned."""
+    rows = [valid_row(0, 0.69, voice=0.1), valid_row(1, 0.69, voice=0.12)]
+    for name in ("voice", "fluency"):
+        labels = [tick.label for tick in report.chart(rows, name, None).y_ticks]
+        assert (labels[0], labels[-1]) == ("0.0", "1.0")
+
+
+@pytest.mark.parametrize("name", ["loss", "margin"])
+def test_sft_is_left_out_of_loss_and_margin(name: str) -> None:
+    """They are measured from where a phase began: SFT's 0.3 nats below the base model would be
+    joined to DPO's ln 2. The x range stays that of the whole run.
+    """
+    chart = report.chart(METRICS, name, None)
+    train, valid = chart.curves
+    assert [x for x, _ in train.points] == [274.5, 348]
+    assert [x for x, _ in valid.points] == [201, 348]
+    assert chart.x_ticks == report.chart(METRICS, "voice", None).x_ticks
+
+
+@pytest.mark.parametrize("name", report.CURVES)
+def test_lines_of_the_phase_and_of_what_was_kept(name: str) -> None:
+    """In every chart at the same place: of updates 0..4, DPO begins at 2 and 3 is kept."""
+    chart = report.chart(METRICS, name, 3)
+    assert (chart.dpo_begins, chart.kept) == (201, 274.5)
+
+
+def test_the_phase_is_named_in_every_chart() -> None:
+    """The line alone says nothing."""
+    text = Page(report.render(REPORT, METRICS)).text
+    assert text.count("DPO begins") == len(report.CURVES)
+    assert "4 updates: 2 of SFT, 2 of DPO." in text
+
+
+def test_a_run_without_sft() -> None:
+    """No line of a phase and no word of SFT; loss and margin are drawn from update 0."""
+    rows = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
+    page = Page(report.render(REPORT, rows))
+    assert not page.with_class("phase")
+    assert "SFT" not in page.text
+    assert [x for x, _ in report.chart(rows, "loss", None).curves[1].points] == [54, 348]
+
+
+def test_a_run_stopped_in_sft() -> None:
+    """DPO never began: no line says it did, and charts of DPO alone say that they are empty."""
+    page = Page(report.render(REPORT, METRICS[:4]))
+    assert not page.with_class("phase")
+    assert page.text.count("nothing measured") == len(report.ONLY_DPO)
 
 
 def test_path_of_one_place_and_of_none() -> None:
@@ -306,18 +458,11 @@ def test_boxes_of_lengths() -> None:
     assert boxes == {"chosen": {50: 207, 100: 277.5}, "rejected": {50: 136.5, 100: 348}}
 
 
-def test_best_update_is_the_first_with_the_least_loss() -> None:
-    """The trainer keeps adapters only when the loss falls: of two equal ones, the first."""
-    rows = [valid_row(0, 0.69), valid_row(4, math.nan), valid_row(8, 0.5), valid_row(12, 0.5)]
-    assert report.best_update(rows) == 8
-    assert report.best_update([train_row(1)]) is None
-
-
 def test_speed_is_a_median_and_memory_a_maximum() -> None:
     """A slow first update does not count for the speed; memory counts at its height."""
     measured = ((1, 5, 2.0), (2, 90, 3.0), (3, 95, 2.5))
     rows = [train_row(i, tokens_per_second=s, peak_memory_gb=m) for i, s, m in measured]
-    made = report.training(rows, None)
+    made = report.cost(rows)
     assert (made["tokens_per_second"], made["peak_memory_gb"], made["updates"]) == (90, 3, 3)
 
 

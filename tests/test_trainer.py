@@ -2,98 +2,19 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from dpo_mlx import config as config_module
-from dpo_mlx import jsonl, models
 from dpo_mlx.config import TrainConfig
 from dpo_mlx.engine import Engine, summarise
 from dpo_mlx.errors import UserError
-from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.guard import Kept
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Example, Trainer, count_updates, groups, learning_rate
+from dpo_mlx.trainer import Example, Stopped, count_updates, groups, learning_rate
 from mlx.utils import tree_flatten, tree_map
-
-TRAIN = [
-    Pair(f"Why {i} {word}?", f"**{word}!** Yes.", f"It is {word}, {i} times.", line=i)
-    for i, word in enumerate(["odd", "red", "hot", "big", "shy", "dry", "sad"], start=1)
-]
-VALID = [Pair("Why 9 old?", "**old!** Yes.", "It is old, 9 times.", line=1)]
-
-
-def swapped(pair):
-    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-
-
-class Run:
-    """A trainer over a fresh model with its true reference; metrics in run_dir/metrics.jsonl."""
-
-    def __init__(self, config, train=TRAIN, valid=VALID, off=0.0):
-        self.config = config
-        loaded = models.load(config.model)
-        self.model, encoder = loaded.model, Encoder(loaded.tokenizer)
-        engine = Engine(self.model)
-
-        def example(pair, off=off):
-            encoded = encoder.pair(pair)
-            chosen, rejected = engine.log_prob(encoded.chosen), engine.log_prob(encoded.rejected)
-            return Example(encoded, Reference(chosen + off, rejected))
-
-        self.train, self.valid = [example(p) for p in train], [example(p) for p in valid]
-        mx.random.seed(config.seed)
-        models.attach_lora(self.model, config.lora)
-        self.start = dict(tree_flatten(self.model.trainable_parameters()))
-        metrics = MetricsFile(config.run / "metrics.jsonl")
-        self.trainer = Trainer(self.model, config, self.train, self.valid, metrics)
-
-    def run(self):
-        self.outcome = self.trainer.run()
-        return self
-
-    @property
-    def adapters(self):
-        return dict(tree_flatten(self.model.trainable_parameters()))
-
-    @property
-    def metrics(self):
-        return jsonl.read_whole_lines(self.config.run / "metrics.jsonl")
-
-    @property
-    def updates(self):
-        return [row for row in self.metrics if "loss" in row]
-
-    @property
-    def evaluations(self):
-        return [row for row in self.metrics if "eval_loss" in row]
-
-
-@pytest.fixture
-def make(settings, write_config, tmp_path, llama):
-    """make(key of the train section=value) -> Run, each in a folder of its own.
-
-    A constant rate without warm-up or checkpointing unless said.
-    """
-    count = itertools.count()
-
-    def made(train_pairs=TRAIN, valid_pairs=VALID, off=0.0, model=llama, seed=0, dpo=None, **train):
-        plain = {"schedule": "constant", "warmup_ratio": 0.0, "grad_checkpoint": False}
-        settings["model"] = str(model)
-        settings["seed"], settings["dpo"] = seed, dpo or {}
-        settings["run_dir"] = str(tmp_path / f"run{next(count)}")
-        settings["train"] = {"learning_rate": 1e-3, "eval_every": 100, **plain, **train}
-        return Run(config_module.load(write_config(settings)), train_pairs, valid_pairs, off)
-
-    return made
-
-
-def differences(found, expected):
-    return max(float(mx.abs(found[k] - expected[k]).max()) for k in expected)
-
+from runs import VALID, differences, swapped, wrote
 
 # Which pairs ------------------------------------------------------------------------------------
 
@@ -228,7 +149,7 @@ def test_a_fresh_run_starts_at_the_reference(kind, checkpoint, make, request):
 @pytest.mark.parametrize("off", [0.5, -0.5, math.nan])
 def test_a_wrong_reference_stops_the_run(off, make):
     """A reference half a nat off, or none at all, is refused before the first update."""
-    run = make(off=off)
+    run = make({"off": off})
     with pytest.raises(UserError, match="off the reference's; delete that folder"):
         run.run()
     assert differences(run.adapters, run.start) == 0
@@ -254,7 +175,7 @@ def test_the_first_update_moves_by_the_rate(make):
     """
     rate = 1e-3
     run = make(grad_accumulation=7, learning_rate=rate).run()
-    assert run.outcome.updates == 1
+    assert run.trainer.updates == len(run.updates) == 1
     for name, after in run.adapters.items():
         moved = np.abs(np.array(after - run.start[name]))
         if name.endswith("lora_a"):
@@ -281,18 +202,27 @@ def test_gradients_are_clipped(make):
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(make, monkeypatch):
-    """NaN stops the run with the lines of its pairs; the adapters stay as they were."""
-    original = Engine.pair_gradient
+    """NaN stops the run with the lines of its pairs; the adapters stay as they were.
+
+    Seven pairs in twos; the gradients of the fifth pair and later are broken: the third update.
+    """
+    original, pairs = Engine.pair_gradient, itertools.count()
 
     def broken(self, *arguments):
         score, gradient = original(self, *arguments)
-        return score, tree_map(lambda g: g * mx.nan, gradient)
+        factor = 1 if next(pairs) < 4 else mx.nan
+        return score, tree_map(lambda g: g * factor, gradient)
 
     monkeypatch.setattr(Engine, "pair_gradient", broken)
-    run = make(grad_accumulation=2)
-    with pytest.raises(UserError, match=r"lines \[\d, \d\] is not finite"):
+    run = make(grad_accumulation=2, eval_every=2)
+    with pytest.raises(Stopped) as stop:
         run.run()
-    assert differences(run.adapters, run.start) == 0
+    (_, _), (_, _), (_, third), _ = groups(run.config.train, 7, 0)
+    assert stop.value.update == 2
+    [reason] = stop.value.reasons
+    assert f"lines {[i + 1 for i in third]} is not finite" in reason
+    assert run.config.data.train_pairs in reason
+    assert differences(run.adapters, run.checkpoint("last")) == 0
 
 
 def test_runs_repeat_to_the_last_bit(make):
@@ -321,63 +251,112 @@ def test_the_loss_falls(kind, checkpoint, make, request):
     assert run.evaluations[-1]["eval_loss"] < 0.6
 
 
+def norms_of_masks(make, **changes):
+    """Norms of three updates on one pair with dropout, which a rate of 0 leaves at the start."""
+    run = make(
+        {"train": VALID},
+        lora={"dropout": 0.5},
+        epochs=3,
+        grad_accumulation=1,
+        learning_rate=0,
+        **changes,
+    )
+    return [row["grad_norm"] for row in run.run().updates]
+
+
+def test_dropout_depends_on_the_update_alone(make, monkeypatch):
+    """Each update has masks of its own, whatever was drawn to sample answers before it."""
+    norms = norms_of_masks(make)
+    assert len(set(norms)) == 3
+    monkeypatch.setattr(
+        "runs.Scripted.__call__", lambda self: wrote(voice=float(mx.random.uniform()))
+    )
+    assert norms_of_masks(make, eval_every=1) == norms
+
+
 # What is kept -----------------------------------------------------------------------------------
 
 
-def evaluate_folder(run, folder):
-    """The loss of the valid pairs under the saved adapters, loaded by mlx-lm."""
+def evaluate_folder(run, name):
+    """The loss of the valid pairs under a checkpoint, loaded by mlx-lm."""
+    folder = run.config.run / "checkpoints" / name
     model, *_ = mlx_lm.load(run.config.model, adapter_path=str(folder))
     engine = Engine(model)
     scores = [engine.score(e.pair, e.reference, run.config.dpo) for e in run.valid]
     return summarise(scores, run.config.dpo.beta)["loss"]
 
 
+def script(*voices):
+    return [wrote(voice=voice) for voice in voices]
+
+
 def test_the_best_adapters_are_kept(make):
-    """run_dir/adapters has the lowest valid loss of all evaluations; `last` is the last."""
-    run = make(epochs=2, grad_accumulation=2, eval_every=3).run()
-    assert [row["iteration"] for row in run.evaluations] == [0, 3, 6, 8]
-    losses = {row["iteration"]: row["eval_loss"] for row in run.evaluations}
-    best = min(losses, key=losses.__getitem__)
-    assert (run.outcome.best_update, run.outcome.best_loss) == (best, losses[best])
-    assert evaluate_folder(run, run.config.run / "adapters") == pytest.approx(
-        losses[best], rel=1e-5
-    )
-    last = run.config.run / "checkpoints/last"
-    assert evaluate_folder(run, last) == pytest.approx(losses[8], rel=1e-5)
-
-
-def test_the_best_counts_what_is_minimised(make):
-    """With nll_weight the best adapters are those of the lowest sum, not of the lowest loss.
-
-    Valid pairs that prefer the opposite: their preference loss is least at the start, their chosen
-    answers' likelihood still rises with the tokens they share with the trained ones.
+    """`best` is the evaluation whose answers are most in the voice, here the second of four; `last`
+    is the last. mlx-lm loads both, and they have the valid losses of their evaluations.
     """
-    run = make(
-        valid_pairs=[swapped(p) for p in VALID],
-        epochs=3,
-        grad_accumulation=7,
-        eval_every=1,
-        dpo={"nll_weight": 20.0},
-    ).run()
-    rows = run.evaluations
-    sums = [row["eval_loss"] + 20 * row["eval_nll_loss"] for row in rows]
-    assert run.outcome.best_loss == pytest.approx(min(sums), rel=1e-6)
-    assert run.outcome.best_update == rows[int(np.argmin(sums))]["iteration"] > 0
-    assert min(row["eval_loss"] for row in rows) == rows[0]["eval_loss"]
-    for name in ("loss", "eval_loss"):
-        first = next(row[name] for row in run.metrics if name in row)
-        assert first == pytest.approx(math.log(2), abs=1e-4)
+    voices = script(0.25, 0.75, 0.5, 0.625)
+    run = make({"script": voices}, epochs=2, grad_accumulation=2, eval_every=3).run()
+    assert [row["iteration"] for row in run.evaluations] == [0, 3, 6, 8]
+    assert run.guard.kept == Kept(3, 0.75)
+    losses = {row["iteration"]: row["eval_loss"] for row in run.evaluations}
+    assert len(set(losses.values())) == 4
+    assert evaluate_folder(run, "best") == pytest.approx(losses[3], rel=1e-5)
+    assert evaluate_folder(run, "last") == pytest.approx(losses[8], rel=1e-5)
+    assert differences(run.checkpoint("last"), run.adapters) == 0
 
 
-def test_a_run_that_only_hurts_keeps_its_start(make):
-    """Valid pairs that prefer the opposite get worse from the first update on: B stays zero."""
-    run = make(valid_pairs=[swapped(p) for p in VALID], eval_every=1, grad_accumulation=3).run()
-    losses = [row["eval_loss"] for row in run.evaluations]
-    assert losses[0] == min(losses) and losses[-1] > losses[0]
-    assert run.outcome.best_update == 0
-    kept = mx.load(str(run.config.run / "adapters/adapters.safetensors"))
-    assert isinstance(kept, dict)
-    assert all(mx.abs(v).max().item() == 0 for k, v in kept.items() if k.endswith("lora_b"))
+def test_the_loss_has_no_say(make):
+    """A valid loss that falls keeps nothing when the voice does not rise, and one that rises
+    forbids nothing: preferences are no answers.
+    """
+    falls = make({"script": script(0.5, 0.5, 0.25)}, eval_every=1, grad_accumulation=4).run()
+    losses = [row["eval_loss"] for row in falls.evaluations]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert falls.guard.kept == Kept(0, 0.5)
+    assert differences(falls.checkpoint("best"), falls.start) == 0
+
+    opposite = {"valid": [swapped(pair) for pair in VALID], "script": script(0.25, 0.5, 0.75)}
+    rises = make(opposite, eval_every=1, grad_accumulation=4, learning_rate=1e-4).run()
+    losses = [row["eval_loss"] for row in rises.evaluations]
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+    assert rises.guard.kept == Kept(2, 0.75)
+    assert differences(rises.checkpoint("best"), rises.adapters) == 0
+
+
+def test_a_degenerate_evaluation_is_not_kept(make):
+    """The most voiced answers of all, which repeat themselves, are passed over; with the guard off
+    the run goes on from there, and sound adapters after it are kept.
+    """
+    voices = [wrote(voice=0.25), wrote(voice=0.9, distinct2=0.25), wrote(voice=0.5)]
+    given = {"eval_every": 1, "grad_accumulation": 4, "guard": {"enabled": False}}
+    run = make({"script": voices}, **given).run()
+    assert run.guard.kept == Kept(2, 0.5)
+    assert differences(run.checkpoint("best"), run.adapters) == 0
+
+
+def test_a_degenerate_evaluation_ends_the_run(make):
+    """Guarded, the run ends at that evaluation, which is in the metrics and in `last`; `best` is
+    the start, and nothing is trained after it.
+    """
+    voices = [wrote(voice=0.25), wrote(voice=0.9, distinct2=0.25), wrote(voice=0.5)]
+    run = make({"script": voices}, eval_every=1, grad_accumulation=2)
+    with pytest.raises(Stopped) as stop:
+        run.run()
+    assert stop.value.update == 1
+    assert [reason.split(":")[0] for reason in stop.value.reasons] == ["guard.max_distinct2_drop"]
+    assert len(run.updates) == 1 and len(run.evaluations) == 2
+    assert run.evaluations[-1]["eval_text/distinct2"] == 0.25
+    assert differences(run.checkpoint("best"), run.start) == 0
+    assert differences(run.checkpoint("last"), run.adapters) == 0
+    assert differences(run.adapters, run.start) > 0
+
+
+def test_what_is_written_is_asked_once_an_evaluation(make):
+    """Sampling costs minutes: one call an evaluation, none at the start when that is known."""
+    run = make(eval_every=1, grad_accumulation=3)
+    assert run.trainer.run(wrote(voice=0.0)) == wrote()
+    assert run.watch.asked == 3 == len(run.evaluations) - 1
+    assert run.evaluations[0]["eval_text/voice"] == 0.0
 
 
 def test_evaluation_changes_nothing(make):
@@ -401,5 +380,7 @@ def test_metrics_carry_trl_s_names(make):
     }
     assert shared | {"grad_norm", "learning_rate", "epoch"} <= run.updates[0].keys()
     assert {f"eval_{name}" for name in shared} <= run.evaluations[0].keys()
+    assert {f"eval_text/{name}" for name in wrote()} <= run.evaluations[0].keys()
+    assert {row["phase"] for row in run.metrics} == {"dpo"}
     numbers = [v for row in run.metrics for v in row.values() if isinstance(v, int | float)]
     assert all(math.isfinite(v) for v in numbers)

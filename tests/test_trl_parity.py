@@ -15,12 +15,14 @@ from dpo_mlx import config as config_module
 from dpo_mlx import jsonl, models
 from dpo_mlx.config import DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, summarise
+from dpo_mlx.guard import Guard
 from dpo_mlx.losses import Sides, objective
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.pairs import Encoder, Pair
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Example, Trainer, groups
+from dpo_mlx.trainer import Dpo, Example, Trainer, groups
 from mlx.utils import tree_flatten, tree_map_with_path
+from runs import wrote
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -408,12 +410,14 @@ def test_twenty_updates_are_trl_s(kind, schedule, folders, settings, write_confi
         "eval_every": 1000,
     }
     settings["dpo"] = {"loss": "sigmoid", "beta": 0.1}
+    settings["guard"] = {"enabled": False}
     config = config_module.load(write_config(settings))
 
     ours = Ours(folder, kind, 0.0)
     start = ours.adapters
     metrics = MetricsFile(config.run / "metrics.jsonl")
-    Trainer(ours.model, config, ours.examples, ours.examples, metrics).run()
+    guard, examples = Guard(wrote(), config.guard), ours.examples
+    Trainer(ours.model, config, Dpo(config), examples, examples, metrics, wrote, guard).run()
     updates = [r for r in jsonl.read_whole_lines(config.run / "metrics.jsonl") if "loss" in r]
 
     order = [PAIRS[i] for _, indices in groups(config.train, 4, config.seed) for i in indices]

@@ -70,6 +70,12 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    epochs: int = _number(0, low=0)
+    learning_rate: float = _number(1e-4, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DpoConfig:
     loss: str = _choice("sigmoid", of=tuple(LOSSES))
     beta: float = _number(0.1, low=1e-6)
@@ -92,6 +98,16 @@ class TrainConfig:
     grad_checkpoint: bool = True
     scan_chunk: int | None = _number(64, low=1)
     eval_every: int = _number(5, low=1)
+    eval_questions: int = _number(8, low=1)
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    enabled: bool = True
+    max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
+    min_self_ended_ratio: float = _number(0.5, low=0.0, high=1.0)
+    max_chosen_drop: float = _number(0.5, low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +141,9 @@ class Config:
     report_to: str = ""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     fuse: FuseConfig = field(default_factory=FuseConfig)
     smoke: SmokeConfig = field(default_factory=SmokeConfig)
 

@@ -57,6 +57,14 @@ class Engine:
         pi = self.log_prob(pair.chosen), self.log_prob(pair.rejected)
         return score_against(pi, pair, reference, settings)
 
+    def nll_gradient(self, sequence: Sequence) -> tuple[float, Any]:
+        """An answer's mean negative log-likelihood, in nats a token, and its gradient (a tree)."""
+        log_prob, gradient = self.log_prob_and_gradient(sequence)
+        length = sequence.answer_length
+        gradient = tree_map(lambda g: -g / length, gradient)
+        mx.eval(gradient)
+        return -float(log_prob) / length, gradient
+
     def pair_gradient(
         self, pair: EncodedPair, reference: Reference, settings: DpoConfig
     ) -> tuple[PairScore, Any]:
@@ -150,5 +158,6 @@ def summarise(scores: Iterable[PairScore], beta: float) -> dict[str, float]:
         "logps/rejected": pi.rejected,
         "logps/chosen_per_token": pi.chosen / length.chosen,
         "logps/rejected_per_token": pi.rejected / length.rejected,
+        "logps/chosen_change_per_token": (pi.chosen - ref.chosen) / length.chosen,
     }
     return {name: float(value.mean()) for name, value in values.items()}

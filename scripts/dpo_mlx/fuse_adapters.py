@@ -11,9 +11,9 @@ from . import jsonl, models, pairs, stamp
 from .config import Config
 from .engine import Engine
 from .errors import UserError
+from .job import VALID, pair_file, require_valid
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
-from .train_dpo import VALID, pair_file, require_valid
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3

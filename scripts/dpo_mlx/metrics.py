@@ -16,11 +16,14 @@ Metrics = dict[str, Any]
 
 
 class MetricsFile(TrainingCallback):
-    """Appends every report to a JSON-lines file, which starts empty."""
+    """Appends every report to a JSON-lines file, which starts with what it holds of earlier
+    phases.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: tuple[str, ...] = ()) -> None:
         self._path = path
-        jsonl.write(path, [])
+        known = jsonl.read_whole_lines(path) if earlier and path.is_file() else []
+        jsonl.write(path, [row for row in known if row["phase"] in earlier])
 
     def on_train_loss_report(self, train_info: Metrics) -> None:
         jsonl.append(self._path, [train_info])
@@ -32,22 +35,28 @@ class MetricsFile(TrainingCallback):
 class ProgressBar(TrainingCallback):
     """A bar over updates with loss, margin and ETA; each evaluation leaves a line."""
 
-    def __init__(self, updates: int) -> None:
-        self._bar = tqdm(total=updates, desc="10 train", unit="update")
+    def __init__(self, first: int, updates: int) -> None:
+        self._bar = tqdm(initial=first, total=updates, desc="10 train", unit="update")
 
     def on_train_loss_report(self, train_info: Metrics) -> None:
-        self._bar.set_postfix(
-            loss=f"{train_info['loss']:.4f}", margin=f"{train_info['rewards/margins']:.3f}"
-        )
+        if "loss" in train_info:
+            loss, margin = train_info["loss"], train_info["rewards/margins"]
+            self._bar.set_postfix(loss=f"{loss:.4f}", margin=f"{margin:.3f}")
+        else:
+            self._bar.set_postfix(nll=f"{train_info['nll_loss']:.4f}")
         self._bar.update(train_info["iteration"] - self._bar.n)
 
     def on_val_loss_report(self, val_info: Metrics) -> None:
         self._bar.write(
-            f"   update {val_info['iteration']:4d}  valid loss {val_info['eval_loss']:.4f}"
+            f"   {val_info['phase']} update {val_info['iteration']:4d}"
             f"  margin {val_info['eval_rewards/margins']:+.3f}"
-            f"  accuracy {val_info['eval_rewards/accuracies']:.2f}"
-            f"  nats/token chosen {val_info['eval_logps/chosen_per_token']:.3f}"
-            f" rejected {val_info['eval_logps/rejected_per_token']:.3f}"
+            f"  nats/token chosen {val_info['eval_logps/chosen_per_token']:.2f}"
+            f" rejected {val_info['eval_logps/rejected_per_token']:.2f}"
+            f"  | writes: voice {val_info['eval_text/voice']:.2f}"
+            f"  distinct pairs {val_info['eval_text/distinct2']:.2f}"
+            f" (greedy {val_info['eval_text/greedy_distinct2']:.2f})"
+            f"  ended {val_info['eval_text/self_ended']:.0%}"
+            f"  tokens {val_info['eval_text/median_tokens']:.0f}"
         )
 
     def close(self) -> None:

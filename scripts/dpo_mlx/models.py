@@ -177,6 +177,40 @@ def save_adapters(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
 
 
 @contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, by a scale of 0: what it was before `attach_lora`."""
+    layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Take up adapters that `save_adapters` wrote of a model with the same LoRA settings.
+
+    Raises UserError when the folder does not hold exactly those of this model.
+    """
+    path = folder / ADAPTERS
+    try:
+        weights: Any = mx.load(str(path))
+        mx.eval(weights)  # now: the file may be written anew while they are in use
+        expected: Any = dict(tree_flatten(model.trainable_parameters()))
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in expected.items()}:
+            raise ValueError("its tensors are of another model or rank")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be used: {' '.join(str(error).split())}; delete the folder and run "
+            "10_train_dpo.py again"
+        ) from error
+    model.load_weights(list(weights.items()), strict=False)
+
+
+@contextmanager
 def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Recompute each block in the backward pass instead of keeping its activations.
 

@@ -49,6 +49,10 @@ class EncodedPair:
     line: int
 
     @property
+    def sides(self) -> tuple[Sequence, Sequence]:
+        return self.chosen, self.rejected
+
+    @property
     def length(self) -> int:
         """Tokens of the longer side."""
         return max(len(self.chosen.ids), len(self.rejected.ids))
@@ -147,8 +151,7 @@ def encode_all(
 def sequences(pairs: list[EncodedPair]) -> Iterator[Sequence]:
     """Both sides of every pair, chosen first."""
     for pair in pairs:
-        yield pair.chosen
-        yield pair.rejected
+        yield from pair.sides
 
 
 def digest(pairs: list[EncodedPair]) -> str:

@@ -21,10 +21,22 @@ TEMPLATE = "report.html.j2"
 
 # A chart in SVG units, which are CSS pixels on a phone and about that on a desktop, so that its
 # text keeps its size. The plot lies between left and right, top and bottom.
-FRAME = {"width": 360, "height": 236, "left": 54, "right": 348, "top": 28, "bottom": 198}
+FRAME = {"width": 360, "height": 242, "left": 54, "right": 348, "top": 34, "bottom": 204}
+
+# The phase of a row of metrics.jsonl that comes before DPO, if any does.
+SFT = "sft"
 
 # Curves by chart: the metric, its name in the legend, its CSS classes ("valid" gets points).
 CURVES = {
+    "voice": (
+        ("eval_text/voice", "sampled", "tuned valid"),
+        ("eval_text/greedy_voice", "greedy", "tuned greedy valid"),
+    ),
+    "fluency": (
+        ("eval_text/distinct2", "distinct pairs, sampled", "tuned valid"),
+        ("eval_text/greedy_distinct2", "distinct pairs, greedy", "tuned greedy valid"),
+        ("eval_text/self_ended", "ended by itself, sampled", "ended valid"),
+    ),
     "loss": (("loss", "train", "tuned"), ("eval_loss", "valid", "tuned valid")),
     "margin": (
         ("rewards/margins", "train", "tuned"),
@@ -37,6 +49,11 @@ CURVES = {
         ("eval_logps/rejected_per_token", "rejected, valid", "base valid"),
     ),
 }
+
+# Drawn from 0 to 1 whatever they hold, so that a small change looks small.
+SHARES = {"voice", "fluency"}
+# Measured against where a phase began: what they say of SFT would not go on in DPO.
+ONLY_DPO = {"loss", "margin"}
 
 
 @dataclass(frozen=True)
@@ -73,12 +90,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything the template needs to draw curves; `skipped` values were no finite numbers."""
+    """Everything the template needs to draw curves; `skipped` values were no finite numbers.
+
+    `dpo_begins` and `kept` are where the vertical lines are, None without one.
+    """
 
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     curves: list[Curve]
-    best: float | None
+    dpo_begins: float | None
+    kept: float | None
     skipped: int
 
 
@@ -97,37 +118,62 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "setting": setting}
-    best = best_update(metrics_rows)
-    pairs = report["run"]["pairs"]
+    training, pairs = report["training"], report["run"]["pairs"]
+    kept = None if training is None else training["kept_update"]
     return environment.get_template(TEMPLATE).render(
         **report,
-        charts={name: chart(metrics_rows, name, best) for name in CURVES},
+        charts={name: chart(metrics_rows, name, kept) for name in CURVES},
+        cost=cost(metrics_rows),
         frame=FRAME,
         lengths=None if pairs is None else lengths(pairs["tokens"]),
         settings=sections(report["run"]["config"]),
-        training=training(metrics_rows, best),
     )
 
 
-def chart(rows: Sequence[Row], name: str, best: int | None) -> Chart:
-    """The curves of CURVES[name]; an empty chart when there is nothing to draw."""
-    found = {key: series(rows, key) for key, _, _ in CURVES[name]}
-    x = Scale(0, max([1, *(row["iteration"] for row in rows)]), FRAME["left"], FRAME["right"])
-    # SVG counts downwards: the lowest value lies at the bottom.
+def chart(rows: Sequence[Row], name: str, kept: int | None) -> Chart:
+    """The curves of CURVES[name] and a line at the update `kept`; every chart has the x range of
+    the whole run. Without curves when there is nothing to draw.
+    """
+    drawn = of_dpo(rows) if name in ONLY_DPO else rows
+    found = {key: series(drawn, key) for key, _, _ in CURVES[name]}
     values = [value for points in found.values() for _, value in points]
-    y = Scale(*padded(values), FRAME["bottom"], FRAME["top"])
+    x = Scale(0, max(1, last_update(rows)), FRAME["left"], FRAME["right"])
+    low, high = (0, 1) if name in SHARES else padded(values)
+    # SVG counts downwards: the lowest value lies at the bottom.
+    y = Scale(low, high, FRAME["bottom"], FRAME["top"])
     curves = []
     for key, label, css in CURVES[name]:
         places = [(x(update), y(value)) for update, value in found[key]]
         curves.append(Curve(label, css, path(places), places))
-    written = sum(key in row for row in rows for key in found)
+    written = sum(key in row for row in drawn for key in found)
+    begins = dpo_begins(rows)
     return Chart(
         x_ticks=ticks(x, least_step=1),
         y_ticks=ticks(y),
         curves=curves,
-        best=None if best is None else x(best),
-        skipped=written - sum(map(len, found.values())),
+        dpo_begins=None if begins is None else x(begins),
+        kept=None if kept is None else x(kept),
+        skipped=written - len(values),
     )
+
+
+def of_sft(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.get("phase") == SFT]
+
+
+def of_dpo(rows: Iterable[Row]) -> list[Row]:
+    """The rows after SFT; those without a phase are of a run that had none but DPO."""
+    return [row for row in rows if row.get("phase") != SFT]
+
+
+def last_update(rows: Iterable[Row]) -> int:
+    return max((row["iteration"] for row in rows), default=0)
+
+
+def dpo_begins(rows: Sequence[Row]) -> int | None:
+    """The last update of SFT, None when SFT was left out or DPO not reached."""
+    sft = of_sft(rows)
+    return last_update(sft) if sft and of_dpo(rows) else None
 
 
 def series(rows: Iterable[Row], key: str) -> list[Point]:
@@ -186,19 +232,15 @@ def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
     return {"values": sides, "boxes": boxes, "ticks": ticks(scale, least_step=1)}
 
 
-def best_update(rows: Iterable[Row]) -> int | None:
-    """The update with the least validation loss: the one whose adapters are kept."""
-    found = series(rows, "eval_loss")
-    return int(min(found, key=lambda point: point[1])[0]) if found else None
-
-
-def training(rows: Sequence[Row], best: int | None) -> dict[str, Any]:
-    """Speed and memory over the updates; None where nothing was measured."""
+def cost(rows: Sequence[Row]) -> dict[str, Any]:
+    """Updates of the run and of its SFT phase, speed and memory over them; None where nothing was
+    measured.
+    """
     memory = [value for _, value in series(rows, "peak_memory_gb")]
     speed = [value for _, value in series(rows, "tokens_per_second")]
     return {
-        "updates": max((row["iteration"] for row in rows), default=0),
-        "best": best,
+        "updates": last_update(rows),
+        "sft_updates": last_update(of_sft(rows)),
         "peak_memory_gb": max(memory, default=None),
         "tokens_per_second": statistics.median(speed) if speed else None,
     }

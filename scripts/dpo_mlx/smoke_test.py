@@ -6,20 +6,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import jsonl, models, pairs, reference, stamp, voice
 from .config import Config, SmokeConfig
 from .engine import Engine, score_against, summarise
 from .errors import UserError
+from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import PairFiles
-from .pairs import STOP, EncodedPair, Encoder, Pair
+from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
 from .report import write_html
 from .sampling import Answer, sample_all
-from .train_dpo import TRAIN, VALID, pair_file, reference_inputs, require_valid
-
-# Below this the classifier cannot tell the two sides apart on pairs it has not seen.
-LEAST_ACCURACY = 0.8
+from .writing import measure
 
 Report = dict[str, Any]
 
@@ -68,7 +65,7 @@ def _report(config: Config) -> Report:
     base = sample_answers(base_loaded, asked, encoder, config)
     engine = Engine(base_loaded.model)
     references = reference.load_or_compute(
-        config.run / "reference",
+        config.run / "reference" / BASE,
         VALID,
         encoded,
         reference_inputs(config, VALID, encoded),
@@ -79,9 +76,9 @@ def _report(config: Config) -> Report:
         for pi, pair, ref in zip(tuned.pairs, encoded, references, strict=True)
     ]
     preference = summarise(scores, config.dpo.beta)
+    answers = {"base": base, "tuned": tuned.answers, "chosen": _real(asked, encoder)}
     report = {
-        "voice": _voice(train, valid, asked, base, tuned.answers),
-        "fluency": _fluency(asked, base, tuned.answers, encoder, engine),
+        **_written({TRAIN: train, VALID: valid}, asked, answers, encoder, engine),
         "preference": {
             "accuracy": preference["rewards/accuracies"],
             "margin": preference["rewards/margins"],
@@ -89,6 +86,7 @@ def _report(config: Config) -> Report:
             "rejected_per_token": preference["logps/rejected_per_token"],
         },
         "fuse": jsonl.read_json(config.run / "fuse.json"),
+        "training": stamp.read(config.run / "outcome.json"),
         "run": {"config": asdict(config), "pairs": stamp.read(PairFiles.of(config).report)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
@@ -121,62 +119,40 @@ def _measure(
     )
 
 
-def _voice(
-    train: list[Pair],
-    valid: list[Pair],
+def _written(
+    pairs_by_split: dict[str, list[Pair]],
     asked: list[Pair],
-    base: list[Answer],
-    tuned: list[Answer],
-) -> Report:
-    classifier = voice.fit([pair.chosen for pair in train], [pair.rejected for pair in train])
-    base_texts, tuned_texts = ([a.text for a in answers] for answers in (base, tuned))
-    above = classifier.score(tuned_texts) > classifier.score(base_texts)
-    return {
-        "share": float(above.mean()),
-        "base": float(classifier.probability(base_texts).mean()),
-        "tuned": float(classifier.probability(tuned_texts).mean()),
-        "chosen": float(classifier.probability([pair.chosen for pair in asked]).mean()),
-        "classifier_accuracy": classifier.accuracy(
-            [pair.chosen for pair in valid], [pair.rejected for pair in valid]
-        ),
-    }
-
-
-def _fluency(
-    asked: list[Pair],
-    base: list[Answer],
-    tuned: list[Answer],
+    answers: dict[str, list[Answer]],
     encoder: Encoder,
     engine: Engine,
 ) -> Report:
-    def per_token(answers: list[Answer]) -> float:
-        found = []
-        for pair, answer in zip(asked, answers, strict=True):
-            sequence = encoder.sequence(pair.prompt, answer.text, answer.finish)
-            if sequence.answer_length:
-                found.append(engine.log_prob(sequence) / sequence.answer_length)
-        return float(np.mean(found)) if found else float("-inf")
-
-    def both(measure: Any) -> Report:
-        return {"base": measure(base), "tuned": measure(tuned)}
-
-    chosen_tokens = [len(encoder.answer(pair.chosen)) for pair in asked]
+    """`voice` and `fluency` of the answers of both models, and of the real ones."""
+    train, valid = pairs_by_split[TRAIN], pairs_by_split[VALID]
+    classifier = voice.fit([pair.chosen for pair in train], [pair.rejected for pair in train])
+    measured = {
+        who: measure(given, asked, classifier, engine, encoder) for who, given in answers.items()
+    }
+    base, tuned = (
+        classifier.score([answer.text for answer in answers[who]]) for who in ("base", "tuned")
+    )
+    by_name = {
+        name: {who: values[name] for who, values in measured.items()} for name in measured["base"]
+    }
     return {
-        "distinct2": {
-            **both(lambda answers: mean_distinct_bigrams([a.text for a in answers])),
-            "chosen": mean_distinct_bigrams([pair.chosen for pair in asked]),
+        "voice": {
+            "share": float((tuned > base).mean()),
+            **by_name.pop("voice"),
+            "classifier_accuracy": classifier.accuracy(
+                [pair.chosen for pair in valid], [pair.rejected for pair in valid]
+            ),
         },
-        "self_ended": both(lambda answers: float(np.mean([a.finish == STOP for a in answers]))),
-        "base_logprob_per_token": both(per_token),
-        "median_tokens": {
-            **both(lambda answers: float(np.median([a.tokens for a in answers]))),
-            "chosen": float(np.median(chosen_tokens)),
-        },
+        "fluency": by_name,
     }
 
 
-def mean_distinct_bigrams(texts: list[str]) -> float:
-    return float(np.mean([voice.distinct_bigrams(text) for text in texts]))
+def _real(asked: list[Pair], encoder: Encoder) -> list[Answer]:
+    """The real answers, as if sampled."""
+    return [Answer(pair.chosen, STOP, len(encoder.answer(pair.chosen, LENGTH))) for pair in asked]
 
 
 def verdict(report: Report, limits: SmokeConfig) -> Report:
@@ -209,17 +185,21 @@ def verdict(report: Report, limits: SmokeConfig) -> Report:
     ]
     lost = _at_least("min_margin_kept", 1.0 if kept is None else kept, limits.min_margin_kept)
     if degenerated:
+        outcome = "degenerated"
         summary = "The tuned model has degenerated: its answers are no longer fluent."
     elif unmoved:
+        outcome = "unmoved"
         summary = "The tuned model did not learn the voice: it answers much like the base model."
     elif lost:
+        outcome = "lost in fusing"
         summary = "The adapters learned the voice, but fusing lost much of it."
     else:
+        outcome = "learned"
         summary = "The tuned model has learned the voice and is still fluent."
-    if voices["classifier_accuracy"] < LEAST_ACCURACY:
-        summary += " (The voice can hardly be measured on these pairs: the classifier is unsure.)"
+    if voices["classifier_accuracy"] < voice.LEAST_ACCURACY:
+        summary += " (The voice cannot be measured on these pairs: the classifier is unsure.)"
     crossed = degenerated + unmoved + lost
-    return {"passed": not crossed, "summary": summary, "crossed": crossed}
+    return {"passed": not crossed, "outcome": outcome, "summary": summary, "crossed": crossed}
 
 
 def _at_most(name: str, value: float, limit: float) -> list[str]:
@@ -248,6 +228,7 @@ def _inputs(config: Config) -> stamp.Inputs:
         "model files": models.fingerprint(config.model),
         "pairs": [jsonl.digest(pair_file(config, split)) for split in (TRAIN, VALID)],
         "metrics": jsonl.digest(config.run / "metrics.jsonl"),
+        "training": stamp.read(config.run / "outcome.json"),
         "seed": config.seed,
         "system_prompt": config.system_prompt,
         "data.max_length": config.data.max_length,

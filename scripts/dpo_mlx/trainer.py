@@ -1,11 +1,11 @@
-"""The training loop: the gradient of a group of pairs, an update, an evaluation, the best kept."""
+"""The training loop of a phase: gradients of a group of pairs, an update, an evaluation."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from . import models
 from .config import Config, TrainConfig
 from .engine import Engine, PairScore, summarise
 from .errors import UserError
+from .guard import Guard
 from .pairs import EncodedPair
 from .reference import Reference
+from .sampling import batch_seed
+from .writing import Measures
 
 # How far the policy's log-prob may be from the reference's before the first update, in nats. The
 # same code computes both, and LoRA adds exact zeros: any true fault is far larger.
@@ -37,13 +40,50 @@ class Example:
     reference: Reference
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What training ended with."""
+class Stopped(Exception):
+    """Training must not go on after this update, for these reasons."""
 
-    updates: int
-    best_update: int
-    best_loss: float
+    def __init__(self, update: int, reasons: list[str]) -> None:
+        super().__init__(*reasons)
+        self.update = update
+        self.reasons = reasons
+
+
+class Sft:
+    """Supervised fine-tuning on the chosen answers, with the rate and epochs of `sft`."""
+
+    name = "sft"
+
+    def __init__(self, config: Config) -> None:
+        self.settings = replace(config.train, **asdict(config.sft))
+
+    def gradient(self, engine: Engine, example: Example) -> tuple[float, Any]:
+        return engine.nll_gradient(example.pair.chosen)
+
+    def summary(self, scores: list[float]) -> dict[str, float]:
+        return {"nll_loss": float(np.mean(scores))}
+
+    def tokens(self, example: Example) -> int:
+        return len(example.pair.chosen.ids)
+
+
+class Dpo:
+    """The preference loss on both answers."""
+
+    name = "dpo"
+
+    def __init__(self, config: Config) -> None:
+        self.settings = config.train
+        self._dpo = config.dpo
+
+    def gradient(self, engine: Engine, example: Example) -> tuple[PairScore, Any]:
+        return engine.pair_gradient(example.pair, example.reference, self._dpo)
+
+    def summary(self, scores: list[PairScore]) -> dict[str, float]:
+        return summarise(scores, self._dpo.beta)
+
+    def tokens(self, example: Example) -> int:
+        return len(example.pair.chosen.ids) + len(example.pair.rejected.ids)
 
 
 def pairs_per_update(train: TrainConfig) -> int:
@@ -82,86 +122,102 @@ def learning_rate(train: TrainConfig, updates: int) -> Callable[[mx.array], mx.a
 
 
 class Trainer:
-    """One DPO run over a model that carries LoRA adapters.
+    """One phase of a run, `Sft` or `Dpo`, over a model that carries LoRA adapters.
 
-    Writes `run_dir/checkpoints/last` and `best` at each evaluation, and the best adapters to
-    `run_dir/adapters` in the end. Metrics go to `callback`.
+    At each evaluation `watch` tells what the model writes, `guard` whether that is the best so
+    far, and whether to stop; `run_dir/checkpoints/last` and `best` are written. Metrics go to
+    `callback`; `first` is the number of updates of earlier phases.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: Config,
+        phase: Sft | Dpo,
         train: list[Example],
         valid: list[Example],
         callback: TrainingCallback,
+        watch: Callable[[], Measures],
+        guard: Guard,
+        first: int = 0,
     ) -> None:
         self.model = model
         self.config = config
+        self.phase = phase
         self.train_examples = train
         self.valid_examples = valid
         self.callback = callback
+        self.watch = watch
+        self.guard = guard
+        self.first = first
         self.engine = Engine(model)
-        self.updates = count_updates(config.train, len(train))
+        self.updates = count_updates(phase.settings, len(train))
         # MLX's AdamW leaves the bias correction out by default: its first steps are then several
         # times larger than Adam's.
         self.optimizer = optim.AdamW(
-            learning_rate=learning_rate(config.train, self.updates),
-            weight_decay=config.train.weight_decay,
+            learning_rate=learning_rate(phase.settings, self.updates),
+            weight_decay=phase.settings.weight_decay,
             bias_correction=True,
         )
-        self.best_update, self.best_loss = 0, math.inf
 
-    def run(self) -> Outcome:
-        """Train to the end. Raises UserError when the run does not start at the reference."""
-        with models.gradient_checkpointing(self.model, self.config.train.grad_checkpoint):
-            self._check_start(self._evaluate(0))
-            steps = groups(self.config.train, len(self.train_examples), self.config.seed)
-            for update, (epoch, indices) in enumerate(steps, start=1):
-                self._update(update, epoch, [self.train_examples[i] for i in indices])
-                if update % self.config.train.eval_every == 0 or update == self.updates:
-                    self._evaluate(update)
-        models.copy_folder(self._checkpoint("best"), self.config.run / "adapters")
-        return Outcome(self.updates, self.best_update, self.best_loss)
+    def run(self, written: Measures | None = None) -> Measures:
+        """Train to the end, from a model that writes `written` (None: to be seen); what it writes
+        then.
+
+        Raises Stopped when the guard (unless it is off) or a number that is not finite ends it,
+        UserError when the run does not start at the reference.
+        """
+        written = written or self.watch()
+        self._evaluate(self.first, written)
+        steps = groups(self.phase.settings, len(self.train_examples), self.config.seed)
+        last = self.first + self.updates
+        for update, (epoch, indices) in enumerate(steps, start=self.first + 1):
+            self._update(update, epoch, [self.train_examples[i] for i in indices])
+            if (update - self.first) % self.config.train.eval_every == 0 or update == last:
+                written = self.watch()
+                self._evaluate(update, written)
+        return written
 
     def _update(self, update: int, epoch: int, examples: list[Example]) -> None:
         started = time.perf_counter()
         mx.reset_peak_memory()
         self.model.train()
-        scores, gradient = self._mean_gradient(examples)
-        if update == 1:
-            self._check_start(scores)
+        # Dropout depends on the update alone, not on what was sampled before it.
+        mx.random.seed(batch_seed(self.config.seed, update))
+        with models.gradient_checkpointing(self.model, self.config.train.grad_checkpoint):
+            scores, gradient = self._mean_gradient(examples)
+        if update == self.first + 1:
+            self._check_start([score for score in scores if isinstance(score, PairScore)])
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
         if not math.isfinite(float(norm)):
             lines = [example.pair.line for example in examples]
-            raise UserError(
+            reason = (
                 f"{self.config.data.train_pairs}: the gradient of the pairs on lines {lines} is "
-                "not finite; lower train.learning_rate (earlier adapters are in checkpoints/)"
+                "not finite; look at them, or lower train.learning_rate"
             )
+            raise Stopped(update - 1, [reason])
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         seconds = time.perf_counter() - started
-        tokens = sum(len(e.pair.chosen.ids) + len(e.pair.rejected.ids) for e in examples)
         self.callback.on_train_loss_report(
             {
                 "iteration": update,
+                "phase": self.phase.name,
                 "epoch": epoch + 1,
-                **summarise(scores, self.config.dpo.beta),
+                **self.phase.summary(scores),
                 "grad_norm": float(norm),
                 "learning_rate": float(self.optimizer.learning_rate),
                 "pairs": len(examples),
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": sum(map(self.phase.tokens, examples)) / seconds,
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
             }
         )
 
-    def _mean_gradient(self, examples: list[Example]) -> tuple[list[PairScore], Any]:
+    def _mean_gradient(self, examples: list[Example]) -> tuple[list[Any], Any]:
         """Scores and the mean gradient of the pairs, summed one after the other."""
         scores, total = [], None
         for example in examples:
-            score, gradient = self.engine.pair_gradient(
-                example.pair, example.reference, self.config.dpo
-            )
+            score, gradient = self.phase.gradient(self.engine, example)
             scores.append(score)
             if total is not None:
                 gradient = tree_map(mx.add, total, gradient)
@@ -169,23 +225,31 @@ class Trainer:
             total = gradient
         return scores, tree_map(lambda g: g / len(examples), total)
 
-    def _evaluate(self, update: int) -> list[PairScore]:
+    def _evaluate(self, update: int, written: Measures) -> None:
         """Score the valid pairs, report, and keep the adapters as last and perhaps as best."""
         self.model.eval()
         scores = [
             self.engine.score(example.pair, example.reference, self.config.dpo)
             for example in self.valid_examples
         ]
+        if update == self.first:
+            self._check_start(scores)
         metrics = summarise(scores, self.config.dpo.beta)
+        change = metrics["logps/chosen_change_per_token"]
+        crossed = self.guard.crossed(written, change)
         self.callback.on_val_loss_report(
-            {"iteration": update, **{f"eval_{name}": value for name, value in metrics.items()}}
+            {
+                "iteration": update,
+                "phase": self.phase.name,
+                **{f"eval_{name}": value for name, value in metrics.items()},
+                **{f"eval_text/{name}": value for name, value in written.items()},
+            }
         )
         models.save_adapters(self.model, self.config.lora, self._checkpoint("last"))
-        loss = metrics["loss"] + self.config.dpo.nll_weight * metrics["nll_loss"]
-        if loss < self.best_loss:
-            self.best_update, self.best_loss = update, loss
+        if self.guard.is_best(update, written, change):
             models.copy_folder(self._checkpoint("last"), self._checkpoint("best"))
-        return scores
+        if crossed and self.config.guard.enabled:
+            raise Stopped(update, crossed)
 
     def _checkpoint(self, name: str) -> Path:
         return self.config.run / "checkpoints" / name

@@ -12,6 +12,10 @@ FEATURES = 2**14
 NGRAMS = (2, 3, 4)
 # Weight of the ridge, and the steps that bring the fit well within what the figures need.
 RIDGE, STEPS = 1e-3, 300
+# Below this accuracy on unseen pairs the classifier cannot tell the two sides apart.
+LEAST_ACCURACY = 0.8
+# The longest unit, in words, whose direct repetition counts as a loop.
+LONGEST_UNIT = 12
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,23 @@ def distinct_bigrams(text: str) -> float:
     words = text.split()
     bigrams = list(zip(words, words[1:], strict=False))
     return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
+
+
+def longest_loop(text: str) -> int:
+    """The most words in a row that only repeat the words right before them.
+
+    `a b a b a b` repeats `a b` twice: 4. Units of 1 to LONGEST_UNIT words; what is repeated less
+    than once whole is no loop.
+    """
+    words = text.split()
+    longest = 0
+    for unit in range(1, LONGEST_UNIT + 1):
+        run = 0
+        for word, before in zip(words[unit:], words, strict=False):
+            run = run + 1 if word == before else 0
+            if run >= unit:
+                longest = max(longest, run)
+    return longest
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

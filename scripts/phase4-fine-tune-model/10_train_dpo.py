@@ -9,15 +9,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.train_dpo import STAGES, describe, prepare, train_dpo
+from dpo_mlx.job import prepare
+from dpo_mlx.train_dpo import STAGES, preflight, train_dpo
+
+STOPPED = 3  # by a guard: a finding, with the best adapters kept
 
 
-def stage(config: Config, options: argparse.Namespace) -> None:
+def stage(config: Config, options: argparse.Namespace) -> int:
     cli.warn_without_blas()
     if options.check:
-        describe(prepare(config))
-    else:
-        train_dpo(config, options.stage)
+        preflight(prepare(config))
+        return 0
+    return 0 if train_dpo(config, options.stage) else STOPPED
 
 
 def main() -> None:

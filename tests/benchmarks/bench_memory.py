@@ -92,7 +92,7 @@ def worker(task: common.Values) -> common.Values:
     with models.gradient_checkpointing(model, True):
         plan = memory.plan(model, pair.chosen)
     ours.materialise(model)
-    steps = ours.train(model, ours.examples(model, [pair]), checkpoint=True)
+    steps = ours.train(model, ours.examples(model, [pair]), checkpoint=True, epochs=2)
     return {
         "peak": max(step.peak for step in steps),
         "plan": plan.total,

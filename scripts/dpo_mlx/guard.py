@@ -1,0 +1,69 @@
+"""Which adapters are worth keeping, and when training must stop: by what the model writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import GuardConfig
+from .writing import Measures
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The update whose adapters are kept, and the voice score of what it wrote."""
+
+    update: int
+    voice: float
+
+
+class Guard:
+    """Judges every evaluation of a run against the base model.
+
+    The best adapters are those that write most in the voice among those within the limits.
+    """
+
+    def __init__(self, base: Measures, limits: GuardConfig) -> None:
+        self._base = base
+        self._limits = limits
+        self.best: Kept | None = None
+
+    @property
+    def kept(self) -> Kept:
+        """The best so far, of at least one evaluation."""
+        assert self.best is not None
+        return self.best
+
+    def is_best(self, update: int, written: Measures, chosen_change: float) -> bool:
+        """Whether these are the best adapters so far; the first ones are, whatever they write."""
+        better = self.best is None or (
+            written["voice"] > self.best.voice and not self.crossed(written, chosen_change)
+        )
+        if better:
+            self.best = Kept(update, written["voice"])
+        return better
+
+    def crossed(self, written: Measures, chosen_change: float) -> list[str]:
+        """A line for each limit crossed: the key, the value found, and what it means.
+
+        `chosen_change` is how far the chosen answers of the valid pairs moved from the reference,
+        in nats a token. A number that is not finite crosses its limit.
+        """
+        limits, base = self._limits, self._base
+        drop = base["distinct2"] - written["distinct2"]
+        found = []
+        if not drop <= limits.max_distinct2_drop:
+            found.append(
+                f"guard.max_distinct2_drop: distinct word pairs fell from {base['distinct2']:.2f} "
+                f"to {written['distinct2']:.2f}: the answers repeat themselves"
+            )
+        if not written["self_ended"] >= limits.min_self_ended_ratio * base["self_ended"]:
+            found.append(
+                f"guard.min_self_ended_ratio: {written['self_ended']:.0%} of the answers end by "
+                f"themselves, {base['self_ended']:.0%} of the base model's: it forgets to stop"
+            )
+        if not -chosen_change <= limits.max_chosen_drop:
+            found.append(
+                f"guard.max_chosen_drop: chosen answers fell by {-chosen_change:.2f} nats a token "
+                "below the reference: both sides are unlearned"
+            )
+        return found

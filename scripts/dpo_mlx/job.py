@@ -1,0 +1,150 @@
+"""What stage 10 works on: the model, the pairs, their reference; and where those are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
+
+from . import jsonl, memory, models, pairs, reference, scan, stamp, voice
+from .config import Config
+from .engine import Engine
+from .errors import UserError
+from .pairs import EncodedPair, Encoder, Pair
+from .reference import Reference
+from .trainer import pairs_per_update
+from .voice import VoiceClassifier
+
+TRAIN, VALID = SPLITS = ("train", "valid")
+BASE, AFTER_SFT = "base", "sft"  # the models a reference is taken of
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that stage 10 works on: the model with fresh adapters, the pairs of both splits as text
+    and as ids, the classifier of the voice.
+    """
+
+    config: Config
+    model: nn.Module
+    encoder: Encoder
+    raw: dict[str, list[Pair]]
+    pairs: dict[str, list[EncodedPair]]
+    classifier: VoiceClassifier
+    plan: memory.Plan
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(self.model)
+
+
+def prepare(config: Config) -> Job:
+    """Read and check the pairs, load the model, see whether its training fits in memory.
+
+    Raises UserError for pairs, a model or settings that cannot be trained.
+    """
+    read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
+    loaded = models.load(config.model, lazy=True)
+    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoded = {}
+    for split in SPLITS:
+        encoded[split], dropped = pairs.encode_all(read[split], encoder, config.data.max_length)
+        if dropped:
+            print(
+                f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
+                f"{config.data.max_length} tokens and dropped (lines {_few(dropped)})"
+            )
+    need = pairs_per_update(config.train)
+    if len(encoded[TRAIN]) < need:
+        raise UserError(
+            f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs are fewer than one update "
+            f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
+        )
+    require_valid(config, encoded[VALID])
+    memory.bound()
+    scan.use_chunks(loaded.model, config.train.scan_chunk)
+    mx.random.seed(config.seed)
+    models.attach_lora(loaded.model, config.lora)
+    plan = _plan(config, loaded.model, encoded)
+    chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
+    classifier = voice.fit(chosen, rejected)
+    return Job(config, loaded.model, encoder, read, encoded, classifier, plan)
+
+
+def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
+    """Raises UserError when no valid pair fits in `data.max_length`."""
+    if not encoded:
+        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
+
+
+def _plan(config: Config, model: nn.Module, encoded: dict[str, list[EncodedPair]]) -> memory.Plan:
+    """The memory plan; UserError when the machine does not offer that much."""
+    everything = [*pairs.sequences(encoded[TRAIN]), *pairs.sequences(encoded[VALID])]
+    longest = max(everything, key=lambda sequence: len(sequence.ids))
+    with models.gradient_checkpointing(model, config.train.grad_checkpoint):
+        plan = memory.plan(model, longest)
+    if plan.total > memory.available():
+        raise UserError(
+            f"{config.model}: training needs {plan}, this machine offers "
+            f"{memory.available() / 1e9:.2f} GB; lower data.max_length (the longest sequence has "
+            f"{len(longest.ids)} tokens), set train.grad_checkpoint: true, or set model to a "
+            "quantised one"
+        )
+    return plan
+
+
+def reference_inputs(
+    config: Config, split: str, encoded: list[EncodedPair], adapters: Path | None = None
+) -> stamp.Inputs:
+    """Everything that determines the reference of a split; `adapters` are those of SFT."""
+    path = pair_file(config, split)
+    return {
+        "pairs": jsonl.digest(path),
+        "model files": models.fingerprint(config.model),
+        "system_prompt": config.system_prompt,
+        "data.max_length": config.data.max_length,
+        "token ids": pairs.digest(encoded),
+        "adapters of SFT": adapters and jsonl.digest(adapters / models.ADAPTERS),
+        "lora.scale": adapters and config.lora.scale,
+    }
+
+
+def load_reference(
+    job: Job, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
+) -> list[Reference]:
+    """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`.
+
+    Computed where it is not there, unless `only_read`.
+    """
+    folder = job.config.run / "reference" / taken_of
+    encoded = job.pairs[split]
+    inputs = reference_inputs(job.config, split, encoded, adapters)
+    if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
+        raise UserError(
+            f"{folder}: no complete reference of these pairs and this model; run "
+            "10_train_dpo.py --stage precompute first"
+        )
+    for change in reference.changes(folder, split, inputs):
+        print(f"10: the stored {split} reference is stale: {change}")
+    with tqdm(total=len(encoded), desc=f"10 reference ({taken_of}, {split})", unit="pair") as bar:
+        made = reference.load_or_compute(
+            folder,
+            split,
+            encoded,
+            inputs,
+            job.engine.log_prob,
+            lambda done: bar.update(done - bar.n),
+        )
+        bar.update(len(encoded) - bar.n)
+    return made
+
+
+def pair_file(config: Config, split: str) -> Path:
+    return Path(config.data.train_pairs if split == TRAIN else config.data.valid_pairs)
+
+
+def _few(lines: list[int]) -> str:
+    return ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")

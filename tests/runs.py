@@ -1,0 +1,161 @@
+"""Training on tiny models while the answers it is judged by are written beforehand."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from dpo_mlx import jsonl, models
+from dpo_mlx.config import Config
+from dpo_mlx.engine import Engine
+from dpo_mlx.guard import Guard
+from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.reference import Reference
+from dpo_mlx.trainer import Dpo, Example, Sft, Trainer
+from dpo_mlx.writing import GREEDY, Measures
+from mlx.utils import tree_flatten
+
+TRAIN = [
+    Pair(f"Why {i} {word}?", f"**{word}!** Yes.", f"It is {word}, {i} times.", line=i)
+    for i, word in enumerate(["odd", "red", "hot", "big", "shy", "dry", "sad"], start=1)
+]
+VALID = [Pair("Why 9 old?", "**old!** Yes.", "It is old, 9 times.", line=1)]
+
+SCRIPT = Path(__file__).parents[1] / "scripts/phase4-fine-tune-model/10_train_dpo.py"
+
+Adapters = dict[str, mx.array]
+
+
+def wrote(**changes: float) -> Measures:
+    """What a sound model writes, but for `changes`; numbers that are exact in binary."""
+    own = {
+        "voice": 0.25,
+        "distinct2": 1.0,
+        "longest_loop": 0.0,
+        "self_ended": 1.0,
+        "base_logprob_per_token": -1.0,
+        "median_tokens": 8.0,
+        **changes,
+    }
+    return own | {f"{GREEDY}{name}": value for name, value in own.items()}
+
+
+class Scripted:
+    """In the place of `Watch`: hands out the measures of a list, the last of them for ever."""
+
+    def __init__(self, script: Sequence[Measures] = ()) -> None:
+        self.script = list(script) or [wrote()]
+        self.asked = 0
+
+    def __call__(self) -> Measures:
+        self.asked += 1
+        return self.script[min(self.asked, len(self.script)) - 1]
+
+    def base(self) -> Measures:
+        return wrote()
+
+
+def swapped(pair: Pair) -> Pair:
+    """The opposite preference."""
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+
+
+class Run:
+    """A trainer over a fresh model with its true reference; metrics in run_dir/metrics.jsonl."""
+
+    def __init__(
+        self,
+        config: Config,
+        phase: type[Sft] | type[Dpo] = Dpo,
+        train: Sequence[Pair] = TRAIN,
+        valid: Sequence[Pair] = VALID,
+        off: float = 0.0,
+        script: Sequence[Measures] = (),
+    ) -> None:
+        self.config = config
+        loaded = models.load(config.model)
+        self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
+        engine = Engine(self.model)
+
+        def example(pair: Pair) -> Example:
+            encoded = self.encoder.pair(pair)
+            chosen, rejected = (engine.log_prob(side) for side in encoded.sides)
+            return Example(encoded, Reference(chosen + off, rejected))
+
+        self.train, self.valid = [example(p) for p in train], [example(p) for p in valid]
+        mx.random.seed(config.seed)
+        models.attach_lora(self.model, config.lora)
+        self.start = self.adapters
+        self.watch = Scripted(script)
+        self.guard = Guard(wrote(), config.guard)
+        self.trainer = Trainer(
+            self.model,
+            config,
+            phase(config),
+            self.train,
+            self.valid,
+            MetricsFile(config.run / "metrics.jsonl"),
+            self.watch,
+            self.guard,
+        )
+
+    def run(self) -> Run:
+        self.trainer.run()
+        return self
+
+    @property
+    def adapters(self) -> Adapters:
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return jsonl.read_whole_lines(self.config.run / "metrics.jsonl")
+
+    @property
+    def updates(self) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if "grad_norm" in row]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if "eval_loss" in row]
+
+    def checkpoint(self, name: str) -> Adapters:
+        return saved(self.config.run / "checkpoints" / name)
+
+
+def saved(folder: Path) -> Adapters:
+    """The tensors that an adapters' folder holds."""
+    found = mx.load(str(folder / models.ADAPTERS))
+    assert isinstance(found, dict)
+    return found
+
+
+def differences(found: Adapters, expected: Adapters) -> float:
+    """The largest difference of any entry."""
+    assert found.keys() == expected.keys()
+    return max(float(mx.abs(found[k] - expected[k]).max()) for k in expected)
+
+
+def write_pairs(path: Path, count: int) -> None:
+    """A file of so many pairs."""
+    rows = [
+        {"prompt": f"Why {i}?", "chosen": f"**So {i}.** Yes.", "rejected": f"It is {i}."}
+        for i in range(count)
+    ]
+    jsonl.write(path, rows)
+
+
+def exit_code(config: Path, *more: str) -> Any:
+    """Stage 10's, as its script gives it."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", [str(SCRIPT), "--config", str(config), *more])
+        patch.setattr(sys, "path", sys.path[:])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return stopped.value.code

@@ -1,0 +1,193 @@
+"""The guard: each limit by hand, what is kept, and how a whole run that degenerates ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from dpo_mlx import jsonl
+from dpo_mlx.config import GuardConfig
+from dpo_mlx.engine import Engine
+from dpo_mlx.guard import Guard, Kept
+from dpo_mlx.train_dpo import ALL, train_dpo
+from mlx.utils import tree_map
+from runs import differences, exit_code, saved, wrote
+
+LIMITS = GuardConfig(max_distinct2_drop=0.25, min_self_ended_ratio=0.5, max_chosen_drop=0.5)
+BASE = wrote(distinct2=1.0, self_ended=0.5)
+REPEATS, RUNS_ON, UNLEARNED = (
+    f"guard.{key}" for key in ("max_distinct2_drop", "min_self_ended_ratio", "max_chosen_drop")
+)
+
+
+# The limits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen_change", "crossed"),
+    [
+        ({}, 0.0, []),
+        ({"voice": 0.0, "longest_loop": 9.0, "median_tokens": 0.0}, 9.0, []),
+        # at the limit itself, and a step beyond: 1 - 1/4, half of 1/2, -1/2
+        ({"distinct2": 0.75}, 0.0, []),
+        ({"distinct2": 0.74}, 0.0, [REPEATS]),
+        ({"self_ended": 0.25}, 0.0, []),
+        ({"self_ended": 0.24}, 0.0, [RUNS_ON]),
+        ({}, -0.5, []),
+        ({}, -0.51, [UNLEARNED]),
+        # what is no number is beyond every limit
+        ({"distinct2": math.nan}, 0.0, [REPEATS]),
+        ({"self_ended": math.nan}, 0.0, [RUNS_ON]),
+        ({}, math.nan, [UNLEARNED]),
+        ({}, -math.inf, [UNLEARNED]),
+        ({"distinct2": 0.0, "self_ended": 0.0}, -9.0, [REPEATS, RUNS_ON, UNLEARNED]),
+    ],
+)
+def test_limits_by_hand(changes, chosen_change, crossed):
+    """Each limit against the base's 1.0 distinct pairs and 0.5 ended answers: kept at its exact
+    value, crossed beyond it and by NaN, each alone and all at once.
+    """
+    written = wrote(**{"self_ended": 0.5, **changes})
+    found = Guard(BASE, LIMITS).crossed(written, chosen_change)
+    assert [line.split(":")[0] for line in found] == crossed
+
+
+def test_a_base_that_never_ends_asks_for_nothing():
+    """Half of no ended answers is none."""
+    guard = Guard(wrote(self_ended=0.0), LIMITS)
+    assert guard.crossed(wrote(self_ended=0.0), 0.0) == []
+
+
+def test_lines_carry_both_numbers():
+    """A reader sees from where to where it fell, and what that means."""
+    lines = Guard(BASE, LIMITS).crossed(wrote(distinct2=0.125, self_ended=0.125), -2.0)
+    for line, words in zip(
+        lines,
+        [("from 1.00 to 0.12", "repeat"), ("12%", "50%", "stop"), ("2.00 nats", "unlearned")],
+        strict=True,
+    ):
+        assert all(word in line for word in words)
+
+
+# What is kept -----------------------------------------------------------------------------------
+
+
+def test_the_first_evaluation_is_kept_whatever_it_writes():
+    """There is always something to keep: the start, though it be degenerate."""
+    guard = Guard(BASE, LIMITS)
+    assert guard.is_best(0, wrote(voice=0.5, distinct2=0.0), math.nan)
+    assert guard.kept == Kept(0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen_change"),
+    [({"distinct2": 0.0}, 0.0), ({"self_ended": 0.0}, 0.0), ({}, -9.0)],
+)
+def test_more_voiced_but_degenerate_is_never_kept(changes, chosen_change):
+    """Whichever limit is crossed, and whether the guard stops runs or not."""
+    for limits in (LIMITS, GuardConfig(enabled=False)):
+        guard = Guard(BASE, limits)
+        assert guard.is_best(0, wrote(voice=0.25), 0.0)
+        assert not guard.is_best(1, wrote(voice=1.0, **changes), chosen_change)
+        assert guard.kept == Kept(0, 0.25)
+
+
+def test_the_most_voiced_is_kept():
+    """More voice wins, as much does not: of equals the earlier, which has moved less; NaN never."""
+    guard = Guard(BASE, LIMITS)
+    voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
+    best = [guard.is_best(i, wrote(voice=v), 0.0) for i, v in enumerate(voices)]
+    assert best == [True, True, False, False, False, True]
+    assert guard.kept == Kept(5, 0.75)
+
+
+# A whole run ------------------------------------------------------------------------------------
+
+
+# What the model "writes" after updates 2, 4 and 6; at the start it writes what the base does.
+DEGENERATES = [wrote(voice=0.75), wrote(voice=1.0, distinct2=0.5), wrote(voice=0.875)]
+
+
+def test_a_run_that_degenerates_is_stopped(job, capfd):
+    """Stopped at update 4, those of update 2 are kept: adapters/ is checkpoints/best, outcome.json
+    and the last lines say why, the exit code is 3; run again it is skipped, and says the same.
+    """
+    config, path = job(DEGENERATES)
+    assert exit_code(path) == 3
+    outcome = json.loads((config.run / "outcome.json").read_text())
+    [reason] = outcome.pop("stopped")
+    assert outcome == {"updates": 4, "kept_update": 2, "voice": 0.75}
+    assert reason.startswith("guard.max_distinct2_drop: distinct word pairs fell from 1.00 to 0.50")
+    printed = capfd.readouterr().out.splitlines()[-3:]
+    assert printed[0] == f"10: stopped after update 4: {reason}"
+    assert "finding" in printed[1] and "update 2" in printed[2]
+
+    kept = saved(config.run / "adapters")
+    assert differences(kept, saved(config.run / "checkpoints/best")) == 0
+    assert differences(kept, saved(config.run / "checkpoints/last")) > 0
+    rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    assert [row["iteration"] for row in rows if "eval_loss" in row] == [0, 2, 4]
+    assert max(row["iteration"] for row in rows) == 4
+
+    changed = config.run / "adapters/adapters.safetensors"
+    before = changed.stat().st_mtime_ns
+    assert exit_code(path) == 3
+    again = capfd.readouterr().out.splitlines()
+    assert "up to date, skipped" in again[0] and again[1:] == printed
+    assert changed.stat().st_mtime_ns == before
+
+
+def test_a_guard_that_is_off_does_not_stop(job):
+    """The same answers: the run goes to its end, exit code 0; what is kept is within the limits."""
+    config, path = job([*DEGENERATES, wrote(voice=0.5)], guard={"enabled": False})
+    assert exit_code(path) == 0
+    outcome = json.loads((config.run / "outcome.json").read_text())
+    assert outcome == {"updates": 7, "kept_update": 6, "voice": 0.875, "stopped": []}
+
+
+def test_chosen_answers_that_fall_stop_a_run(job):
+    """The fall is measured on the model itself, whatever it writes: here the valid pairs prefer the
+    opposite of what is trained.
+    """
+    config, _ = job([wrote(voice=1.0)], train={"force": True}, guard={"max_chosen_drop": 0.01})
+    rows = jsonl.read_whole_lines(Path(config.data.valid_pairs))
+    opposite = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    jsonl.write(Path(config.data.valid_pairs), opposite)
+    assert train_dpo(config, ALL) is False
+    outcome = json.loads((config.run / "outcome.json").read_text())
+    assert outcome["stopped"][0].startswith("guard.max_chosen_drop: ")
+    assert (outcome["updates"], outcome["kept_update"]) == (2, 0)
+    zeros = [v for n, v in saved(config.run / "adapters").items() if n.endswith("lora_b")]
+    assert zeros and max(float(mx.abs(v).max()) for v in zeros) == 0
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_the_same_way(job, monkeypatch, capfd):
+    """NaN in the fifth update, guard or no guard: exit code 3, and the reason has the lines of the
+    pairs; adapters/ holds the best evaluation before it.
+    """
+    config, path = job(
+        [wrote(voice=0.5), wrote(voice=0.75), wrote(voice=1.0)], guard={"enabled": False}
+    )
+    original, calls = Engine.pair_gradient, []
+
+    def broken(self, pair, *arguments):
+        calls.append(pair.line)
+        score, gradient = original(self, pair, *arguments)
+        factor = 1 if len(calls) < 5 else mx.nan
+        return score, tree_map(lambda g: g * factor, gradient)
+
+    monkeypatch.setattr(Engine, "pair_gradient", broken)
+    assert exit_code(path) == 3
+    outcome = json.loads((config.run / "outcome.json").read_text())
+    [reason] = outcome.pop("stopped")
+    assert outcome == {"updates": 4, "kept_update": 4, "voice": 0.75}
+    assert reason.startswith(f"{config.data.train_pairs}: ")
+    assert f"lines [{calls[4]}] is not finite" in reason and len(calls) == 5
+    best, kept = config.run / "checkpoints/best", saved(config.run / "adapters")
+    assert differences(kept, saved(best)) == 0
+    assert all(bool(mx.isfinite(value).all()) for value in kept.values())
+    assert exit_code(path) == 3
+    assert reason in capfd.readouterr().out.splitlines()[-3]

@@ -1,0 +1,291 @@
+"""Supervised fine-tuning before DPO: what it learns, and what a second run takes up of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from dpo_mlx import jsonl
+from dpo_mlx.config import Config
+from dpo_mlx.engine import Engine
+from dpo_mlx.errors import UserError
+from dpo_mlx.train_dpo import ALL, PRECOMPUTE, TRAIN_ONLY, train_dpo
+from dpo_mlx.trainer import Sft, groups
+from mlx.utils import tree_flatten, tree_map
+from runs import Scripted, differences, saved, wrote
+
+WARM = {"epochs": 1, "learning_rate": 1e-3}
+
+
+class Norm(Scripted):
+    """Answers whose voice is told by the adapters alone: the further they have gone, the more."""
+
+    sign = 1.0
+
+    def __init__(self, model, *_):
+        super().__init__()
+        self.model = model
+
+    def base(self):
+        return wrote(voice=0.5)
+
+    def __call__(self):
+        adapters = dict(tree_flatten(self.model.trainable_parameters()))
+        far = sum(float(mx.abs(v).sum()) for n, v in adapters.items() if n.endswith("lora_b"))
+        return wrote(voice=0.5 + self.sign * far / 1e6)
+
+
+class Shy(Norm):
+    """The further they have gone, the less."""
+
+    sign = -1.0
+
+
+@pytest.fixture
+def warmed(job, llama) -> Any:
+    """warmed(key of the sft section=value) -> a run's config, on llama, told by `Norm`."""
+
+    def made(watch: Any = Norm, dpo: Any = None, **sft: Any) -> Config:
+        sections = {"sft": {**WARM, **sft}, "dpo": dpo or {}, "model": str(llama)}
+        return job(watch, **sections)[0]
+
+    return made
+
+
+def of_phase(config: Config, phase: str) -> list[dict[str, Any]]:
+    found = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    return [row for row in found if row["phase"] == phase]
+
+
+def numbering(metrics: list[dict[str, Any]]) -> list[tuple[str, int, bool]]:
+    """(phase, update, whether it is an evaluation) of every row."""
+    return [(row["phase"], row["iteration"], "eval_loss" in row) for row in metrics]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+# What it learns ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kind", ["granite", "llama"])
+def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
+    """Six updates on all pairs lower the chosen answers' negative log-likelihood, trained and held
+    out, at the rate of `sft`; the rejected ones have no part in it.
+    """
+    run = make(
+        {"phase": Sft},
+        model=request.getfixturevalue(kind),
+        sft={"epochs": 6, "learning_rate": 3e-3},
+        learning_rate=0,
+        grad_accumulation=7,
+        grad_checkpoint=checkpoint,
+    ).run()
+    losses = [row["nll_loss"] for row in run.updates]
+    assert len(losses) == 6 and losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.1
+    before, after = run.evaluations
+    assert after["eval_nll_loss"] < before["eval_nll_loss"] - 0.05
+    assert {row["phase"] for row in run.metrics} == {"sft"}
+    assert not any("loss" in row or "rewards/margins" in row for row in run.updates)
+
+
+def test_an_update_is_the_mean_of_its_answers(make):
+    """The logged loss and norm are those of the mean over the group of each answer's own mean."""
+    run = make({"phase": Sft}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
+    engine = Engine(run.model)
+    [(_, indices)] = groups(run.trainer.phase.settings, 7, run.config.seed)
+    values, gradients = zip(
+        *(engine.nll_gradient(run.train[i].pair.chosen) for i in indices), strict=True
+    )
+    total = dict(tree_flatten(tree_map(lambda *g: sum(g) / 7, *gradients)))
+    norm = math.sqrt(sum(float(mx.square(g).sum()) for g in total.values()))
+    [row] = run.updates
+    assert row["nll_loss"] == pytest.approx(sum(values) / 7, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_only_rate_and_epochs_are_its_own(make):
+    """Everything else of an SFT update is what `train` says."""
+    config = make(sft={"epochs": 3, "learning_rate": 0.5}, weight_decay=0.1).config
+    settings = Sft(config).settings
+    assert (settings.epochs, settings.learning_rate) == (3, 0.5)
+    assert (settings.weight_decay, settings.schedule) == (0.1, "constant")
+
+
+# What DPO makes of it ---------------------------------------------------------------------------
+
+
+def test_dpo_starts_at_what_sft_has_left(warmed):
+    """After SFT DPO's first loss is ln 2 and its margins are 0: the reference is taken after it,
+    and is not the base model's.
+    """
+    config = warmed()
+    assert train_dpo(config, ALL)
+    evaluation, update = of_phase(config, "dpo")[:2]
+    assert (evaluation["iteration"], update["iteration"]) == (7, 8)
+    assert evaluation["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert update["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert update["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    base, after = (
+        jsonl.read_whole_lines(config.run / "reference" / of / "valid.jsonl")
+        for of in ("base", "sft")
+    )
+    assert all(a["chosen"] > b["chosen"] + 1 for a, b in zip(after, base, strict=True))
+    assert of_phase(config, "sft")[0]["eval_logps/chosen"] == pytest.approx(
+        sum(row["chosen"] for row in base) / len(base), rel=1e-5
+    )
+
+
+def test_updates_are_numbered_through(warmed):
+    """SFT's 1 to 7, DPO's 8 to 14, each once; evaluations at every second of a phase and at both
+    its ends.
+    """
+    config = warmed()
+    train_dpo(config, ALL)
+    found = numbering(jsonl.read_whole_lines(config.run / "metrics.jsonl"))
+    expected = [("sft", i) for i in range(1, 8)] + [("dpo", i) for i in range(8, 15)]
+    assert [(phase, i) for phase, i, evaluation in found if not evaluation] == expected
+    expected = [("sft", i) for i in (0, 2, 4, 6, 7)] + [("dpo", i) for i in (7, 9, 11, 13, 14)]
+    assert [(phase, i) for phase, i, evaluation in found if evaluation] == expected
+
+
+def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
+    """Stopped in SFT: the best of it is kept, no reference of it is taken, nothing counts as SFT's
+    result; run again it is skipped.
+    """
+    script = [wrote(voice=0.5), wrote(voice=1.0, self_ended=0.0)]
+    config, _ = job(script, sft=WARM, model=str(llama))
+    for _ in range(2):
+        assert not train_dpo(config, ALL)
+        outcome = json.loads((config.run / "outcome.json").read_text())
+        assert (outcome["updates"], outcome["kept_update"]) == (4, 2)
+        assert outcome["stopped"][0].startswith("guard.min_self_ended_ratio")
+        assert of_phase(config, "dpo") == []
+        assert not (config.run / "checkpoints/sft").exists()
+        assert not (config.run / "reference/sft").exists()
+        best = saved(config.run / "checkpoints/best")
+        assert differences(saved(config.run / "adapters"), best) == 0
+
+
+# Stages and second runs -------------------------------------------------------------------------
+
+
+def in_parts(config: Config, *stages: str) -> Path:
+    """The run's folder after these stages, moved out of the way of another."""
+    for stage in stages:
+        assert train_dpo(config, stage)
+    return config.run.rename(config.run.with_name("-".join(stages)))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "watch"),
+    [
+        (0, Norm),
+        (1, Norm),
+        pytest.param(
+            1,
+            Shy,
+            marks=pytest.mark.xfail(
+                strict=True, reason="what SFT kept is forgotten when its adapters are read again"
+            ),
+        ),
+    ],
+)
+def test_stages_apart_are_one_run(epochs, watch, warmed):
+    """`--stage precompute` and then `train` give the adapters, the outcome and the metrics of
+    `--stage all`, to the last bit, whether the best evaluation is DPO's last or SFT's first.
+    """
+    config = warmed(watch, epochs=epochs)
+    whole, apart = in_parts(config, ALL), in_parts(config, PRECOMPUTE, TRAIN_ONLY)
+    assert differences(saved(apart / "adapters"), saved(whole / "adapters")) == 0
+    assert jsonl.read_json(apart / "outcome.json") == jsonl.read_json(whole / "outcome.json")
+    times = {"tokens_per_second", "peak_memory_gb"}
+    found, expected = (
+        [{k: v for k, v in row.items() if k not in times} for row in jsonl.read_whole_lines(path)]
+        for path in (apart / "metrics.jsonl", whole / "metrics.jsonl")
+    )
+    assert found == expected
+
+
+def test_precompute_trains_no_dpo(warmed):
+    """It ends with the adapters of SFT and both references; the rest is left to `train`."""
+    config = warmed()
+    assert train_dpo(config, PRECOMPUTE)
+    assert not (config.run / "adapters").exists() and of_phase(config, "dpo") == []
+    before = contents(config.run / "checkpoints/sft")
+    assert train_dpo(config, TRAIN_ONLY)
+    assert contents(config.run / "checkpoints/sft") == before
+    assert (config.run / "adapters").exists()
+
+
+def test_train_needs_the_adapters_of_sft(warmed):
+    """Without them, or with those of other settings, `--stage train` names the stage to run."""
+    with pytest.raises(UserError, match="checkpoints/sft: no adapters of SFT .*--stage precompute"):
+        train_dpo(warmed(), TRAIN_ONLY)
+    train_dpo(warmed(), PRECOMPUTE)
+    with pytest.raises(UserError, match="checkpoints/sft: no adapters of SFT .*--stage precompute"):
+        train_dpo(warmed(learning_rate=2e-3), TRAIN_ONLY)
+
+
+def test_other_sft_settings_make_another_sft(warmed):
+    """SFT, its reference and DPO are done again; the base model's reference stays as it is."""
+    config = warmed()
+    train_dpo(config, ALL)
+    base = contents(config.run / "reference/base")
+    sft, after, adapters = (
+        contents(config.run / name) for name in ("checkpoints/sft", "reference/sft", "adapters")
+    )
+    config = warmed(learning_rate=2e-3)
+    assert train_dpo(config, ALL)
+    assert contents(config.run / "reference/base") == base
+    for name, old in (("checkpoints/sft", sft), ("reference/sft", after), ("adapters", adapters)):
+        assert contents(config.run / name) != old, name
+    assert of_phase(config, "dpo")[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    found = numbering(jsonl.read_whole_lines(config.run / "metrics.jsonl"))
+    assert len(found) == len(set(found))
+
+
+@pytest.fixture
+def dpo_again(warmed) -> Any:
+    """(what is to stay, metrics) of a run, and again after DPO alone was given other settings."""
+
+    def look(config: Config) -> tuple[Any, list[dict[str, Any]]]:
+        names = "checkpoints/sft", "reference/sft", "reference/base"
+        metrics = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+        return [contents(config.run / name) for name in names], metrics
+
+    found = []
+    for dpo in ({}, {"beta": 0.2}):
+        config = warmed(dpo=dpo)
+        assert train_dpo(config, ALL)
+        found.append(look(config))
+    return found
+
+
+def test_other_dpo_settings_keep_sft(dpo_again):
+    """SFT is not trained again: its adapters, both references and its metrics stay as they are,
+    while DPO's metrics are others.
+    """
+    (files, metrics), (files_after, metrics_after) = dpo_again
+    assert files_after == files and len(files[0]) == 2
+    sft, sft_after = ([r for r in rows if r["phase"] == "sft"] for rows in (metrics, metrics_after))
+    assert sft_after == sft
+    assert metrics_after[-1] != metrics[-1]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="DPO's evaluation at SFT's last update stays and comes again"
+)
+def test_dpo_s_rows_take_the_place_of_the_earlier_ones(dpo_again):
+    """No update and no evaluation is in the metrics twice."""
+    (_, metrics), (_, metrics_after) = dpo_again
+    assert numbering(metrics_after) == numbering(metrics)
