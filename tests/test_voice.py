@@ -156,3 +156,20 @@ def test_hash_is_the_same_everywhere():
 def test_distinct_bigrams_by_hand(text, share):
     """The run that collapsed scores one hundredth, running text near one."""
     assert voice.distinct_bigrams(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", 0),
+        ("a b c d", 0),
+        ("hormonal hormonal hormonal", 2),
+        ("x a b a b a b y", 4),
+        ("a b c a b", 0),
+        (" ".join([*map(str, range(voice.LONGEST_UNIT))] * 2), voice.LONGEST_UNIT),
+        (" ".join([*map(str, range(voice.LONGEST_UNIT + 1))] * 2), 0),
+    ],
+)
+def test_longest_loop_by_hand(text, words):
+    """Words that only repeat those right before them; less than one whole repetition is none."""
+    assert voice.longest_loop(text) == words
