@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+import numpy as np
 import pytest
-from dpo_mlx import models, pairs
+from dpo_mlx import jsonl
 from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, SftConfig, TrainConfig
-from dpo_mlx.diagnose import Facts, findings, probe
+from dpo_mlx.diagnose import Facts, Probe, findings, gather, probe
 from dpo_mlx.engine import Engine
-from dpo_mlx.pairs import Encoder, Pair
-from mlx.utils import tree_map
+from dpo_mlx.losses import LOSSES
+from dpo_mlx.pairs import LENGTH, EncodedPair, Pair, Sequence
+from dpo_mlx.reference import Reference
+from dpo_mlx.trainer import Example, Sft
+from dpo_mlx.voice import FEATURES, VoiceClassifier
+from runs import Run, exit_code, wrote
 
 SOUND = Facts(
     train_pairs=100,
@@ -106,38 +113,160 @@ def test_at_the_limit_nothing_is_said(facts: dict[str, Any], sections: dict[str,
     assert list(findings(replace(SOUND, **facts), config(**sections))) == []
 
 
-@pytest.mark.parametrize("dpo", [DpoConfig(), DpoConfig(nll_weight=1.0), DpoConfig(loss="simpo")])
-def test_the_probe_foretells_a_small_update(dpo: DpoConfig, llama: Any) -> None:
-    """An oracle: a true sign step of a small rate changes unseen pairs by rate x probe."""
-    loaded = models.load(str(llama))
-    encoder = Encoder(loaded.tokenizer)
-    mx.random.seed(0)
-    models.attach_lora(loaded.model, LoraConfig(rank=4))
-    engine = Engine(loaded.model)
-    made = [
-        encoder.pair(Pair(f"Why {i} {w}?", f"**{w}!** Yes, {w}.", f"It is {i} times {w}."))
-        for i, w in enumerate(["odd", "red", "hot", "big", "shy", "dry", "sad"])
-    ]
-    train, valid = made[:4], made[4:]
-    settings = config(dpo=dpo)
-    foretold = probe(engine, settings, train, valid)
-    rate, before = 1e-5, per_token(engine, valid)
-    gradient = None
-    for pair in train:
-        own = engine.nll_gradient(pair.chosen)[1]
-        gradient = own if gradient is None else tree_map(mx.add, gradient, own)
-    signs = tree_map(mx.sign, gradient)
-    stepped = tree_map(lambda p, s: p - rate * s, loaded.model.trainable_parameters(), signs)
-    loaded.model.update(stepped)
-    after = per_token(engine, valid)
-    assert after[0] - before[0] == pytest.approx(rate * foretold.sft, rel=0.1)
-    assert foretold.dpo > 0
+def test_facts_by_hand() -> None:
+    """From two train and two valid pairs, five updates of DPO and ten of SFT at constant rates.
 
+    Log-probs a token of the valid pairs: chosen -8/4 and -9/3, rejected -6/6 and -2/1; median
+    lengths of all four: chosen 2, 3, 4, 5 and rejected 1, 2, 6, 9. One of four rejected answers was
+    cut. A classifier that calls every answer rejected is at chance.
+    """
 
-def per_token(engine: Engine, valid: list[pairs.EncodedPair]) -> tuple[float, float]:
-    """Mean log-probs a token of chosen and rejected answers."""
-    sides = zip(*(pair.sides for pair in valid), strict=True)
-    chosen, rejected = (
-        sum(engine.log_prob(s) / s.answer_length for s in side) / len(valid) for side in sides
+    def encoded(chosen: int, rejected: int) -> EncodedPair:
+        return EncodedPair(*(Sequence(tuple(range(7 + n)), 7) for n in (chosen, rejected)), 1)
+
+    steady: Any = {"schedule": "constant", "warmup_ratio": 0.0, "grad_accumulation": 1}
+    pair = Pair("q", "chosen", "rejected")
+    found = gather(
+        config(
+            train=TrainConfig(learning_rate=0.1, epochs=5, batch_size=2, **steady),
+            sft=SftConfig(epochs=10, learning_rate=0.2),
+        ),
+        {"train": [pair, replace(pair, rejected_finish=LENGTH)], "valid": [pair, pair]},
+        {"train": [encoded(2, 2), encoded(5, 9)], "valid": [encoded(4, 6), encoded(3, 1)]},
+        [Reference(-8, -6), Reference(-9, -2)],
+        VoiceClassifier(np.zeros(FEATURES), -1.0),
+        Probe(sft=0.5, dpo=0.25, seconds=0.0),
     )
-    return chosen, rejected
+    assert asdict(found) == pytest.approx(
+        {
+            "train_pairs": 2,
+            "chosen_per_token": -2.5,
+            "rejected_per_token": -1.5,
+            "chosen_tokens": 3.5,
+            "rejected_tokens": 4.0,
+            "cut_share": 0.25,
+            "classifier_accuracy": 0.5,
+            "sft_updates": 10,
+            "dpo_updates": 5,
+            "sft_change": 0.5 * 10 * 0.2,
+            "dpo_change": 0.25 * 5 * 0.1,
+        },
+        rel=1e-5,
+    )
+    assert any("right on 50%" in finding.text for finding in findings(found, config()))
+
+
+# Pairs whose sides differ in length from one to the next, so that a wrong weight of a side shows.
+TRAIN = [
+    Pair(f"Why {i} {w}?", f"**{w}!**" + " Yes." * i, f"It is {w}" + f", {w}" * (5 - i), line=i)
+    for i, w in enumerate(["odd", "red", "hot", "big"], start=1)
+]
+UNSEEN = [
+    Pair("Why 9 old?", "**old!** Yes. Yes.", "It is old, old", line=1),
+    Pair("Why 8 sad?", "**sad!**", "It is sad, sad, sad", line=2),
+]
+# Losses whose slopes at the reference are not those that `_pull` gives them.
+MISJUDGED = {("apo_down", 0.0), ("dpop", 0.0), ("dpop", 1.0)}
+BETAS = {"sigmoid_norm": 5.0, "simpo": 5.0, "ipo": 0.5}
+
+
+def per_token(engine: Engine, examples: list[Example]) -> np.ndarray:
+    """Log-probs a token [pairs, (chosen, rejected)]."""
+    return np.array(
+        [[engine.log_prob(s) / s.answer_length for s in e.pair.sides] for e in examples]
+    )
+
+
+def first_update(run: Run) -> tuple[Probe, np.ndarray]:
+    """What the probe says, and what the real first update at a small rate does to unseen pairs:
+    the mean change a token of (chosen, rejected) over the rate.
+    """
+    engine, (train, valid) = run.trainer.engine, (run.train, run.valid)
+    foretold = probe(engine, run.config, [e.pair for e in train], [e.pair for e in valid])
+    before = per_token(engine, valid)
+    assert len(run.run().updates) == 1
+    return foretold, (per_token(engine, valid) - before).mean(axis=0) / RATE
+
+
+RATE = 3e-5
+ONE_UPDATE = {"grad_accumulation": len(TRAIN), "learning_rate": RATE}
+
+
+def every_loss() -> Iterator[Any]:
+    for loss, weight in itertools.product(LOSSES, (0.0, 1.0)):
+        wrong = pytest.mark.xfail(strict=True, reason="the probe takes every loss for a sigmoid")
+        marks = [wrong] if (loss, weight) in MISJUDGED else []
+        yield pytest.param(loss, weight, marks=marks)
+
+
+@pytest.mark.parametrize(("loss", "nll_weight"), every_loss())
+def test_dpo_s_first_update_is_foretold(loss: str, nll_weight: float, make: Any) -> None:
+    """An oracle: AdamW's real first update moves unseen pairs apart as far as the probe says, to
+    10%, for every loss.
+    """
+    dpo = {"loss": loss, "beta": BETAS.get(loss, 0.1), "nll_weight": nll_weight}
+    run = make({"train": TRAIN, "valid": UNSEEN}, dpo=dpo, **ONE_UPDATE)
+    foretold, (chosen, rejected) = first_update(run)
+    assert foretold.dpo == pytest.approx(chosen - rejected, rel=0.1)
+    assert foretold.seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["granite", "llama"])
+def test_sft_s_first_update_is_foretold(kind: str, make: Any, request: Any) -> None:
+    """The same of SFT's update and the chosen answers' gain; DPO's settings have no say."""
+    run = make(
+        {"phase": Sft, "train": TRAIN, "valid": UNSEEN},
+        model=request.getfixturevalue(kind),
+        sft={"epochs": 1, "learning_rate": RATE},
+        dpo={"beta": 0.9, "nll_weight": 3.0},
+        **{**ONE_UPDATE, "learning_rate": 0.5},
+    )
+    foretold, (chosen, _) = first_update(run)
+    assert foretold.sft == pytest.approx(chosen, rel=0.1)
+
+
+# Through the script -----------------------------------------------------------------------------
+
+WEAK = {"loss": "sigmoid_norm", "beta": 0.1}
+
+
+def trained(run: Path) -> bool:
+    """Whether anything was trained there."""
+    return any((run / name).exists() for name in ("metrics.jsonl", "checkpoints", "adapters"))
+
+
+@pytest.mark.parametrize("more", [(), ("--check",), ("--stage", "precompute")], ids=" ".join)
+def test_what_is_sure_to_fail_is_not_begun(more: tuple[str, ...], job: Any, capfd: Any) -> None:
+    """Exit code 1, the finding among the facts, one line on stderr with the way round it."""
+    run, path = job([wrote()], dpo=WEAK)
+    assert exit_code(path, *more) == 1
+    printed = capfd.readouterr()
+    assert "10: sure to fail: dpo.beta 0.1 with sigmoid_norm" in printed.out
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "train.force=true" in errors[0]
+    assert not trained(run.run)
+
+
+def test_force_trains_all_the_same(job: Any, capfd: Any) -> None:
+    """The finding is still said, and the run is trained to its end."""
+    run, path = job([wrote()], dpo=WEAK, train={"force": True})
+    assert exit_code(path) == 0
+    assert "10: sure to fail: dpo.beta 0.1" in capfd.readouterr().out
+    assert jsonl.read_json(run.run / "outcome.json")["updates"] == 7
+
+
+def test_check_says_it_and_does_nothing(job: Any, capfd: Any) -> None:
+    """Facts and findings are printed, and no training is begun. The order of updates, rates and
+    losses is said, and every finding on a line of its own.
+    """
+    run, path = job([wrote()], sft={"epochs": 1, "learning_rate": 1e-2}, lora={"scale": 0.5})
+    assert exit_code(path, "--check") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert all(line.startswith("10: ") for line in lines)
+    notes = [line for line in lines if line.startswith("10: note: ")]
+    assert [note.split()[2] for note in notes if "lora.scale 0.5" in note] == ["lora.scale"]
+    assert any("7 train pairs: a voice" in note for note in notes)
+    assert any("SFT: 7 updates of 1 chosen answers, learning rate 0.01" in line for line in lines)
+    assert any("DPO: 7 updates of 1 pairs, learning rate 0.001" in line for line in lines)
+    assert any("memory at the peak" in line for line in lines)
+    assert not trained(run.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -228,12 +229,18 @@ def test_precompute_trains_no_dpo(warmed):
 
 
 def test_train_needs_the_adapters_of_sft(warmed):
-    """Without them, or with those of other settings, `--stage train` names the stage to run."""
-    with pytest.raises(UserError, match="checkpoints/sft: no adapters of SFT .*--stage precompute"):
+    """With nothing, with those of other settings, or without them, `--stage train` names the stage
+    to run.
+    """
+    with pytest.raises(UserError, match="reference/base: no complete .*--stage precompute"):
         train_dpo(warmed(), TRAIN_ONLY)
-    train_dpo(warmed(), PRECOMPUTE)
+    config = warmed()
+    train_dpo(config, PRECOMPUTE)
     with pytest.raises(UserError, match="checkpoints/sft: no adapters of SFT .*--stage precompute"):
         train_dpo(warmed(learning_rate=2e-3), TRAIN_ONLY)
+    shutil.rmtree(config.run / "checkpoints/sft")
+    with pytest.raises(UserError, match="checkpoints/sft: no adapters of SFT .*--stage precompute"):
+        train_dpo(warmed(), TRAIN_ONLY)
 
 
 def test_other_sft_settings_make_another_sft(warmed):
@@ -282,9 +289,6 @@ def test_other_dpo_settings_keep_sft(dpo_again):
     assert metrics_after[-1] != metrics[-1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DPO's evaluation at SFT's last update stays and comes again"
-)
 def test_dpo_s_rows_take_the_place_of_the_earlier_ones(dpo_again):
     """No update and no evaluation is in the metrics twice."""
     (_, metrics), (_, metrics_after) = dpo_again

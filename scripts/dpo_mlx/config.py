@@ -105,7 +105,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     enabled: bool = True
-    max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
+    max_distinct2_drop: float = _number(0.2, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.5, low=0.0, high=1.0)
     max_chosen_drop: float = _number(0.5, low=0.0)
 
