@@ -47,7 +47,21 @@ def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, An
     }
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     first, second = (_start([str(CONFIG), *sets]) for _ in range(2))
-    return {"folder": folder, "first": first, "second": second}
+    return {"folder": folder, "first": first, "second": second, "sets": sets}
+
+
+# A rate so high, and a guard so strict, that the first evaluation that is worse in anything ends it.
+RUINOUS = {
+    "sft.epochs": 0,
+    "train.learning_rate": 1,
+    "train.schedule": "constant",
+    "train.warmup_ratio": 0,
+    "train.eval_every": 1,
+    "train.force": "true",
+    "guard.max_distinct2_drop": 0,
+    "guard.min_self_ended_ratio": 1,
+    "guard.max_chosen_drop": 0,
+}
 
 
 def _start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -120,3 +134,20 @@ def test_the_report_opens_from_disk(run: dict[str, Any]) -> None:
     assert page.rstrip().endswith("</html>")
     assert "https://" not in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_stopped_run_is_told_to_its_end(run: dict[str, Any]) -> None:
+    """Stopped by a guard (3), the chain still fuses the best adapters and writes the report, whose
+    path is the last line; its exit code is that 3, now and when it is started again.
+    """
+    folder = run["folder"]
+    again = {"run_dir": folder / "stopped", **RUINOUS}
+    sets = [part for key, value in again.items() for part in ("--set", f"{key}={value}")]
+    for _ in range(2):
+        done = _start([str(CONFIG), *run["sets"], *sets])
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == str(folder / "stopped" / "report.html")
+        assert "10: stopped after update" in done.stdout
+    report = json.loads((folder / "stopped" / "report.json").read_text())
+    training = report["training"]
+    assert training["stopped"] and training["kept_update"] < training["updates"]

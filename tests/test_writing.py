@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpo_mlx.models import LORA_LAYERS
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import Answer, sample_batch
 from dpo_mlx.writing import GREEDY, Watch, measure
+from runs import differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
 CLASSIFIER = voice.fit([p.chosen for p in ASKED], [p.rejected for p in ASKED])
@@ -90,3 +92,19 @@ def test_greedy_and_sampled_in_one_batch(llama: Path) -> None:
     mixed = sample_batch(model, tokenizer, prompts * 2, settings, 0, [1.0] * 2 + [0.0] * 2)
     greedy = sample_batch(model, tokenizer, prompts, settings, 1, [0.0] * 2)
     assert mixed[2:] == greedy
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_watching_changes_nothing_that_is_learned(dropout: float, make: Any) -> None:
+    """Watched after every update, which draws random numbers and switches modes, or at the ends
+    alone: the same adapters to the last bit, with dropout too.
+    """
+
+    def adapters(eval_every: int) -> Any:
+        off = {"enabled": False}
+        run = make(eval_every=eval_every, grad_accumulation=3, lora={"dropout": dropout}, guard=off)
+        short = replace(run.config, generation=GenerationConfig(max_tokens=4, temperature=1.0))
+        run.trainer.watch = Watch(run.model, run.encoder, CLASSIFIER, ASKED, short)
+        return run.run().adapters
+
+    assert differences(adapters(1), adapters(100)) == 0
