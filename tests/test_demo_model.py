@@ -2,6 +2,7 @@
 
 import subprocess
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx

@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import jsonl, pairs, stamp
+from . import jsonl, stamp
 from .config import Config
-from .job import SPLITS, pair_file
+from .make_pairs import PairFiles
 
 CARD, TEMPLATE = "README.md", "card.md.j2"
 
@@ -35,7 +35,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         config=config,
         name=config.run.name,
         base=Path(config.model).name if Path(config.model).is_dir() else config.model,
-        counts={split: len(pairs.read(pair_file(config, split))) for split in SPLITS},
+        counts=stamp.read(PairFiles.of(config).report),
         training=stamp.read(config.run / "outcome.json"),
         fuse=report["fuse"],
         voice=report.get("voice"),

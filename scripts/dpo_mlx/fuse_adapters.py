@@ -14,7 +14,7 @@ from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
-from .rounding import ROUNDINGS
+from .rounding import NEAREST, ROUNDINGS
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3
@@ -47,7 +47,7 @@ def fuse_adapters(config: Config) -> None:
         card.write(config, fused, {"fuse": report})
         stamp.write(stamp_path, inputs)
     _print(report)
-    _require_kept(report, config)
+    require_kept(report, config)
 
 
 def _fuse(config: Config) -> Report:
@@ -73,7 +73,10 @@ def _fuse(config: Config) -> Report:
     _save(loaded, config, dtype)
     del loaded
     mx.clear_cache()
-    found = compare(base, with_adapters, log_probs(models.load(str(fused)), checked))
+    written = log_probs(models.load(str(fused)), checked)
+    bits = settings.quantize
+    same_bits = _quantized_base(config, bits, dtype, checked) if bits else base
+    found = compare(base, with_adapters, written, same_bits)
     return {
         "pairs": len(checked),
         "dtype": models.dtype_name(dtype),
@@ -100,18 +103,35 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     models.save(loaded.model, loaded.folder, config.run / "fused", about)
 
 
-def compare(base: Sides, with_adapters: Sides, fused: Sides) -> Report:
+def _quantized_base(
+    config: Config, bits: int, dtype: mx.Dtype, checked: list[EncodedPair]
+) -> Sides:
+    """Log-probs under the base model in the bits that the fused one is written in.
+
+    Quantising moves every answer by far more than a short training does, that of both models
+    alike: what was learned shows against the base model in the same bits alone.
+    """
+    loaded = models.load(config.model)
+    fusing.fuse(loaded.model, NEAREST, dtype)
+    fusing.quantize(loaded.model, {}, bits)
+    return log_probs(loaded, checked)
+
+
+def compare(
+    base: Sides, with_adapters: Sides, fused: Sides, fused_base: Sides | None = None
+) -> Report:
     """What fusing changed, from log-probs [pairs] of both sides under three models.
 
     `margin_kept` is the fused model's mean margin over the adapters', both in nats against the
-    base model; None when the adapters have none. `max_logprob_difference` is in nats.
+    base model (the fused one's against `fused_base` where that is given); None when the adapters
+    have none. `max_logprob_difference` is in nats.
     """
-    margin = _margin(with_adapters, base)
-    kept = _margin(fused, base) / margin if abs(margin) > LEAST_MARGIN else None
+    margin, margin_fused = _margin(with_adapters, base), _margin(fused, fused_base or base)
+    kept = margin_fused / margin if abs(margin) > LEAST_MARGIN else None
     differences = [float(mx.abs(f - a).max()) for f, a in zip(fused, with_adapters, strict=True)]
     return {
         "margin_adapters": margin,
-        "margin_fused": _margin(fused, base),
+        "margin_fused": margin_fused,
         "margin_kept": kept,
         "max_logprob_difference": max(differences),
     }
@@ -169,7 +189,8 @@ def _said(found: Report) -> str:
     )
 
 
-def _require_kept(report: Report, config: Config) -> None:
+def require_kept(report: Report, config: Config) -> None:
+    """Raises UserError, with what to do, when less is kept than the config asks for."""
     kept, least = report["margin_kept"], config.fuse.min_margin_kept
     if kept is None or kept >= least:
         return
