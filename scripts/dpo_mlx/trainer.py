@@ -32,7 +32,7 @@ from .writing import Measures
 START_TOLERANCE = 1e-2
 
 # Of a phase, when the config does not say how far apart.
-EVALUATIONS = 5
+EVALUATIONS = 3
 
 
 @dataclass(frozen=True)
