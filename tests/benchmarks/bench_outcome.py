@@ -50,13 +50,12 @@ from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import Answer, sample_all
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
 from dpo_mlx.trainer import Dpo, Example, Sft, Trainer, count_updates, groups
-from dpo_mlx.writing import measure
+from dpo_mlx.writing import Measures, measure
 
 DEMO = common.ROOT / "config/smollm2-135m_demo.yaml"
 CONTROL = Path(__file__).with_name("control.yaml")
 SHIPPED, SFT_ALONE, COLLAPSED = "shipped", "SFT alone", "control"
 SAMPLED, GREEDY = "sampled", "greedy"
-Answers = dict[str, list[Answer]]  # by decoding
 
 # Changes to the demo's config.
 RECIPES: dict[str, list[str]] = {
@@ -160,7 +159,7 @@ def worker(task: common.Values) -> common.Values:
 def each_recipe(task: common.Values) -> Iterator[common.Values]:
     """What each recipe made, one after the other; rows stand in rows.jsonl as soon as they are."""
     folder = Path(task["folder"])
-    base = None
+    asked = None
     previous: Path | None = None
     for recipe in task["recipes"]:
         run = folder / recipe.replace(" ", "_")
@@ -171,27 +170,27 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
             row = collapse(changes)
         else:
             config = configs.load(DEMO, [*RECIPES.get(recipe, []), *changes])
-            base = base or base_answers(config)
-            row = sft_alone(config, base) if recipe == SFT_ALONE else by_recipe(config, base)
+            asked = asked or Asked(config)
+            row = sft_alone(config, asked) if recipe == SFT_ALONE else by_recipe(config, asked)
         previous = run
         jsonl.append(folder / "rows.jsonl", [line({**row, "recipe": recipe, "seed": "-"})])
         yield {"recipe": recipe, **row}
 
 
-def by_recipe(config: Config, base: Answers) -> common.Values:
+def by_recipe(config: Config, asked: Asked) -> common.Values:
     """The whole of stage 10, and what the kept adapters write."""
     started = time.perf_counter()
     train_dpo(config, ALL)
     minutes = (time.perf_counter() - started) / 60
     outcome = jsonl.read_json(config.run / "outcome.json")
-    return {"minutes": minutes, **outcome, **outcome_of(config, config.run / "adapters", base)}
+    return {"minutes": minutes, **outcome, **asked.outcome(config.run, config.run / "adapters")}
 
 
-def sft_alone(config: Config, base: Answers) -> common.Values:
+def sft_alone(config: Config, asked: Asked) -> common.Values:
     """What the recipe before this one had after SFT."""
-    updates = count_updates(Sft(config).settings, len(pairs.read(pair_file(config, TRAIN))))
+    updates = count_updates(Sft(config).settings, len(asked.pairs[TRAIN]))
     found = {"minutes": 0.0, "updates": updates, "kept_update": updates, "stopped": []}
-    measured = outcome_of(config, config.run / "checkpoints/sft", base)
+    measured = asked.outcome(config.run, config.run / "checkpoints/sft")
     return {**found, **measured, "margin": None, "accuracy": None}
 
 
@@ -204,20 +203,78 @@ def decodings(config: Config) -> dict[str, GenerationConfig]:
     return {SAMPLED: sampled, GREEDY: replace(sampled, temperature=0.0)}
 
 
-def base_answers(config: Config) -> Answers:
-    """The base model's; sampled are the rejected ones of the valid pairs, as stage 06 made them."""
-    valid = pairs.read(pair_file(config, VALID))
-    loaded = models.load(config.model)
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
-    greedy = answer(loaded, encoder, valid, decodings(config)[GREEDY], config.seed)
-    return {
-        SAMPLED: [as_sampled(p.rejected, p.rejected_finish, encoder) for p in valid],
-        GREEDY: greedy,
-    }
+class Asked:
+    """The held-out questions of a run, what the base model and the real answers say to them, and
+    how they are measured. By decoding and by who answers.
+    """
 
+    def __init__(self, config: Config, encode: type[Encoder] = Encoder) -> None:
+        self.config = config
+        self.encode = encode
+        self.pairs = {split: pairs.read(pair_file(config, split)) for split in (TRAIN, VALID)}
+        train, valid = self.pairs[TRAIN], self.pairs[VALID]
+        self.classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
+        self.loaded = models.load(config.model)
+        self.encoder = encode(self.loaded.tokenizer, config.system_prompt)
+        real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
+        self.answers = {how: {"base": self.base(how), "chosen": real} for how in decodings(config)}
+        self.measured = {
+            how: {who: self.measures(given) for who, given in both.items()}
+            for how, both in self.answers.items()
+        }
 
-def as_sampled(text: str, finish: str, encoder: Encoder) -> Answer:
-    return Answer(text, finish, len(encoder.answer(text, LENGTH)))
+    def base(self, how: str) -> list[Answer]:
+        """The base model's answers; under the chat template stage 06 has sampled them already."""
+        if how == SAMPLED and self.encode is Encoder:
+            return [self.as_sampled(p.rejected, p.rejected_finish) for p in self.pairs[VALID]]
+        return self.answer(how)
+
+    def as_sampled(self, text: str, finish: str) -> Answer:
+        return Answer(text, finish, len(self.encoder.answer(text, LENGTH)))
+
+    def answer(self, how: str) -> list[Answer]:
+        """What the model as it is writes."""
+        return answer(
+            self.loaded,
+            self.encoder,
+            self.pairs[VALID],
+            decodings(self.config)[how],
+            self.config.seed,
+        )
+
+    def measures(self, answers: list[Answer]) -> Measures:
+        """Those of answers, by a model without adapters."""
+        engine = Engine(self.loaded.model)
+        return measure(answers, self.pairs[VALID], self.classifier, engine, self.encoder)
+
+    def outcome(self, run: Path, adapters: Path) -> common.Values:
+        """What the model with `adapters` writes, measured beside the base model's and the real
+        answers, with the margin of the run's last evaluation.
+        """
+        plain = self.loaded
+        self.loaded = models.load(self.config.model, adapters)
+        tuned = {how: self.answer(how) for how in self.answers}
+        self.loaded = plain
+        texts = {
+            how: {
+                who: [a.text for a in given] for who, given in {**both, "tuned": tuned[how]}.items()
+            }
+            for how, both in self.answers.items()
+        }
+        scores = {who: self.classifier.score(given) for who, given in texts[SAMPLED].items()}
+        rows = jsonl.read_whole_lines(run / "metrics.jsonl")
+        last = [row for row in rows if "eval_loss" in row][-1]
+        return {
+            "share": float((scores["tuned"] > scores["base"]).mean()),
+            "margin": last["eval_rewards/margins"],
+            "accuracy": last["eval_rewards/accuracies"],
+            "pairs": {split: len(found) for split, found in self.pairs.items()},
+            "measured": {
+                how: {**both, "tuned": self.measures(tuned[how])}
+                for how, both in self.measured.items()
+            },
+            "texts": texts,
+        }
 
 
 def answer(
@@ -229,42 +286,6 @@ def answer(
 ) -> list[Answer]:
     prompts = [encoder.prompt(pair.prompt) for pair in asked]
     return sample_all(loaded.model, loaded.tokenizer, prompts, settings, seed)
-
-
-def outcome_of(
-    config: Config, adapters: Path, base: Answers, encode: type[Encoder] = Encoder
-) -> common.Values:
-    """What the tuned model writes to the held-out questions, measured beside the base model's and
-    the real answers, with the margin of the last evaluation.
-    """
-    loaded = models.load(config.model, adapters)
-    encoder = encode(loaded.tokenizer, config.system_prompt)
-    splits = {split: pairs.read(pair_file(config, split)) for split in (TRAIN, VALID)}
-    train, asked = splits[TRAIN], splits[VALID]
-    classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
-    engine = Engine(loaded.model)
-    real = [as_sampled(pair.chosen, STOP, encoder) for pair in asked]
-    measured, texts = {}, {}
-    for name, settings in decodings(config).items():
-        tuned = answer(loaded, encoder, asked, settings, config.seed)
-        everyone = {"base": base[name], "tuned": tuned, "chosen": real}
-        with models.adapters_off(loaded.model):
-            measured[name] = {
-                who: measure(answers, asked, classifier, engine, encoder)
-                for who, answers in everyone.items()
-            }
-        texts[name] = {who: [a.text for a in answers] for who, answers in everyone.items()}
-    scores = {who: classifier.score(given) for who, given in texts[SAMPLED].items()}
-    rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
-    last = [row for row in rows if "eval_loss" in row][-1]
-    return {
-        "share": float((scores["tuned"] > scores["base"]).mean()),
-        "margin": last["eval_rewards/margins"],
-        "accuracy": last["eval_rewards/accuracies"],
-        "pairs": {split: len(found) for split, found in splits.items()},
-        "measured": measured,
-        "texts": texts,
-    }
 
 
 def line(row: common.Values) -> common.Values:
@@ -343,13 +364,13 @@ def collapse(changes: list[str]) -> common.Values:
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
     }
-    ordered = list(examples[TRAIN])
+    ordered, watched = list(examples[TRAIN]), examples[VALID][: config.train.eval_questions]
     shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
     for example, index in zip(examples[TRAIN], shuffle, strict=False):  # of the first epoch, undone
         ordered[index] = example
     file = MetricsFile(config.run / "metrics.jsonl")
     training = Trainer(
-        job.model, config, Dpo(config), ordered, examples[VALID], file, phases.watch, phases.guard
+        job.model, config, Dpo(config), ordered, watched, file, phases.watch, phases.guard
     )
     training.optimizer = optim.AdamW(config.train.learning_rate, weight_decay=0.0)
     started = time.perf_counter()
@@ -362,14 +383,14 @@ def collapse(changes: list[str]) -> common.Values:
             found = phases.guard.crossed(written, change)
             caught += [f"update {row['iteration']}: {text}" for text in found]
     kept = phases.guard.kept
-    base = raw_answers(config)
+    asked = Asked(config, RawEncoder)
     return {
         "minutes": minutes,
         "updates": training.updates,
         "kept_update": kept.update,
         "stopped": [],
         "caught": caught,
-        **outcome_of(config, config.run / "checkpoints/last", base, RawEncoder),
+        **asked.outcome(config.run, config.run / "checkpoints/last"),
     }
 
 
@@ -391,16 +412,6 @@ def raw_pairs(config: Config) -> Config:
         jsonl.write(file, [{**row, "rejected_finish": LENGTH} for row in made])
     data = replace(config.data, train_pairs=str(files[TRAIN]), valid_pairs=str(files[VALID]))
     return replace(config, data=data)
-
-
-def raw_answers(config: Config) -> Answers:
-    """The base model's to the raw prompts."""
-    loaded = models.load(config.model)
-    encoder, valid = RawEncoder(loaded.tokenizer), pairs.read(pair_file(config, VALID))
-    return {
-        name: answer(loaded, encoder, valid, settings, config.seed)
-        for name, settings in decodings(config).items()
-    }
 
 
 if __name__ == "__main__":
