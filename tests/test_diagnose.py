@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -165,8 +164,6 @@ UNSEEN = [
     Pair("Why 9 old?", "**old!** Yes. Yes.", "It is old, old", line=1),
     Pair("Why 8 sad?", "**sad!**", "It is sad, sad, sad", line=2),
 ]
-# Losses whose slopes at the reference are not those that `_pull` gives them.
-MISJUDGED = {("apo_down", 0.0), ("dpop", 0.0), ("dpop", 1.0)}
 BETAS = {"sigmoid_norm": 5.0, "simpo": 5.0, "ipo": 0.5}
 
 
@@ -192,16 +189,8 @@ RATE = 3e-5
 ONE_UPDATE = {"grad_accumulation": len(TRAIN), "learning_rate": RATE}
 
 
-XFAIL = pytest.mark.xfail(strict=True, reason="the probe takes every loss for a sigmoid")
-
-
-@pytest.mark.parametrize(
-    ("loss", "nll_weight"),
-    [
-        pytest.param(*case, marks=[XFAIL] if case in MISJUDGED else [])
-        for case in itertools.product(LOSSES, (0.0, 1.0))
-    ],
-)
+@pytest.mark.parametrize("nll_weight", [0.0, 1.0])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_dpo_s_first_update_is_foretold(loss: str, nll_weight: float, make: Any) -> None:
     """An oracle: AdamW's real first update moves unseen pairs apart as far as the probe says, to
     10%, for every loss.

@@ -217,6 +217,21 @@ def test_stages_apart_are_one_run(epochs, watch, warmed):
     assert found == expected
 
 
+def test_evaluations_look_at_a_few_valid_pairs(job):
+    """The first `train.eval_questions` of them are scored, and those after SFT alone referred to;
+    the base model's reference holds them all, for the report.
+    """
+    config = job(Norm, sft=WARM, train={"eval_questions": 1})[0]
+    assert train_dpo(config, ALL)
+    of_base, after_sft = (
+        jsonl.read_whole_lines(config.run / "reference" / model / "valid.jsonl")
+        for model in ("base", "sft")
+    )
+    assert (len(of_base), len(after_sft)) == (2, 1)
+    first = of_phase(config, "sft")[0]["eval_logps/chosen"]
+    assert first == pytest.approx(of_base[0]["chosen"], abs=1e-4)
+
+
 def test_precompute_trains_no_dpo(warmed):
     """It ends with the adapters of SFT and both references; the rest is left to `train`."""
     config = warmed()

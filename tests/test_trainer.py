@@ -225,6 +225,12 @@ def test_a_gradient_that_is_not_finite_is_not_applied(make, monkeypatch):
     assert differences(run.adapters, run.checkpoint("last")) == 0
 
 
+def test_a_phase_is_evaluated_at_every_third(make):
+    """Without train.eval_every: at the start, twice on the way, and at the end."""
+    run = make(epochs=2, grad_accumulation=1, eval_every=None).run()
+    assert [row["iteration"] for row in run.evaluations] == [0, 5, 10, 14]
+
+
 def test_runs_repeat_to_the_last_bit(make):
     """The same config gives the same adapters; another seed others."""
     first, again = make(grad_accumulation=3).run(), make(grad_accumulation=3).run()

@@ -98,7 +98,7 @@ class TrainConfig:
     max_grad_norm: float = _number(1.0, low=1e-9)
     grad_checkpoint: bool = True
     scan_chunk: int | None = _number(64, low=1)
-    eval_every: int = _number(5, low=1)
+    eval_every: int | None = _number(None, low=1)
     eval_questions: int = _number(8, low=1)
     force: bool = False
 

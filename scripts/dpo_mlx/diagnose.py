@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from . import voice
 from .config import Config
-from .engine import Engine
-from .pairs import LENGTH, EncodedPair, Pair
+from .engine import Engine, combine, lengths, objective_slopes
+from .losses import Sides
+from .pairs import LENGTH, EncodedPair, Pair, Sequence
 from .reference import Reference
 from .trainer import Dpo, Sft, count_updates, learning_rate
 from .voice import VoiceClassifier
@@ -115,24 +116,26 @@ def probe(
 
     Adam's first update is the rate times the sign of the gradient, so that its first-order effect
     on a log-prob is the rate times the sum of (sign of the update) x (gradient of the log-prob).
+    The policy is the reference here, whatever the loss.
     """
     started, tokens = time.perf_counter(), 0
     sft = dpo = None
     for pair in train[:PROBED_TRAIN]:
-        chosen, rejected = (engine.nll_gradient(side)[1] for side in pair.sides)
-        # At the reference every preference loss falls along the chosen answer's log-prob and
-        # against the rejected one's; nll_weight tilts it further to chosen.
-        up, down = _pull(config, pair)
-        both = tree_map(lambda c, r, up=up, down=down: up * c - down * r, chosen, rejected)
-        sft, dpo = _add(sft, chosen), _add(dpo, both)
+        pi, gradients = engine.log_probs_and_gradients(pair)
+        length = lengths(pair)
+        sft = _add(sft, combine(Sides(-1 / length.chosen, mx.array(0.0)), gradients))
+        dpo = _add(dpo, combine(objective_slopes(pi, pi, length, config.dpo), gradients))
         mx.eval(sft, dpo)
         tokens += sum(len(side.ids) for side in pair.sides)
     by_sft, by_dpo = tree_map(mx.sign, sft), tree_map(mx.sign, dpo)
     gains_sft, gains_dpo = [], []
     for pair in valid[:PROBED_VALID]:
-        chosen, rejected = (engine.nll_gradient(side)[1] for side in pair.sides)
-        gains_sft.append(_dot(by_sft, chosen))
-        gains_dpo.append(_dot(by_dpo, chosen) - _dot(by_dpo, rejected))
+        _, gradients = engine.log_probs_and_gradients(pair)
+        gains_sft.append(_gain(by_sft, gradients.chosen, pair.chosen))
+        gains_dpo.append(
+            _gain(by_dpo, gradients.chosen, pair.chosen)
+            - _gain(by_dpo, gradients.rejected, pair.rejected)
+        )
         tokens += sum(len(side.ids) for side in pair.sides)
     seconds = (time.perf_counter() - started) / tokens
     return Probe(_mean(gains_sft), _mean(gains_dpo), seconds)
@@ -140,6 +143,14 @@ def probe(
 
 def _add(total: Any, gradient: Any) -> Any:
     return gradient if total is None else tree_map(mx.add, total, gradient)
+
+
+def _gain(signs: Any, gradient: Any, side: Sequence) -> float:
+    """What a step of 1 against these signs of a loss's gradient adds to a side's log-prob, in nats
+    a token.
+    """
+    both = dict(tree_flatten(tree_map(lambda s, g: (s * g).sum(), signs, gradient)))
+    return -sum(float(value) for value in both.values()) / side.answer_length
 
 
 def findings(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -245,26 +256,12 @@ def _of_lora(config: Config) -> Iterator[Finding]:
         )
 
 
-def _pull(config: Config, pair: EncodedPair) -> tuple[float, float]:
-    """How strongly a pair's loss pulls, at the reference, on the mean negative log-likelihood a
-    token of each side, up to one factor.
-    """
-    chosen, rejected = (1 if config.dpo.loss in AVERAGED else s.answer_length for s in pair.sides)
-    pull = config.dpo.beta / 2
-    return pull * chosen + config.dpo.nll_weight, pull * rejected
-
-
 def _travel(settings: Any, updates: int) -> float:
     """The sum of the rates of all updates: as far as Adam can move one weight."""
     if not updates:
         return 0.0
     schedule = learning_rate(settings, updates)
     return float(sum(float(schedule(mx.array(step))) for step in range(updates)))
-
-
-def _dot(signs: Any, gradient: Any) -> float:
-    both = tree_map(lambda s, g: (s * g).sum(), signs, gradient)
-    return sum(float(value) for value in dict(tree_flatten(both)).values())
 
 
 def _zip(base: list[Reference], valid: list[EncodedPair]) -> Iterable[Any]:

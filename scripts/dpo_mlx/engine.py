@@ -74,21 +74,18 @@ class Engine:
         lr = log p(rejected) its gradient is dL/dlc grad(lc) + dL/dlr grad(lr): each side runs
         alone, and the memory needed is that of one.
         """
-        log_prob_chosen, gradient_chosen = self.log_prob_and_gradient(pair.chosen)
-        log_prob_rejected, gradient_rejected = self.log_prob_and_gradient(pair.rejected)
-        pi = Sides(log_prob_chosen, log_prob_rejected)
+        pi, gradients = self.log_probs_and_gradients(pair)
         ref, length = _constants(pair, reference)
-
-        def loss(chosen: mx.array, rejected: mx.array) -> mx.array:
-            return objective(Sides(chosen, rejected), ref, length, settings)
-
-        by_chosen, by_rejected = mx.grad(loss, argnums=(0, 1))(*pi)
-        gradient = tree_map(
-            lambda c, r: by_chosen * c + by_rejected * r, gradient_chosen, gradient_rejected
-        )
-        mx.eval(gradient)
+        gradient = combine(objective_slopes(pi, ref, length, settings), gradients)
         score = PairScore(pi, ref, length, float(preference_loss(pi, ref, length, settings)))
         return score, gradient
+
+    def log_probs_and_gradients(self, pair: EncodedPair) -> tuple[Sides, Sides]:
+        """(log p(answer | prompt) of both sides, their gradients in the trainable parameters)."""
+        both = [self.log_prob_and_gradient(side) for side in pair.sides]
+        return Sides(*(log_prob for log_prob, _ in both)), Sides(
+            *(gradient for _, gradient in both)
+        )
 
     def log_prob_and_gradient(self, sequence: Sequence) -> tuple[mx.array, Any]:
         """log p(answer | prompt) and its gradient in the trainable parameters (a tree).
@@ -115,14 +112,30 @@ class Engine:
         return hidden[start - 1 :], ids[start:]
 
 
+def objective_slopes(pi: Sides, ref: Sides, length: Sides, settings: DpoConfig) -> Sides:
+    """d(objective)/d(log p) of each side."""
+
+    def of(chosen: mx.array, rejected: mx.array) -> mx.array:
+        return objective(Sides(chosen, rejected), ref, length, settings)
+
+    return Sides(*mx.grad(of, argnums=(0, 1))(*pi))
+
+
+def combine(slopes: Sides, gradients: Sides) -> Any:
+    """The sum of both sides' gradients (trees), each times its slope; computed now."""
+    combined = tree_map(lambda c, r: slopes.chosen * c + slopes.rejected * r, *gradients)
+    mx.eval(combined)
+    return combined
+
+
+def lengths(pair: EncodedPair) -> Sides:
+    """The answers' lengths in tokens, float32 scalars."""
+    return Sides(*(mx.array(float(side.answer_length)) for side in pair.sides))
+
+
 def _constants(pair: EncodedPair, reference: Reference) -> tuple[Sides, Sides]:
     """(reference log-probs, answer lengths) as float32 scalars."""
-    return (
-        Sides(mx.array(reference.chosen), mx.array(reference.rejected)),
-        Sides(
-            mx.array(float(pair.chosen.answer_length)), mx.array(float(pair.rejected.answer_length))
-        ),
-    )
+    return Sides(mx.array(reference.chosen), mx.array(reference.rejected)), lengths(pair)
 
 
 def score_against(

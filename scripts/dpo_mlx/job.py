@@ -37,6 +37,11 @@ class Job:
     plan: memory.Plan
 
     @property
+    def watched(self) -> list[EncodedPair]:
+        """The valid pairs that evaluations look at."""
+        return self.pairs[VALID][: self.config.train.eval_questions]
+
+    @property
     def engine(self) -> Engine:
         return Engine(self.model)
 
@@ -115,12 +120,13 @@ def reference_inputs(
 def load_reference(
     job: Job, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
 ) -> list[Reference]:
-    """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`.
+    """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`, whose
+    valid part holds only the pairs that evaluations look at.
 
     Computed where it is not there, unless `only_read`.
     """
     folder = job.config.run / "reference" / taken_of
-    encoded = job.pairs[split]
+    encoded = job.watched if (taken_of, split) == (AFTER_SFT, VALID) else job.pairs[split]
     inputs = reference_inputs(job.config, split, encoded, adapters)
     if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
         raise UserError(

@@ -284,4 +284,6 @@ class Phases:
 
 
 def _examples(job: Job, split: str, references: list[Reference]) -> list[Example]:
-    return [Example(*both) for both in zip(job.pairs[split], references, strict=True)]
+    """Of a split's pairs; of the valid ones those that evaluations look at, the first ones."""
+    encoded = job.pairs[TRAIN] if split == TRAIN else job.watched
+    return [Example(*both) for both in zip(encoded, references[: len(encoded)], strict=True)]

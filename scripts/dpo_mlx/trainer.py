@@ -31,6 +31,9 @@ from .writing import Measures
 # same code computes both, and LoRA adds exact zeros: any true fault is far larger.
 START_TOLERANCE = 1e-2
 
+# Of a phase, when the config does not say how far apart.
+EVALUATIONS = 3
+
 
 @dataclass(frozen=True)
 class Example:
@@ -171,9 +174,10 @@ class Trainer:
         self._evaluate(self.first, written)
         steps = groups(self.phase.settings, len(self.train_examples), self.config.seed)
         last = self.first + self.updates
+        every = self.config.train.eval_every or math.ceil(self.updates / EVALUATIONS)
         for update, (epoch, indices) in enumerate(steps, start=self.first + 1):
             self._update(update, epoch, [self.train_examples[i] for i in indices])
-            if (update - self.first) % self.config.train.eval_every == 0 or update == last:
+            if (update - self.first) % every == 0 or update == last:
                 written = self.watch()
                 self._evaluate(update, written)
         return written

@@ -1,12 +1,14 @@
 """What each recipe makes of a model: is the voice learned, is the model still fluent?
 
     python tests/benchmarks/bench_outcome.py [--data FILE] [--train N --held N] [--seeds 0,1,2]
-                                             [--recipes shipped,plan,...] [--questions N]
+                                             [--jobs N] [--recipes shipped,plan,...]
 
-For each seed the rows are shuffled and cut to about --train pairs and --held held-out questions;
-stage 06 samples the rejected answers once, and every recipe trains on the same pairs by stage 10
-with the shipped demo config and the changes in RECIPES, in a process of its own. Then base and
-tuned model answer --questions held-out questions, sampled as the config says and greedily.
+Stage 06 samples a rejected answer to every question once. For each seed the pairs are shuffled and
+cut to --train pairs and --held held-out ones, and every recipe trains on the same ones by stage 10
+with the shipped demo config and the changes in RECIPES. Then the tuned model answers the held-out
+questions, sampled as the config says and greedily, and is measured beside the base model. Results
+stand in FOLDER/SEED/rows.jsonl as soon as they are there. `SFT alone` after another recipe measures
+what that one had before DPO.
 
 How to read the table, a row a recipe and seed
   voice       share of questions on which the tuned answer scores above the base's
@@ -25,33 +27,35 @@ adapters are measured. `caught by` says what preflight and guard say of it when 
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import shutil
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import common
 import mlx.optimizers as optim
 import yaml
 from dpo_mlx import config as configs
 from dpo_mlx import jsonl, make_pairs, models, pairs, voice
-from dpo_mlx.config import Config
+from dpo_mlx.config import Config, GenerationConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.job import TRAIN, VALID, pair_file, prepare
 from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.pairs import LENGTH, STOP, Encoder
+from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import Answer, sample_all
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
-from dpo_mlx.trainer import Dpo, Example, Trainer, groups
-from dpo_mlx.writing import measure
+from dpo_mlx.trainer import Dpo, Example, Sft, Trainer, count_updates, groups
+from dpo_mlx.writing import Measures, measure
 
 DEMO = common.ROOT / "config/smollm2-135m_demo.yaml"
 CONTROL = Path(__file__).with_name("control.yaml")
-SHIPPED, COLLAPSED = "shipped", "control"
+SHIPPED, SFT_ALONE, COLLAPSED = "shipped", "SFT alone", "control"
+SAMPLED, GREEDY = "sampled", "greedy"
 
 # Changes to the demo's config.
 RECIPES: dict[str, list[str]] = {
@@ -65,65 +69,79 @@ TARGETS = {"voice": 0.90, "d2": -0.03, "ended": 0.95, "nats": -1.0, "length": 0.
 
 def main() -> None:
     args = arguments()
-    shutil.rmtree(args.folder, ignore_errors=True)
-    rows = []
-    for seed in args.seeds:
-        source = args.folder / f"{seed}" / "source.jsonl"
-        jsonl.write(source, shuffled(args, seed))
-        sampled = common.measure("bench_outcome.py", {"task": "pairs", **shared(args, seed)})
-        require(sampled)
-        previous: Path | None = None
-        for recipe in args.recipes:
-            task = {"task": "recipe", "recipe": recipe, **shared(args, seed)}
-            run = args.folder / f"{seed}" / recipe
-            if previous is not None:  # what is still valid of it is not computed again
-                shutil.copytree(previous, run)
-            previous = run
-            found = common.measure("bench_outcome.py", {**task, "run_dir": str(run)})
-            require(found)
-            rows.append({"recipe": recipe, "seed": seed, **found})
-            common.table(f"{recipe}, seed {seed}", [line(rows[-1])])
-    common.table("what each recipe makes of the model", [line(row) for row in rows])
-    for row in rows:
+    rows = pool(args)
+    with ThreadPoolExecutor(args.jobs) as pools:
+        found = list(pools.map(lambda seed: of_seed(args, rows, seed), args.seeds))
+    results = [row for of_one in found for row in of_one]
+    common.table("what each recipe makes of the model", [line(row) for row in results])
+    for row in results:
         if row.get("caught"):
             print(f"\n{row['recipe']}, seed {row['seed']}, caught by:", *row["caught"], sep="\n  ")
-    common.save(args, {"rows": rows})
+    common.save(args, {"rows": results})
 
 
 def arguments() -> Namespace:
     parser = common.parser(__doc__, "bench_outcome")
     sample = common.ROOT / "data/sample/generated_answers.jsonl"
     parser.add_argument("--data", type=Path, default=sample, help="questions and answers")
-    parser.add_argument("--train", type=int, default=100, help="pairs, about")
-    parser.add_argument("--held", type=int, default=30, help="held-out pairs, about")
-    parser.add_argument("--questions", type=int, default=30, help="of them answered in the end")
+    parser.add_argument("--pairs", type=Path, help="pairs as stage 06 writes them instead")
+    parser.add_argument("--train", type=int, default=100, help="pairs")
+    parser.add_argument("--held", type=int, default=30, help="held-out pairs, all answered")
     parser.add_argument("--seeds", type=common.numbers, default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, sharing the cores")
     parser.add_argument("--recipes", default=",".join([*RECIPES, COLLAPSED]))
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="for all")
     parser.add_argument("--folder", type=Path, default=common.DATA / "outcome")
     args = parser.parse_args()
     args.recipes = args.recipes.split(",")
+    if unknown := set(args.recipes) - {*RECIPES, SFT_ALONE, COLLAPSED}:
+        parser.error(f"--recipes: no {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     return args
 
 
-def shuffled(args: Namespace, seed: int) -> list[dict[str, Any]]:
-    rows = [json.loads(text) for text in args.data.read_text().splitlines()]
-    random.Random(seed).shuffle(rows)
-    return rows[: args.train + args.held]
+def pool(args: Namespace) -> list[common.Values]:
+    """All pairs there are, as rows; what stage 06 has sampled of the same data is used again."""
+    if args.pairs is None:
+        folder = args.folder / "pool"
+        sets = {
+            "run_dir": folder,
+            "data.source": args.data,
+            "data.train_pairs": folder / "train.jsonl",
+            "data.valid_pairs": folder / "valid.jsonl",
+            "data.valid_fraction": 0.5,
+            "data.limit": "null",
+        }
+        sampled = common.measure("bench_outcome.py", task("pairs", args, sets))
+        require(sampled)
+        files = [folder / "train.jsonl", folder / "valid.jsonl"]
+    else:
+        files = [args.pairs]
+    return [row for file in files for row in jsonl.read_whole_lines(file)]
 
 
-def shared(args: Namespace, seed: int) -> common.Values:
+def of_seed(args: Namespace, rows: list[common.Values], seed: int) -> list[common.Values]:
+    """The results of all recipes for a seed."""
     folder = args.folder / f"{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shuffled = random.Random(seed).sample(rows, args.train + args.held)
+    jsonl.write(folder / "train.jsonl", shuffled[: args.train])
+    jsonl.write(folder / "valid.jsonl", shuffled[args.train :])
     sets = {
+        "run_dir": folder,
         "seed": seed,
-        "data.source": folder / "source.jsonl",
-        "data.train_pairs": folder / "pairs/train.jsonl",
-        "data.valid_pairs": folder / "pairs/valid.jsonl",
-        "data.valid_fraction": args.held / (args.train + args.held),
-        "data.limit": "null",
+        "data.train_pairs": folder / "train.jsonl",
+        "data.valid_pairs": folder / "valid.jsonl",
     }
-    made = [*(f"{key}={value}" for key, value in sets.items()), *args.overrides]
-    return {"sets": made, "questions": args.questions, "run_dir": str(folder)}
+    asked = {**task("seed", args, sets), "recipes": args.recipes, "folder": str(folder)}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    found = common.measure("bench_outcome.py", asked, threads=threads)
+    require(found)
+    return [{**row, "seed": seed} for row in found["rows"]]
+
+
+def task(kind: str, args: Namespace, sets: common.Values) -> common.Values:
+    changes = [*args.overrides, *(f"{key}={value}" for key, value in sets.items())]
+    return {"task": kind, "changes": changes}
 
 
 def require(found: common.Values) -> None:
@@ -133,62 +151,141 @@ def require(found: common.Values) -> None:
 
 def worker(task: common.Values) -> common.Values:
     if task["task"] == "pairs":
-        make_pairs.make_pairs(load(task, []))
+        make_pairs.make_pairs(configs.load(DEMO, task["changes"]))
         return {}
-    return collapse(task) if task["recipe"] == COLLAPSED else by_recipe(task)
+    return {"rows": list(each_recipe(task))}
 
 
-def load(task: common.Values, changes: list[str], path: Path = DEMO) -> Config:
-    return configs.load(path, [*changes, *task["sets"], f"run_dir={task['run_dir']}"])
+def each_recipe(task: common.Values) -> Iterator[common.Values]:
+    """What each recipe made, one after the other; rows stand in rows.jsonl as soon as they are."""
+    folder = Path(task["folder"])
+    asked = None
+    previous: Path | None = None
+    for recipe in task["recipes"]:
+        run = folder / recipe.replace(" ", "_")
+        if previous is not None:  # what is still valid of it is not computed again
+            shutil.copytree(previous, run)
+        changes = [*task["changes"], f"run_dir={run}"]
+        if recipe == COLLAPSED:
+            row = collapse(changes)
+        else:
+            config = configs.load(DEMO, [*RECIPES.get(recipe, []), *changes])
+            asked = asked or Asked(config)
+            row = sft_alone(config, asked) if recipe == SFT_ALONE else by_recipe(config, asked)
+        previous = run
+        jsonl.append(folder / "rows.jsonl", [line({**row, "recipe": recipe, "seed": "-"})])
+        yield {"recipe": recipe, **row}
 
 
-def by_recipe(task: common.Values) -> common.Values:
+def by_recipe(config: Config, asked: Asked) -> common.Values:
     """The whole of stage 10, and what the kept adapters write."""
-    config = load(task, RECIPES[task["recipe"]])
     started = time.perf_counter()
     train_dpo(config, ALL)
     minutes = (time.perf_counter() - started) / 60
     outcome = jsonl.read_json(config.run / "outcome.json")
-    return {"minutes": minutes, **outcome, **outcome_of(config, config.run / "adapters", task)}
+    return {"minutes": minutes, **outcome, **asked.outcome(config.run, config.run / "adapters")}
 
 
-def outcome_of(
-    config: Config, adapters: Path, task: common.Values, encode: type[Encoder] = Encoder
-) -> common.Values:
-    """What base and tuned model write to held-out questions, measured, with the last margin."""
-    loaded = models.load(config.model, adapters)
-    encoder = encode(loaded.tokenizer, config.system_prompt)
-    splits = {split: pairs.read(pair_file(config, split)) for split in (TRAIN, VALID)}
-    asked = splits[VALID][: task["questions"]]
-    train = splits[TRAIN]
-    classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
-    engine = Engine(loaded.model)
-    real = [Answer(p.chosen, STOP, len(encoder.answer(p.chosen, LENGTH))) for p in asked]
-    measured, texts = {}, {}
-    for name, temperature in (("sampled", config.generation.temperature), ("greedy", 0.0)):
-        settings = replace(config.generation, temperature=temperature)
-        prompts = [encoder.prompt(pair.prompt) for pair in asked]
-        tuned = sample_all(loaded.model, loaded.tokenizer, prompts, settings, config.seed)
-        with models.adapters_off(loaded.model):
-            base = sample_all(loaded.model, loaded.tokenizer, prompts, settings, config.seed)
-            both = {"base": base, "tuned": tuned, "chosen": real}
-            measured[name] = {
-                who: measure(answers, asked, classifier, engine, encoder)
-                for who, answers in both.items()
+def sft_alone(config: Config, asked: Asked) -> common.Values:
+    """What the recipe before this one had after SFT."""
+    updates = count_updates(Sft(config).settings, len(asked.pairs[TRAIN]))
+    found = {"minutes": 0.0, "updates": updates, "kept_update": updates, "stopped": []}
+    measured = asked.outcome(config.run, config.run / "checkpoints/sft")
+    return {**found, **measured, "margin": None, "accuracy": None}
+
+
+# What is written ------------------------------------------------------------------------------
+
+
+def decodings(config: Config) -> dict[str, GenerationConfig]:
+    """How the held-out questions are answered: as the shipped config samples, and greedily."""
+    sampled = replace(configs.load(DEMO).generation, max_tokens=config.generation.max_tokens)
+    return {SAMPLED: sampled, GREEDY: replace(sampled, temperature=0.0)}
+
+
+class Asked:
+    """The held-out questions of a run, what the base model and the real answers say to them, and
+    how they are measured. By decoding and by who answers.
+    """
+
+    def __init__(self, config: Config, encode: type[Encoder] = Encoder) -> None:
+        self.config = config
+        self.encode = encode
+        self.pairs = {split: pairs.read(pair_file(config, split)) for split in (TRAIN, VALID)}
+        train, valid = self.pairs[TRAIN], self.pairs[VALID]
+        self.classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
+        self.loaded = models.load(config.model)
+        self.encoder = encode(self.loaded.tokenizer, config.system_prompt)
+        real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
+        self.answers = {how: {"base": self.base(how), "chosen": real} for how in decodings(config)}
+        self.measured = {
+            how: {who: self.measures(given) for who, given in both.items()}
+            for how, both in self.answers.items()
+        }
+
+    def base(self, how: str) -> list[Answer]:
+        """The base model's answers; under the chat template stage 06 has sampled them already."""
+        if how == SAMPLED and self.encode is Encoder:
+            return [self.as_sampled(p.rejected, p.rejected_finish) for p in self.pairs[VALID]]
+        return self.answer(how)
+
+    def as_sampled(self, text: str, finish: str) -> Answer:
+        return Answer(text, finish, len(self.encoder.answer(text, LENGTH)))
+
+    def answer(self, how: str) -> list[Answer]:
+        """What the model as it is writes."""
+        return answer(
+            self.loaded,
+            self.encoder,
+            self.pairs[VALID],
+            decodings(self.config)[how],
+            self.config.seed,
+        )
+
+    def measures(self, answers: list[Answer]) -> Measures:
+        """Those of answers, by a model without adapters."""
+        engine = Engine(self.loaded.model)
+        return measure(answers, self.pairs[VALID], self.classifier, engine, self.encoder)
+
+    def outcome(self, run: Path, adapters: Path) -> common.Values:
+        """What the model with `adapters` writes, measured beside the base model's and the real
+        answers, with the margin of the run's last evaluation.
+        """
+        plain = self.loaded
+        self.loaded = models.load(self.config.model, adapters)
+        tuned = {how: self.answer(how) for how in self.answers}
+        self.loaded = plain
+        texts = {
+            how: {
+                who: [a.text for a in given] for who, given in {**both, "tuned": tuned[how]}.items()
             }
-        texts[name] = {who: [answer.text for answer in given] for who, given in both.items()}
-    scores = {who: classifier.score(given) for who, given in texts["sampled"].items()}
-    evaluations = [
-        row for row in jsonl.read_whole_lines(config.run / "metrics.jsonl") if "eval_loss" in row
-    ]
-    return {
-        "share": float((scores["tuned"] > scores["base"]).mean()),
-        "margin": evaluations[-1]["eval_rewards/margins"],
-        "accuracy": evaluations[-1]["eval_rewards/accuracies"],
-        "pairs": {split: len(found) for split, found in splits.items()},
-        "measured": measured,
-        "texts": texts,
-    }
+            for how, both in self.answers.items()
+        }
+        scores = {who: self.classifier.score(given) for who, given in texts[SAMPLED].items()}
+        rows = jsonl.read_whole_lines(run / "metrics.jsonl")
+        last = [row for row in rows if "eval_loss" in row][-1]
+        return {
+            "share": float((scores["tuned"] > scores["base"]).mean()),
+            "margin": last["eval_rewards/margins"],
+            "accuracy": last["eval_rewards/accuracies"],
+            "pairs": {split: len(found) for split, found in self.pairs.items()},
+            "measured": {
+                how: {**both, "tuned": self.measures(tuned[how])}
+                for how, both in self.measured.items()
+            },
+            "texts": texts,
+        }
+
+
+def answer(
+    loaded: models.LoadedModel,
+    encoder: Encoder,
+    asked: list[Pair],
+    settings: GenerationConfig,
+    seed: int,
+) -> list[Answer]:
+    prompts = [encoder.prompt(pair.prompt) for pair in asked]
+    return sample_all(loaded.model, loaded.tokenizer, prompts, settings, seed)
 
 
 def line(row: common.Values) -> common.Values:
@@ -239,7 +336,7 @@ class RawEncoder(Encoder):
         return super().answer(" " + text, LENGTH)
 
 
-def collapse(task: common.Values) -> common.Values:
+def collapse(changes: list[str]) -> common.Values:
     """The recipe of the run that collapsed, to the end of its pairs, one pair an update.
 
     What no config can say is done here: raw prompts, no end of turn, AdamW without bias correction,
@@ -247,10 +344,12 @@ def collapse(task: common.Values) -> common.Values:
     guard would have said of it.
     """
     recipe = yaml.safe_load(CONTROL.read_text())
-    changes = [
+    recipe["guard"] = {"enabled": False}
+    recipe["train"]["force"] = True
+    control = [
         f"{part}.{key}={value}" for part, keys in recipe.items() for key, value in keys.items()
     ]
-    config = load(task, [*changes, "guard.enabled=false", "train.force=true"])
+    config = configs.load(DEMO, [*control, *changes])
     config = raw_pairs(config)
     job = prepare(config)
     encoder = RawEncoder(job.encoder.tokenizer)
@@ -265,13 +364,13 @@ def collapse(task: common.Values) -> common.Values:
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
     }
-    ordered = list(examples[TRAIN])
+    ordered, watched = list(examples[TRAIN]), examples[VALID][: config.train.eval_questions]
     shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
     for example, index in zip(examples[TRAIN], shuffle, strict=False):  # of the first epoch, undone
         ordered[index] = example
     file = MetricsFile(config.run / "metrics.jsonl")
     training = Trainer(
-        job.model, config, Dpo(config), ordered, examples[VALID], file, phases.watch, phases.guard
+        job.model, config, Dpo(config), ordered, watched, file, phases.watch, phases.guard
     )
     training.optimizer = optim.AdamW(config.train.learning_rate, weight_decay=0.0)
     started = time.perf_counter()
@@ -284,13 +383,14 @@ def collapse(task: common.Values) -> common.Values:
             found = phases.guard.crossed(written, change)
             caught += [f"update {row['iteration']}: {text}" for text in found]
     kept = phases.guard.kept
+    asked = Asked(config, RawEncoder)
     return {
         "minutes": minutes,
         "updates": training.updates,
         "kept_update": kept.update,
         "stopped": [],
         "caught": caught,
-        **outcome_of(config, config.run / "checkpoints/last", task, RawEncoder),
+        **asked.outcome(config.run, config.run / "checkpoints/last"),
     }
 
 
@@ -303,21 +403,13 @@ def raw_pairs(config: Config) -> Config:
     files = {split: config.run / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
     for split, file in files.items():
         rows = pairs.read(pair_file(config, split))
-        prompts = [encoder.prompt(row.prompt) for row in rows]
-        answers = sample_all(
-            loaded.model, loaded.tokenizer, prompts, config.generation, config.seed
-        )
+        answers = answer(loaded, encoder, rows, config.generation, config.seed)
         made = [
-            {
-                "prompt": row.prompt,
-                "chosen": row.chosen,
-                "rejected": a.text,
-                "rejected_finish": LENGTH,
-            }
+            {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text}
             for row, a in zip(rows, answers, strict=True)
             if a.text
         ]
-        jsonl.write(file, made)
+        jsonl.write(file, [{**row, "rejected_finish": LENGTH} for row in made])
     data = replace(config.data, train_pairs=str(files[TRAIN]), valid_pairs=str(files[VALID]))
     return replace(config, data=data)
 

@@ -23,6 +23,7 @@ model are in the JSON.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -165,9 +166,8 @@ def measured(task: common.Values, args: Namespace, pythons: dict[str, str]) -> l
         results = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             script, more = scripts[name]
-            python = {"python": pythons[name]} if name in pythons else {}
-            mlx = name != TRL_PEFT
-            results[name] = common.measure(script, {**task, **more}, mlx=mlx, **python)
+            python = pythons.get(name, sys.executable)
+            results[name] = common.measure(script, {**task, **more}, python, mlx=name != TRL_PEFT)
             said = results[name].get("seconds", results[name].get("failed"))
             print(f"round {turn + 1}, {name}: {common.cell(said)} s a pair", flush=True)
         rounds.append(results)

@@ -39,18 +39,24 @@ def start(main: Callable[[], None], worker: Callable[[Values], Values]) -> None:
     answer.write_text(json.dumps({"peak_rss": peak_rss(), **result}))
 
 
-def measure(script: str, task: Values, python: str = sys.executable, mlx: bool = True) -> Values:
+def measure(
+    script: str,
+    task: Values,
+    python: str = sys.executable,
+    mlx: bool = True,
+    threads: int | None = None,
+) -> Values:
     """What the worker of `script` returns for `task`, in a fresh process with a peak of its own.
 
-    The process may take what memory is free now, so that one that takes more fails alone:
-    {"failed": why}.
+    `threads` are its BLAS's; None is one a core. The process may take what memory is free now, so
+    that one that takes more fails alone: {"failed": why}.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(task))
         process = subprocess.run(
             [python, str(Path(__file__).parent / script), "--worker", str(asked), str(answer)],
-            env=environment(mlx),
+            env=environment(mlx, threads),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -64,12 +70,14 @@ def measure(script: str, task: Values, python: str = sys.executable, mlx: bool =
     return {"failed": f"exit code {process.returncode}: {lines[-1][:200] if lines else ''}"}
 
 
-def environment(mlx: bool) -> dict[str, str]:
+def environment(mlx: bool, threads: int | None = None) -> dict[str, str]:
     """OpenBLAS goes before MLX on Linux; torch brings its own and becomes slower by another's."""
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     env.pop("LD_PRELOAD", None)
     if mlx and (library := openblas()):
         env["LD_PRELOAD"] = library
+    if threads is not None:
+        env["OPENBLAS_NUM_THREADS"] = str(threads)
     return env
 
 
