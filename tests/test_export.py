@@ -80,6 +80,16 @@ def test_granite_answers_alike_in_transformers(name, tmp_path):
     assert difference(their_logits(hf.load(tmp_path / "hf")), found) < 1e-4
 
 
+@pytest.mark.demo_model
+def test_smollm2_answers_alike_in_transformers(smollm2, tmp_path):
+    """A real model with adapters in all of its layers, fused and exported: the same to 1e-4."""
+    fused = fused_folder(smollm2, tmp_path / "fused")
+    export.write(fused, smollm2, tmp_path / "hf")
+    found = mlx_logits(models.load(str(fused)).model)
+    assert difference(their_logits(hf.load(tmp_path / "hf")), found) < 1e-4
+    assert llama_cpp.faults(tmp_path / "hf") == []
+
+
 # What makes a tiny model of each kind in transformers, whose folder mlx-lm then reads.
 OTHERS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
