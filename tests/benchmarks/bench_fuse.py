@@ -162,20 +162,20 @@ class Measured:
             return kept(lambda made: fusing.fuse(made, how, dtype, seed))
 
         stochastic = [fused(STOCHASTIC, seed=seed) for seed in range(self.seeds)]
-        common_columns = {
+        columns = {
             "margin": margin,
             "nearest": fused(NEAREST),
             "stochastic": float(np.mean(stochastic)),
             "spread": float(np.std(stochastic)),
         }
         if self.base.kind == FOUR_BIT:
-            return common_columns | {
+            return columns | {
                 f"{bits}-bit": kept(requantized(bits), self.quantized_reference(bits))
                 for bits in (8, 4)
             }
         return {
             **deltas(self.base.real(), adapters),
-            **common_columns,
+            **columns,
             "mlx-lm": kept(by_mlx_lm),
             "f16 near.": fused(NEAREST, mx.float16),
             "f16 stoch.": fused(STOCHASTIC, mx.float16),
