@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -52,47 +52,61 @@ def fuse_adapters(config: Config) -> None:
 
 def _fuse(config: Config) -> Report:
     """Fuse and save; how much of the adapters' margin each rounding, and the folder, keeps."""
-    adapters, fused = config.run / "adapters", config.run / "fused"
-    loaded = models.load(config.model, adapters)
-    checked = _checked_pairs(config, loaded)
-    with models.adapters_off(loaded.model):
-        base = log_probs(loaded, checked)
-    with_adapters = log_probs(loaded, checked)
-    settings = config.fuse
+    settings, loaded = config.fuse, models.load(config.model, config.run / "adapters")
+    measure = _measure_of(config, loaded)
     dtype = getattr(mx, settings.dtype) if settings.dtype else fusing.dtype_of(loaded.model)
-    others = [] if dtype == mx.float32 else [how for how in ROUNDINGS if how != settings.rounding]
+    # Both roundings where there is something to round; the one that is asked for is saved.
+    others = [how for how in ROUNDINGS if how != settings.rounding and dtype != mx.float32]
     by_rounding = {}
     for how in (*others, settings.rounding):
         del loaded  # one model in memory at a time
         mx.clear_cache()
-        loaded = models.load(config.model, adapters)
-        fusing.fuse(loaded.model, how, dtype, config.seed)
-        if settings.dtype:
-            fusing.cast(loaded.model, dtype)
-        by_rounding[how] = compare(base, with_adapters, log_probs(loaded, checked))
+        loaded = _fused(config, how, dtype)
+        by_rounding[how] = measure.of(loaded)
     _save(loaded, config, dtype)
     del loaded
     mx.clear_cache()
-    written = log_probs(models.load(str(fused)), checked)
-    bits = settings.quantize
-    same_bits = _quantized_base(config, bits, dtype, checked) if bits else base
-    found = compare(base, with_adapters, written, same_bits)
+    same_bits = _quantized_base(config, dtype, measure.pairs)
+    written = measure.of(models.load(str(config.run / "fused")), same_bits)
     return {
-        "pairs": len(checked),
+        "pairs": len(measure.pairs),
         "dtype": models.dtype_name(dtype),
         "rounding": settings.rounding,
         "quantize": settings.quantize,
-        **found,
+        **written,
         "by_rounding": by_rounding,
     }
 
 
-def _checked_pairs(config: Config, loaded: models.LoadedModel) -> list[EncodedPair]:
+@dataclass(frozen=True)
+class _Measure:
+    """The pairs that models are compared on, and their log-probs before anything is fused."""
+
+    pairs: list[EncodedPair]
+    base: Sides
+    with_adapters: Sides
+
+    def of(self, fused: models.LoadedModel, fused_base: Sides | None = None) -> Report:
+        return compare(self.base, self.with_adapters, log_probs(fused, self.pairs), fused_base)
+
+
+def _measure_of(config: Config, loaded: models.LoadedModel) -> _Measure:
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     read = pairs.read(pair_file(config, VALID))
     valid, _ = pairs.encode_all(read, encoder, config.data.max_length)
     require_valid(config, valid)
-    return valid[: config.fuse.check_pairs]
+    checked = valid[: config.fuse.check_pairs]
+    with models.adapters_off(loaded.model):
+        base = log_probs(loaded, checked)
+    return _Measure(checked, base, log_probs(loaded, checked))
+
+
+def _fused(config: Config, how: str, dtype: mx.Dtype) -> models.LoadedModel:
+    loaded = models.load(config.model, config.run / "adapters")
+    fusing.fuse(loaded.model, how, dtype, config.seed)
+    if config.fuse.dtype:
+        fusing.cast(loaded.model, dtype)
+    return loaded
 
 
 def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
@@ -103,17 +117,17 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     models.save(loaded.model, loaded.folder, config.run / "fused", about)
 
 
-def _quantized_base(
-    config: Config, bits: int, dtype: mx.Dtype, checked: list[EncodedPair]
-) -> Sides:
-    """Log-probs under the base model in the bits that the fused one is written in.
+def _quantized_base(config: Config, dtype: mx.Dtype, checked: list[EncodedPair]) -> Sides | None:
+    """Log-probs under the base model in the bits that the fused one is written in, if in any.
 
     Quantising moves every answer by far more than a short training does, that of both models
     alike: what was learned shows against the base model in the same bits alone.
     """
+    if config.fuse.quantize is None:
+        return None
     loaded = models.load(config.model)
     fusing.fuse(loaded.model, NEAREST, dtype)
-    fusing.quantize(loaded.model, {}, bits)
+    fusing.quantize(loaded.model, {}, config.fuse.quantize)
     return log_probs(loaded, checked)
 
 
