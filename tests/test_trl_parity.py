@@ -33,7 +33,6 @@ import hf  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import trl  # noqa: E402
-from datasets import Dataset  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 # Rank and scale of all adapters here; the layers are those that both libraries have. Granite's
@@ -58,13 +57,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads only get in one another's way on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recorder(trl.DPOTrainer):
@@ -94,32 +87,13 @@ def theirs(folder, path, kind, adapters, pairs, encoder, **arguments):
         target_modules=[key.split(".")[1] for key in KEYS[kind]],
         task_type="CAUSAL_LM",
     )
-    rows = [
-        {"prompt": encoder.rendered(p.prompt), "chosen": p.chosen, "rejected": p.rejected}
-        for p in pairs
-    ]
-    settings = {
-        "output_dir": str(path / "trl"),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "train_sampling_strategy": "sequential",
-        "prediction_loss_only": True,
-        "router_aux_loss_coef": 0.0 if kind == "granite" else None,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_length": None,
-        "beta": 0.1,
-    }
+    dataset = hf.preferences(pairs, encoder)
+    granite = {"router_aux_loss_coef": 0.0 if kind == "granite" else None}
     trainer: Any = Recorder(
         model=base,
-        args=trl.DPOConfig(**{**settings, **arguments}),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows),
+        args=hf.dpo_config(path / "trl", **{**granite, **arguments}),
+        train_dataset=dataset,
+        eval_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=lora,
     )

@@ -16,6 +16,7 @@ import yaml
 from .errors import UserError
 from .jsonl import read_bytes
 from .losses import LOSSES
+from .rounding import DTYPES, ROUNDINGS, STOCHASTIC
 
 SCHEDULES = ("cosine", "constant")
 REPORTERS = ("wandb", "swanlab")
@@ -33,7 +34,7 @@ def _number(default: Any = ..., *, low: float | None = None, high: float | None 
     return _field(default, low=low, high=high)
 
 
-def _choice(default: Any = ..., *, of: tuple[str, ...]) -> Any:
+def _choice(default: Any = ..., *, of: tuple[Any, ...]) -> Any:
     return _field(default, choices=of)
 
 
@@ -112,7 +113,11 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FuseConfig:
+    rounding: str = _choice(STOCHASTIC, of=ROUNDINGS)
+    dtype: str | None = _choice(None, of=DTYPES)
+    quantize: int | None = _choice(None, of=(4, 8))
     check_pairs: int = _number(8, low=1)
+    min_margin_kept: float = _number(0.9, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,6 @@ class SmokeConfig:
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_base_logprob_drop: float = _number(1.5, low=0.0)
     max_length_ratio: float = _number(3.0, low=1.0)
-    min_margin_kept: float = _number(0.5, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +286,7 @@ def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults:
     if high is not None and not value <= high:
         faults.append(f"{dotted}: {value} is too large; the most is {high}")
     if choices and value not in choices:
-        faults.append(f"{dotted}: {value!r} is not one of {', '.join(choices)}")
+        faults.append(f"{dotted}: {value!r} is not one of {', '.join(map(str, choices))}")
     return value
 
 

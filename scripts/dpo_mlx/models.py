@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -25,6 +25,7 @@ from .errors import UserError
 
 # Files of a model folder beside its weights, and the weights' index.
 SETTINGS, INDEX = (".json", ".jinja", ".model", ".txt", ".tiktoken"), "model.safetensors.index.json"
+QUANTIZATION = ("quantization", "quantization_config")  # keys of config.json
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 
@@ -228,26 +229,39 @@ def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
             kind.__call__ = call
 
 
-def fuse(model: nn.Module) -> None:
-    """Add every adapter into the layer beneath it, in place, with the layers' own `fuse`."""
-    fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
-    model.update_modules(tree_unflatten(fused))
-
-
-def save(model: nn.Module, source: Path, folder: Path) -> None:
+def save(
+    model: nn.Module, source: Path, folder: Path, config: dict[str, Any] | None = None
+) -> None:
     """An ordinary model folder: these weights, and the other files of `source` as they stand,
-    but for what `config_additions` adds, so that the folder runs as it was trained.
+    but for what `config_additions` adds, so that the folder runs as it was trained. `config` is
+    what config.json says instead of the source's.
 
     mlx-lm's own `save` asks the hub for a model card, and writes the tokenizer anew.
     """
+    config = jsonl.read_json(source / "config.json") if config is None else config
     with new_folder(folder) as temporary:
-        for path in sorted(source.iterdir()):
-            if path.suffix in SETTINGS and path.name != INDEX:
-                shutil.copy(path, temporary / path.name)
-        if additions := config_additions(source):
-            config = jsonl.read_json(source / "config.json")
-            jsonl.write_json(temporary / "config.json", {**config, **additions})
+        copy_settings(source, temporary, {**config, **config_additions(source)})
         save_model(temporary, model)
+
+
+def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
+    """All of a model folder but its weights, to the byte; config.json where it must say else."""
+    for path in sorted(source.iterdir()):
+        if path.suffix in SETTINGS and path.name != INDEX:
+            shutil.copy(path, folder / path.name)
+    if config != jsonl.read_json(source / "config.json"):
+        jsonl.write_json(folder / "config.json", config)
+
+
+def config_for(config: dict[str, Any], dtype: mx.Dtype) -> dict[str, Any]:
+    """What config.json says once the weights are plain ones of `dtype`."""
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    return plain | {key: dtype_name(dtype) for key in ("torch_dtype", "dtype") if key in plain}
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """As config files write it: float32."""
+    return str(dtype).rpartition(".")[2]
 
 
 def copy_folder(source: Path, folder: Path) -> None:

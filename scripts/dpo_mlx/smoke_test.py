@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import jsonl, models, pairs, reference, stamp, voice
-from .config import Config, SmokeConfig
+from . import card, jsonl, models, pairs, reference, stamp, voice
+from .config import Config, FuseConfig, SmokeConfig
 from .engine import Engine, score_against, summarise
 from .errors import UserError
 from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
@@ -46,6 +46,7 @@ def smoke_test(config: Config) -> bool:
         jsonl.write_json(report_path, report)
         stamp.write(stamp_path, inputs)
     write_html(config.run / "report.html", report, config.run / "metrics.jsonl")
+    card.write(config, fused, report)
     _print(report, config)
     return report["verdict"]["passed"]
 
@@ -93,7 +94,7 @@ def _report(config: Config) -> Report:
             for pair, b, t in zip(asked, base, tuned.answers, strict=True)
         ],
     }
-    return {"verdict": verdict(report, config.smoke), **report}
+    return {"verdict": verdict(report, config.smoke, config.fuse), **report}
 
 
 def sample_answers(
@@ -155,7 +156,7 @@ def _real(asked: list[Pair], encoder: Encoder) -> list[Answer]:
     return [Answer(pair.chosen, STOP, len(encoder.answer(pair.chosen, LENGTH))) for pair in asked]
 
 
-def verdict(report: Report, limits: SmokeConfig) -> Report:
+def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
     """Which limits of the config were crossed, and what that means in a few words."""
     fluency, voices, kept = report["fluency"], report["voice"], report["fuse"]["margin_kept"]
     distinct, natural, ended, length = (
@@ -183,7 +184,9 @@ def verdict(report: Report, limits: SmokeConfig) -> Report:
         *_at_least("min_voice_share", voices["share"], limits.min_voice_share),
         *_at_least("min_voice_gain", voice_gain(voices), limits.min_voice_gain),
     ]
-    lost = _at_least("min_margin_kept", 1.0 if kept is None else kept, limits.min_margin_kept)
+    lost = _at_least(
+        "min_margin_kept", 1.0 if kept is None else kept, fuse.min_margin_kept, section="fuse"
+    )
     if degenerated:
         outcome = "degenerated"
         summary = "The tuned model has degenerated: its answers are no longer fluent."
@@ -207,8 +210,8 @@ def _at_most(name: str, value: float, limit: float) -> list[str]:
     return [] if value <= limit else [f"smoke.{name}: {value:.3g}, the most is {limit:.3g}"]
 
 
-def _at_least(name: str, value: float, limit: float) -> list[str]:
-    return [] if value >= limit else [f"smoke.{name}: {value:.3g}, the least is {limit:.3g}"]
+def _at_least(name: str, value: float, limit: float, section: str = "smoke") -> list[str]:
+    return [] if value >= limit else [f"{section}.{name}: {value:.3g}, the least is {limit:.3g}"]
 
 
 def voice_gain(scores: Report) -> float:
@@ -229,6 +232,7 @@ def _inputs(config: Config) -> stamp.Inputs:
         "pairs": [jsonl.digest(pair_file(config, split)) for split in (TRAIN, VALID)],
         "metrics": jsonl.digest(config.run / "metrics.jsonl"),
         "training": stamp.read(config.run / "outcome.json"),
+        "fuse.min_margin_kept": config.fuse.min_margin_kept,
         "seed": config.seed,
         "system_prompt": config.system_prompt,
         "data.max_length": config.data.max_length,

@@ -115,13 +115,14 @@ def train(
     checkpoint: bool,
     epochs: int = 1,
     after: Callable[[int], None] = lambda update: None,
+    learning_rate: float = common.LEARNING_RATE,
 ) -> list[Step]:
     """One update a pair, in the order given in the first epoch, by the project's Trainer.
 
     Its first update is a warm-up and left out. `after` runs after each update, untimed.
     """
     settings = TrainConfig(
-        learning_rate=common.LEARNING_RATE,
+        learning_rate=learning_rate,
         epochs=epochs,
         grad_accumulation=1,
         schedule="constant",

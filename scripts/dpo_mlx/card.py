@@ -1,0 +1,43 @@
+"""The model card: what a folder holds, what it was made of, how good it is, how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from . import jsonl, stamp
+from .config import Config
+from .make_pairs import PairFiles
+
+CARD, TEMPLATE = "README.md", "card.md.j2"
+
+
+def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
+    """Put the card into a model folder.
+
+    `report` holds `fuse`, what stage 11 measured, and `voice` and `fluency` once stage 12 has.
+    """
+    jsonl.write_text(folder / CARD, render(config, report))
+
+
+def render(config: Config, report: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        config=config,
+        name=config.run.name,
+        base=Path(config.model).name if Path(config.model).is_dir() else config.model,
+        counts=stamp.read(PairFiles.of(config).report),
+        training=stamp.read(config.run / "outcome.json"),
+        fuse=report["fuse"],
+        voice=report.get("voice"),
+        fluency=report.get("fluency"),
+    )

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""The fused model in Hugging Face's own layout, for transformers and llama.cpp."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_mlx import cli, llama_cpp
+from dpo_mlx.config import Config
+from dpo_mlx.export import export
+from dpo_mlx.export_peft import export_peft
+
+
+def stage(config: Config, options: argparse.Namespace) -> None:
+    if options.peft:
+        export_peft(config)
+    else:
+        llama_cpp.report(export(config))
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--peft", action="store_true", help="write the adapters for PEFT, not the fused model"
+    )
+    cli.main(stage, parser)
+
+
+if __name__ == "__main__":
+    main()
