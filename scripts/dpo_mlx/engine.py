@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from . import signals
 from .config import DpoConfig
 from .logps import check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Sides, objective, preference_loss, rewards
@@ -113,6 +114,15 @@ class Engine:
         hidden = self._backbone(ids[None, :-1], self._caches)[0]
         start = sequence.prompt_length
         return hidden[start - 1 :], ids[start:]
+
+
+def log_probs(engine: Engine, encoded: Iterable[EncodedPair]) -> list[tuple[float, float]]:
+    """log p of (chosen, rejected) of each pair, in nats."""
+    found = []
+    for pair in encoded:
+        signals.check()
+        found.append((engine.log_prob(pair.chosen), engine.log_prob(pair.rejected)))
+    return found
 
 
 def _constants(pair: EncodedPair, reference: Reference) -> tuple[Sides, Sides]:

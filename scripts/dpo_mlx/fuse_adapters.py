@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import jsonl, models, pairs, stamp
+from . import durable, jsonl, models, pairs, stamp
 from .config import Config
-from .engine import Engine
+from .engine import Engine, log_probs
 from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
@@ -39,6 +39,8 @@ def fuse_adapters(config: Config) -> None:
             "they were trained on, or run 10_train_dpo.py again"
         )
     loaded = models.load(config.model)
+    size = models.weights_size(loaded.folder)
+    durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     valid, _ = pairs.encode_all(
         pairs.read(pair_file(config, VALID)), encoder, config.data.max_length
@@ -50,10 +52,11 @@ def fuse_adapters(config: Config) -> None:
     loaded = models.load(config.model, adapters)
     with_adapters = _log_probs(loaded, checked)
     models.fuse(loaded.model)
-    models.save(loaded.model, loaded.folder, fused)
-    del loaded
-    mx.clear_cache()
-    found = compare(base, with_adapters, _log_probs(models.load(str(fused)), checked))
+    with durable.new_folder(fused) as temporary:
+        models.save(loaded.model, loaded.folder, temporary)
+        del loaded
+        mx.clear_cache()
+        found = compare(base, with_adapters, _log_probs(models.load(str(temporary)), checked))
     jsonl.write_json(report, found)
     stamp.write(stamp_path, inputs)
     _print(config, found, len(checked))
@@ -81,11 +84,8 @@ def _margin(pi: Sides, ref: Sides) -> float:
 
 
 def _log_probs(loaded: models.LoadedModel, encoded: list[EncodedPair]) -> Sides:
-    engine = Engine(loaded.model)
-    return Sides(
-        mx.array([engine.log_prob(pair.chosen) for pair in encoded]),
-        mx.array([engine.log_prob(pair.rejected) for pair in encoded]),
-    )
+    chosen, rejected = zip(*log_probs(Engine(loaded.model), encoded), strict=True)
+    return Sides(mx.array(chosen), mx.array(rejected))
 
 
 def _inputs(config: Config) -> stamp.Inputs:

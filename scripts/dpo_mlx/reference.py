@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import jsonl, stamp
+from . import jsonl, signals, stamp
 from .pairs import EncodedPair, Sequence
 
 
@@ -38,6 +38,7 @@ def load_or_compute(
         stamp.write(stamp_path, inputs)
     rows = jsonl.read_whole_lines(rows_path)
     for pair in pairs[len(rows) :]:
+        signals.check()
         row = {
             "line": pair.line,
             "chosen": log_prob(pair.chosen),

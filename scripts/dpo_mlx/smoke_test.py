@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import jsonl, models, pairs, reference, stamp, voice
+from . import durable, jsonl, models, pairs, reference, stamp, voice
 from .config import Config, SmokeConfig
-from .engine import Engine, score_against, summarise
+from .engine import Engine, log_probs, score_against, summarise
 from .errors import UserError
 from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import PairFiles
@@ -42,6 +42,7 @@ def smoke_test(config: Config) -> bool:
         print(f"12: {report_path} is up to date, skipped")
         report = jsonl.read_json(report_path)
     else:
+        durable.require_space(config.run, durable.SMALL_FILES, "run_dir")
         report = _report(config)
         jsonl.write_json(report_path, report)
         stamp.write(stamp_path, inputs)
@@ -112,11 +113,7 @@ def _measure(
     config: Config,
 ) -> Measured:
     answers = sample_answers(loaded, asked, encoder, config)
-    engine = Engine(loaded.model)
-    return Measured(
-        answers,
-        [(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected)) for pair in encoded],
-    )
+    return Measured(answers, log_probs(Engine(loaded.model), encoded))
 
 
 def _written(
