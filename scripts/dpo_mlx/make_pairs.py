@@ -71,7 +71,7 @@ def make_pairs(config: Config) -> None:
     rows = questions.read(source)
     inputs = _inputs(config, source)
     restart = config.generation.restart
-    if not restart and inputs["model files"] and _is_current(files, inputs):
+    if not restart and inputs["model files"] and _is_current(config, files, inputs):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
         return
     _refuse_to_overwrite(files, inputs, restart)
@@ -114,16 +114,17 @@ def _sampling_inputs(inputs: stamp.Inputs) -> stamp.Inputs:
     }
 
 
-def _report_inputs(files: PairFiles) -> stamp.Inputs | None:
-    report = stamp.read(files.report)
-    return None if report is None else report.get("inputs")
+def read_report(config: Config) -> dict[str, Any] | None:
+    """The report on the pairs, None when stage 06 did not come to its end or was left out."""
+    report = stamp.read(PairFiles.of(config).report)
+    return report if report and "inputs" in report else None
 
 
-def _is_current(files: PairFiles, inputs: stamp.Inputs) -> bool:
-    old = _report_inputs(files)
+def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
+    report = read_report(config)
     return (
-        old is not None
-        and not stamp.differences(old, inputs)
+        report is not None
+        and not stamp.differences(report["inputs"], inputs)
         and files.train.exists()
         and files.valid.exists()
     )
@@ -307,7 +308,9 @@ def _write_pairs(files: PairFiles, rows: dict[str, list[dict[str, str]]]) -> Non
     one as its own when a crash comes between the two.
     """
     before = {split: jsonl.digest(p) for split, p in files.splits.items() if p.exists()}
-    jsonl.write_json(files.report, {FILES: {s: jsonl.rows_digest(rows[s]) for s in rows}, BEFORE: before})
+    jsonl.write_json(
+        files.report, {FILES: {s: jsonl.rows_digest(rows[s]) for s in rows}, BEFORE: before}
+    )
     for split, path in files.splits.items():
         jsonl.write(path, rows[split])
 

@@ -12,7 +12,7 @@ from .config import Config, SmokeConfig
 from .engine import Engine, log_probs, score_against, summarise
 from .errors import UserError
 from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
-from .make_pairs import PairFiles
+from .make_pairs import read_report
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
 from .report import write_html
 from .sampling import Answer, sample_all
@@ -88,7 +88,7 @@ def _report(config: Config) -> Report:
         },
         "fuse": jsonl.read_json(config.run / "fuse.json"),
         "training": stamp.read(config.run / "outcome.json"),
-        "run": {"config": asdict(config), "pairs": stamp.read(PairFiles.of(config).report)},
+        "run": {"config": asdict(config), "pairs": read_report(config)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
             for pair, b, t in zip(asked, base, tuned.answers, strict=True)
@@ -245,4 +245,4 @@ def _print(report: Report, config: Config) -> None:
     )
     for name, values in f.items():
         print(f"    {name}: " + ", ".join(f"{who} {value:.3g}" for who, value in values.items()))
-    print(f"12: report: {config.run / 'report.html'}")
+    print(f"12: the report:\n{config.run / 'report.html'}")

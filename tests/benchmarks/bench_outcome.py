@@ -43,6 +43,7 @@ from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
 from dpo_mlx.job import TRAIN, VALID, pair_file, prepare
 from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.origin import training_inputs
 from dpo_mlx.pairs import LENGTH, STOP, Encoder
 from dpo_mlx.sampling import Answer, sample_all
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
@@ -260,7 +261,7 @@ def collapse(task: common.Values) -> common.Values:
     }
     job = replace(job, encoder=encoder, pairs=encoded)
     caught = [f"preflight: {finding.text}" for finding in preflight(job)]
-    phases = Phases(job)
+    phases = Phases(job, training_inputs(config))
     examples = {
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
@@ -290,7 +291,7 @@ def collapse(task: common.Values) -> common.Values:
         "kept_update": kept.update,
         "stopped": [],
         "caught": caught,
-        **outcome_of(config, config.run / "checkpoints/last", task, RawEncoder),
+        **outcome_of(config, training.checkpoints.path("dpo", training.updates), task, RawEncoder),
     }
 
 
