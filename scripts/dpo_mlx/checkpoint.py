@@ -138,7 +138,7 @@ def read(path: Path) -> tuple[State, Origin]:
     """
     remedy = f"delete {path}, and the same command goes on from the one before"
     try:
-        values = jsonl.read_json(path / STATE, remedy)
+        values = jsonl.read_json(path / STATE, ("version", "origin", "best"), remedy)
         version = values.pop("version")
         if version != VERSION:
             raise UserError(

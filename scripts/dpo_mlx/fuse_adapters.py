@@ -33,7 +33,7 @@ def fuse_adapters(config: Config) -> None:
         print(f"11: {fused} is up to date, skipped")
         return
     trained = stamp.read(stamp.path(config.run, "10_train_dpo"))
-    if trained is not None and trained["model files"] != inputs["model files"]:
+    if trained is not None and trained.get("model files") != inputs["model files"]:
         raise UserError(
             f"{adapters}: were not trained on {config.model} as it is now; set model to the one "
             "they were trained on, or run 10_train_dpo.py again"

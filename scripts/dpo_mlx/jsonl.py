@@ -125,19 +125,45 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `append` wrote; a torn last line is cut off the file first."""
+def read_whole_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a file that `append` wrote; a torn last line is cut off the file first.
+
+    Raises UserError with `path:line` for a row that was not, or lacks one of the `keys`.
+    """
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
+    remedy = f"delete {path} and run the stage that makes it again"
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = _parse(line, f"{path}:{number}")
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        _require_keys(row, keys, f"{path}:{number}", remedy)
+        rows.append(row)
     if whole != raw:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return [_parse(line, f"{path}:{i}") for i, line in enumerate(whole.splitlines(), start=1)]
+    return rows
 
 
-def read_json(path: Path, remedy: str = "run the stage that makes it again") -> Any:
-    """One JSON value, written by an earlier stage. Raises UserError when it is not there."""
+def read_json(
+    path: Path,
+    keys: Iterable[str] = (),
+    remedy: str = "delete it and run the stage that makes it again",
+) -> Any:
+    """One JSON value, written by an earlier stage. Raises UserError when it is not there, broken,
+    or an object that lacks one of the `keys`.
+    """
     try:
-        return json.loads(read_bytes(path, remedy))
+        value = json.loads(read_bytes(path, remedy))
     except ValueError as error:
         raise UserError(f"{path}: broken JSON; {remedy}") from error
+    _require_keys(value, keys, str(path), remedy)
+    return value
+
+
+def _require_keys(row: Any, keys: Iterable[str], where: str, remedy: str) -> None:
+    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise UserError(f'{where}: lacks "{missing[0]}", as if of another version; {remedy}')

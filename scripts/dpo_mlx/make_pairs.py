@@ -196,7 +196,8 @@ def _open_samples(
     if restart or not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
-    return {row["batch"]: row for row in jsonl.read_whole_lines(files.samples)}
+    rows = jsonl.read_whole_lines(files.samples, ("batch", "questions", "answers"))
+    return {row["batch"]: row for row in rows}
 
 
 def _sample(

@@ -57,7 +57,7 @@ def load(name: str, adapters: Path | None = None, lazy: bool = False) -> LoadedM
             **NO_CODE,
         )
         return LoadedModel(model, tokenizer, folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(_why_not(name, adapters, error)) from error
 
 
@@ -119,7 +119,7 @@ def fingerprint(name: str) -> dict[str, str] | None:
     try:
         folder = folder_of(name)
         marks = {"config.json, added": jsonl.dumps(config_additions(folder))}
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # a config.json that is no object
         return None
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":

@@ -36,7 +36,7 @@ def load_or_compute(
     if not stamp.is_current(stamp_path, inputs, [rows_path]):
         jsonl.write(rows_path, [])
         stamp.write(stamp_path, inputs)
-    rows = jsonl.read_whole_lines(rows_path)
+    rows = jsonl.read_whole_lines(rows_path, ("chosen", "rejected"))
     for pair in pairs[len(rows) :]:
         signals.check()
         row = {

@@ -105,7 +105,7 @@ class Chart:
 
 def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
     """Replace `path` by the page, atomically."""
-    jsonl.write_text(path, render(report, jsonl.read_whole_lines(metrics_path)))
+    jsonl.write_text(path, render(report, jsonl.read_whole_lines(metrics_path, ("iteration",))))
 
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:

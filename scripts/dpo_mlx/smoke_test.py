@@ -40,7 +40,7 @@ def smoke_test(config: Config) -> bool:
     stamp_path, inputs = stamp.path(config.run, "12_smoke_test"), _inputs(config)
     if stamp.is_current(stamp_path, inputs, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
-        report = jsonl.read_json(report_path)
+        report = jsonl.read_json(report_path, ("verdict", "voice", "fluency", "answers"))
     else:
         durable.require_space(config.run, durable.SMALL_FILES, "run_dir")
         report = _report(config)
@@ -86,7 +86,7 @@ def _report(config: Config) -> Report:
             "chosen_per_token": preference["logps/chosen_per_token"],
             "rejected_per_token": preference["logps/rejected_per_token"],
         },
-        "fuse": jsonl.read_json(config.run / "fuse.json"),
+        "fuse": jsonl.read_json(config.run / "fuse.json", ("margin_kept",)),
         "training": stamp.read(config.run / "outcome.json"),
         "run": {"config": asdict(config), "pairs": read_report(config)},
         "answers": [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from . import checkpoint, diagnose, durable, jsonl, memory, metrics, models, stamp
 from . import config as configs
-from .checkpoint import DPO, SFT, Checkpoints, Origin, State
+from .checkpoint import DPO, PHASES, SFT, Checkpoints, Origin, State
 from .config import Config
 from .errors import UserError
 from .guard import Guard
@@ -51,13 +51,15 @@ def train_dpo(config: Config, stage: str) -> bool:
     inputs = training_inputs(config)
     if stage != PRECOMPUTE and stamp.is_current(stamp_path, inputs, [adapters, outcome_path]):
         print(f"10: {adapters} is up to date, skipped")
-        return _say(Outcome(**jsonl.read_json(outcome_path)), adapters)
+        names = [field.name for field in fields(Outcome)]
+        outcome = jsonl.read_json(outcome_path, names)
+        return _say(Outcome(**{name: outcome[name] for name in names}), adapters)
     job = prepare(config)
     # Once more: the model may have been downloaded. The pairs as they were before they were read.
     inputs = {**training_inputs(config), "pairs": inputs["pairs"]}
     _require_space(job)
-    preflight(job, only_read=stage == TRAIN_ONLY)
     phases = Phases(job, inputs)
+    preflight(job, only_read=stage == TRAIN_ONLY)
     outcome = _run(phases, stage)
     if outcome is None:
         return True
@@ -204,6 +206,7 @@ class Phases:
         self.first = count_updates(self.sft.settings, len(job.pairs[TRAIN]))
         self.updates = self.first + count_updates(self.dpo.settings, len(job.pairs[TRAIN]))
         self.checkpoints = Checkpoints(job.config.run / "checkpoints")
+        self._found = {phase: self._look_for(phase) for phase in PHASES}
         self._after_sft = State(SFT)
 
     @cached_property
@@ -218,7 +221,7 @@ class Phases:
 
     def warm_up(self, only_read: bool) -> None:
         """SFT, unless it is at its end already. Raises UserError when it is not and `only_read`."""
-        job, found = self.job, self._found(SFT)
+        job, found = self.job, self._found[SFT]
         if found and self._is_sft_s_end(found[1]):
             models.load_adapters(job.model, found[0])
             self._after_sft = found[1]
@@ -235,7 +238,7 @@ class Phases:
             TRAIN: [Example(pair, unread) for pair in job.pairs[TRAIN]],
             VALID: _examples(job, VALID, load_reference(job, BASE, VALID)),
         }
-        self._after_sft = self._train(self.sft, examples, State(SFT), found)
+        self._after_sft = self._train(self.sft, examples, State(SFT))
 
     def references(self, only_read: bool) -> dict[str, list[Reference]]:
         """The reference of both splits: of the base model, or as SFT has left it."""
@@ -246,23 +249,23 @@ class Phases:
     def align(self, references: dict[str, list[Reference]]) -> None:
         """DPO."""
         examples = {split: _examples(self.job, split, references[split]) for split in SPLITS}
-        self._train(self.dpo, examples, self._after_sft, self._found(DPO))
+        self._train(self.dpo, examples, self._after_sft)
 
     def _train(
         self,
         phase: Sft | Dpo,
         examples: dict[str, list[Example]],
         begin: State,
-        found: tuple[Path, State] | None,
     ) -> State:
         """A phase to its end, from where the one before left the run, or from what was found."""
-        config = self.job.config
+        config, found = self.job.config, self._found[phase.name]
         _keep_settings(config)
         reporters = metrics.reporters(config, asdict(config))
         if found:
             self._take_up_guard(found[1])
         else:
             self.checkpoints.clear(phase.name)
+            self._found[DPO] = None
         now = found[1] if found else begin
         metrics_file = metrics.MetricsFile(config.run / "metrics.jsonl", now.rows)
         bar = metrics.ProgressBar(now.update, self.updates)
@@ -289,7 +292,7 @@ class Phases:
             bar.close()
         return trainer.state
 
-    def _found(self, phase: str) -> tuple[Path, State] | None:
+    def _look_for(self, phase: str) -> tuple[Path, State] | None:
         """The newest checkpoint of a phase and where it is, when this run can go on from it.
 
         The end of SFT serves however it is judged now. Raises UserError for a checkpoint of other
