@@ -402,8 +402,8 @@ CASES: dict[str, Case] = {
     ),
     "run_dir holds someone else's": Case(
         "10",
-        ("run_dir: home", "no run's folder", "report.html"),
-        lambda: (Path("home").mkdir(), Path("home/report.html").write_text("mine")),
+        ("run_dir: home", "no run's folder", "adapters"),
+        lambda: shutil.copytree("run", "home", ignore=shutil.ignore_patterns("stamps")),
         ("--set", "run_dir=home"),
     ),
     "adapters are someone else's": Case(

@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, An
     return {"folder": folder, "first": first, "second": second, "sets": sets}
 
 
-# A rate so high, and a guard so strict, that the first evaluation that is worse in anything ends it.
+# So high a rate and so strict a guard that the first evaluation worse in anything ends the run.
 RUINOUS = {
     "sft.epochs": 0,
     "train.learning_rate": 1,

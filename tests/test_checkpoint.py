@@ -67,7 +67,7 @@ def end(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("watch", [Norm, Shy])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeypatch, tmp_path):
-    """A signal at every ninth safe point from the references to the last evaluation: stopped and
+    """A signal at every thirteenth safe point from the references to the last evaluation: stopped and
     started again, each run ends in the adapters, optimizer, metrics and outcome of the undisturbed
     one; whether the best is SFT's first evaluation or DPO's last.
     """
@@ -77,7 +77,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeyp
         assert train_dpo(config, ALL)
     expected = end(config.run)
     config.run.rename(tmp_path / "undisturbed")
-    for call in range(4, len(passed), 9):
+    for call in range(4, len(passed), 13):
         config = two_phases(watch)
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
             stop_at(patch, call)
@@ -154,7 +154,7 @@ def test_everything_comes_back(tmp_path):
     model.layers = []
     optimizer.update(model, {"weight": mx.array([[0.3, 0.7]])})
     state = State(
-        "dpo", 7, 20, True, {"voice": 0.1, "p": float("-inf")}, {"voice": 1 / 3}, Kept(3, 0.2), 4, 2
+        "dpo", 7, 20, True, {"voice": 0.1, "p": float("-inf")}, {"voice": 1 / 3}, Kept(7, 0.2), 4, 2
     )
     origin = Origin({"a": [1, None]}, {"b": "x"})
     made = Checkpoints(tmp_path)

@@ -188,8 +188,9 @@ def copy_adapters(source: Path, folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+    """A safetensors file; the same tensors are the same bytes, whatever order they come in."""
     with disk_errors(path):
-        mx.save_safetensors(str(path), tensors)
+        mx.save_safetensors(str(path), dict(sorted(tensors.items())))
 
 
 @contextmanager

@@ -282,12 +282,15 @@ class Phases:
             begin.rows,
             origin_of(self.inputs, phase.name),
         )
+        written = begin.written or None
         if found:
             print(f"10: going on from {found[0]}")
             trainer.resume(*found)
+            written = None
+        elif not begin.update:  # before the first update of all the model is the base model
+            written = self.base
         try:
-            # Before the first update of all the model writes what the base model does.
-            trainer.run(begin.written or (None if begin.update else self.base))
+            trainer.run(written)
         finally:
             bar.close()
         return trainer.state
