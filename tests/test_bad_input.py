@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,7 +20,8 @@ import pytest
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl
+from dpo_mlx import config, jsonl, models
+from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
@@ -188,7 +190,7 @@ def lacking(path: str, key: str, script: str) -> Case:
 
 
 TRAIN, VALID, ADAPTERS = "run/pairs/train.jsonl", "run/pairs/valid.jsonl", "run/adapters"
-NEWEST, SAMPLES = "run/checkpoints/dpo-000003", "run/pairs/train.samples.jsonl"
+NEWEST, SAMPLES = "run/checkpoints/dpo-000004", "run/pairs/train.samples.jsonl"
 REFERENCE = "run/reference/base/train.jsonl"
 AGAIN = ("--set", "train.epochs=2")  # so that stage 10 is not skipped
 GOOD_PAIR = b'{"prompt": "q", "chosen": "c", "rejected": "r"}\n'
@@ -391,15 +393,6 @@ CASES: dict[str, Case] = {
     "model with code of its own": model(
         lambda f: edit(f / "config.json", model_file="evil.py"), "model other", "Python code of its"
     ),
-    "tokenizer with code of its own": model(
-        lambda f: edit(
-            f / "tokenizer_config.json",
-            tokenizer_class="Evil",
-            auto_map={"AutoTokenizer": ["evil.Evil", None]},
-        ),
-        "model other",
-        "Python code of its",
-    ),
     "run_dir holds someone else's": Case(
         "10",
         ("run_dir: home", "no run's folder", "adapters"),
@@ -537,6 +530,22 @@ def test_a_fault_of_the_disk_is_one_line(number, says, work, monkeypatch, capfd)
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert line.startswith("error: run/metrics.jsonl: ") and says in line
     kept = ("adapters", "fused", "pairs", "reference", "report", "fuse.json", "outcome.json")
-    finished = {p for p in before if str(Path(p).relative_to(work / "run")).startswith(kept)}
+    finished = {p for p in before if p.startswith(tuple(f"{work}/run/{name}" for name in kept))}
     after = digests(work)
     assert finished and {p: after.get(p) for p in finished} == {p: before[p] for p in finished}
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+    """A tokenizer that names a Python file of its own is read without it, or refused; nobody is
+    asked, and the file is not run.
+    """
+    folder, ran = tiny.folder(tmp_path / "model"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+    for name in ("tokenizer_config.json", "config.json"):
+        edit(folder / name, auto_map=auto_map)
+    edit(folder / "tokenizer_config.json", tokenizer_class="Evil")
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    with contextlib.suppress(UserError):
+        models.load(str(folder))
+    assert not ran.exists()

@@ -62,11 +62,9 @@ def _of_the_disk(error: OSError) -> str:
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         remedy = f"{error.strerror}; make it writable, or name another place in the config"
     elif error.errno in (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENXIO):
-        remedy = (
-            f"{error.strerror}; was it moved, or its disk taken away? Put it back and run again"
-        )
+        remedy = f"{error.strerror}; put back what was moved or taken away, and run again"
     else:
-        remedy = f"{error.strerror}"
+        remedy = str(error.strerror)
     return f"{error.filename}: {remedy}"
 
 

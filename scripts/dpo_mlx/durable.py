@@ -75,7 +75,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     take the place of a folder that was not made here.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     temporary = _temporary(folder)
     _delete(temporary)
     temporary.mkdir()
@@ -95,7 +95,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder that `new_folder` made; it is never found half removed."""
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     temporary = _temporary(folder)
     _delete(temporary)
     folder.rename(temporary)
@@ -106,7 +106,7 @@ def _temporary(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Raises UserError for what is there and is neither `new_folder`'s nor an empty folder."""
     if not os.path.lexists(folder) or (folder / MARK).exists() and not folder.is_symlink():
         return
@@ -119,7 +119,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _delete(folder: Path) -> None:
     """Nothing happens when it is not there; the mark goes last, so that a rest is still ours."""
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     if folder.exists():
         for path in folder.iterdir():
             if path.is_dir():

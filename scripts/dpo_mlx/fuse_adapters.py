@@ -38,6 +38,7 @@ def fuse_adapters(config: Config) -> None:
             f"{adapters}: were not trained on {config.model} as it is now; set model to the one "
             "they were trained on, or run 10_train_dpo.py again"
         )
+    durable.refuse_foreign(fused)
     loaded = models.load(config.model)
     size = models.weights_size(loaded.folder)
     durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")

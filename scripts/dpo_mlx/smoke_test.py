@@ -14,7 +14,7 @@ from .errors import UserError
 from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import read_report
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
-from .report import write_html
+from .report import report_rows, write_html
 from .sampling import Answer, sample_all
 from .writing import measure
 
@@ -43,6 +43,7 @@ def smoke_test(config: Config) -> bool:
         report = jsonl.read_json(report_path, ("verdict", "voice", "fluency", "answers"))
     else:
         durable.require_space(config.run, durable.SMALL_FILES, "run_dir")
+        report_rows(config.run / "metrics.jsonl")  # a broken one is said before the work is done
         report = _report(config)
         jsonl.write_json(report_path, report)
         stamp.write(stamp_path, inputs)

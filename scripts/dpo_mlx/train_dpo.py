@@ -54,6 +54,7 @@ def train_dpo(config: Config, stage: str) -> bool:
         names = [field.name for field in fields(Outcome)]
         outcome = jsonl.read_json(outcome_path, names)
         return _say(Outcome(**{name: outcome[name] for name in names}), adapters)
+    durable.refuse_foreign(adapters)
     job = prepare(config)
     # Once more: the model may have been downloaded. The pairs as they were before they were read.
     inputs = {**training_inputs(config), "pairs": inputs["pairs"]}
@@ -266,16 +267,13 @@ class Phases:
         else:
             self.checkpoints.clear(phase.name)
             self._found[DPO] = None
-        now = found[1] if found else begin
-        metrics_file = metrics.MetricsFile(config.run / "metrics.jsonl", now.rows)
-        bar = metrics.ProgressBar(now.update, self.updates)
         trainer = Trainer(
             self.job.model,
             config,
             phase,
             examples[TRAIN],
             examples[VALID],
-            metrics.Callbacks(metrics_file, bar, *reporters),
+            metrics.Callbacks(),
             self.watch,
             self.guard,
             begin.update,
@@ -289,6 +287,10 @@ class Phases:
             written = None
         elif not begin.update:  # before the first update of all the model is the base model
             written = self.base
+        # Only now, as a checkpoint that cannot be used must leave the file as it is.
+        metrics_file = metrics.MetricsFile(config.run / "metrics.jsonl", trainer.state.rows)
+        bar = metrics.ProgressBar(trainer.state.update, self.updates)
+        trainer.callback = metrics.Callbacks(metrics_file, bar, *reporters)
         try:
             trainer.run(written)
         finally:
