@@ -9,12 +9,28 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 config=config/mlx_granite-4.0-h-micro_dpo.yaml
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then config=$1; shift; fi
 
+# In the background, so that a signal to this script reaches the stage, which saves and ends; ^C
+# reaches both by itself, and the stage takes the second one as the same wish.
 stage() {
   local script=$1; shift
-  local started=$SECONDS
-  LD_PRELOAD="$MLX_PRELOAD" python "$script" --config "$config" "$@" || return
-  echo "-- $(basename "$script"): $((SECONDS - started)) s"
+  local started=$SECONDS code=0
+  LD_PRELOAD="$MLX_PRELOAD" python "$script" --config "$config" "$@" & child=$!
+  wait "$child" || code=$?
+  while kill -0 "$child" 2> /dev/null; do wait "$child" || code=$?; done
+  child=""
+  [ -z "$signalled" ] || exit "$signalled"
+  echo "-- $(basename "$script"): $((SECONDS - started)) s" >&2
+  return "$code"
 }
+
+child="" signalled=""
+hand_on() {
+  signalled=$1
+  [ -n "$child" ] || exit "$signalled"
+  kill -TERM "$child" 2> /dev/null || true
+}
+trap 'hand_on 130' INT
+trap 'hand_on 143' TERM
 
 started=$SECONDS
 use_venv .venv requirements.txt
@@ -28,7 +44,5 @@ stopped=0
 stage scripts/phase4-fine-tune-model/10_train_dpo.py "$@" || stopped=$?
 [ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"
 stage scripts/phase4-fine-tune-model/11_fuse_adapters.py "$@"
-# The report's path once more, as the last line.
-stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@" |
-  awk '{ print } sub(/^12: report: /, "") { path = $0 } END { if (path) print path }'
+stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@"
 exit "$stopped"

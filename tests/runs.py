@@ -15,7 +15,7 @@ from dpo_mlx import jsonl, models
 from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard
-from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.metrics import MEASURED, MetricsFile
 from dpo_mlx.pairs import Encoder, Pair
 from dpo_mlx.reference import Reference
 from dpo_mlx.trainer import Dpo, Example, Sft, Trainer
@@ -126,8 +126,23 @@ class Run:
     def evaluations(self) -> list[dict[str, Any]]:
         return [row for row in self.metrics if "eval_loss" in row]
 
-    def checkpoint(self, name: str) -> Adapters:
-        return saved(self.config.run / "checkpoints" / name)
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint of the phase."""
+        newest = self.trainer.checkpoints.newest(self.trainer.phase.name)
+        assert newest is not None
+        return newest
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint that the guard keeps."""
+        return self.trainer.checkpoints.best(self.guard.kept.update)
+
+
+def determined(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without what the machine's mood decides."""
+    rows = jsonl.read_whole_lines(metrics)
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def saved(folder: Path) -> Adapters:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from dpo_mlx import models
 from dpo_mlx.config import LoraConfig
+from dpo_mlx.durable import MARK, new_folder
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
 from dpo_mlx.pairs import Sequence
@@ -132,12 +133,16 @@ def test_adapters_of_another_model_are_refused(llama, granite, tmp_path):
         models.load_adapters(adapted(llama), tmp_path / "a")
 
 
-def test_a_copy_takes_the_place_of_a_folder(tmp_path):
-    """`best` becomes `last` as a whole: the same tensors, nothing left of what was there."""
-    source, target = tmp_path / "last", tmp_path / "best"
-    for path, name in ((source, models.ADAPTERS), (target, "old")):
-        path.mkdir()
-        mx.save_safetensors(str(path / name), {"x": mx.ones(3)})
-    models.copy_folder(source, target)
-    assert [path.name for path in target.iterdir()] == [models.ADAPTERS]
+def test_a_copy_takes_the_place_of_a_folder(tmp_path, llama):
+    """`adapters` becomes a checkpoint's as a whole: the same tensors, nothing left of what was
+    there, nor of the checkpoint's other files.
+    """
+    source, target = tmp_path / "sft-000001", tmp_path / "adapters"
+    models.save_adapters(adapted(llama), LORA, source)
+    (source / "state.json").write_text("{}")
+    with new_folder(target) as temporary:
+        (temporary / "old").touch()
+    models.copy_adapters(source, target)
+    names = {path.name for path in target.iterdir()}
+    assert names == {models.ADAPTERS, models.ADAPTER_CONFIG, MARK}
     assert differences(saved(target), saved(source)) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import runpy
@@ -18,7 +20,8 @@ import pytest
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl
+from dpo_mlx import config, jsonl, models
+from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
@@ -74,7 +77,9 @@ def work(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p): jsonl.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Of every file but the locks, which are empty again when nobody holds them."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): jsonl.digest(path) for path in files if not path.name.endswith(".lock")}
 
 
 def arguments(script: str, *more: str) -> list[str]:
@@ -157,7 +162,37 @@ def other_adapters(hidden_size: int, rank: int) -> None:
     )
 
 
+def other_weights(folder: Path) -> None:
+    """The same shapes with other values, as another model's would be."""
+    path = str(folder / "model.safetensors")
+    mx.save_safetensors(path, {n: t + 1 for n, t in mx.load(path).items()})  # type: ignore[union-attr]
+
+
+def checkpoint(damage: Callable[[Path], object], *says: str, more: tuple[str, ...] = ()) -> Case:
+    """The newest checkpoint of a run that did not come to its end."""
+
+    def unfinished() -> None:
+        Path("run/stamps/10_train_dpo.json").unlink()
+        damage(Path(NEWEST))
+
+    return Case("10", (NEWEST, *says), unfinished, more)
+
+
+def lacking(path: str, key: str, script: str) -> Case:
+    """JSON of another version, or a first row of it, without a key."""
+
+    def damage() -> None:
+        first, end, rest = Path(path).read_text().partition("\n" if path.endswith("l") else "\0")
+        values = {k: v for k, v in json.loads(first).items() if k != key}
+        Path(path).write_text(json.dumps(values) + end + rest)
+
+    return Case(script, (path, f'lacks "{key}"', "delete"), damage)
+
+
 TRAIN, VALID, ADAPTERS = "run/pairs/train.jsonl", "run/pairs/valid.jsonl", "run/adapters"
+NEWEST, SAMPLES = "run/checkpoints/dpo-000004", "run/pairs/train.samples.jsonl"
+REFERENCE = "run/reference/base/train.jsonl"
+AGAIN = ("--set", "train.epochs=2")  # so that stage 10 is not skipped
 GOOD_PAIR = b'{"prompt": "q", "chosen": "c", "rejected": "r"}\n'
 LONG_PAIR = b'{"prompt": "q", "chosen": "' + b"c" * 300 + b'", "rejected": "r"}\n'
 
@@ -276,6 +311,110 @@ CASES: dict[str, Case] = {
         file("run/fuse.json", None, script="12"), says=("run/fused: no fused model there",)
     ),
     "no metrics": file("run/metrics.jsonl", None, script="12"),
+    # what stages wrote, damaged or of another version
+    "samples broken": replace(
+        file(SAMPLES, b"{}}\n", "samples.jsonl:1: broken JSON", "delete", script="06"),
+        more=("--limit", "12"),
+    ),
+    "samples of another version": replace(
+        lacking(SAMPLES, "questions", "06"), more=("--limit", "12")
+    ),
+    "samples are not ours": Case(
+        "06",
+        ("train.samples.jsonl", "not written by this stage"),
+        lambda: Path("run/pairs/train.samples.inputs.json").unlink(),
+        ("--limit", "12"),
+    ),
+    "pairs are not ours": Case(
+        "06",
+        ("train.jsonl", "not written by this stage"),
+        lambda: Path("run/pairs/train.report.json").unlink(),
+        ("--set", "generation.restart=true"),
+    ),
+    "reference broken": replace(file(REFERENCE, b"[]\n", ":1: ", "delete"), more=AGAIN),
+    "reference of another version": replace(lacking(REFERENCE, "chosen", "10"), more=AGAIN),
+    "outcome broken": file("run/outcome.json", b"{", "broken JSON", "delete"),
+    "outcome of another version": lacking("run/outcome.json", "stopped", "10"),
+    "fuse.json of another version": replace(
+        lacking("run/fuse.json", "margin_kept", "12"), more=("--set", "smoke.questions=1")
+    ),
+    "report.json broken": file("run/report.json", b"{", "broken JSON", script="12"),
+    "report.json of another version": lacking("run/report.json", "verdict", "12"),
+    "metrics broken": replace(
+        file("run/metrics.jsonl", b"{\n", "metrics.jsonl:1: broken JSON", script="12"),
+        more=("--set", "smoke.questions=1"),
+    ),
+    "checkpoint torn": checkpoint(
+        lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors: cannot"
+    ),
+    "checkpoint's adapters torn": checkpoint(
+        lambda f: os.truncate(f / "adapters.safetensors", 999), "adapters.safetensors: cannot"
+    ),
+    "checkpoint's state broken": checkpoint(
+        lambda f: (f / "state.json").write_text("{"), "state.json: broken JSON", "the one before"
+    ),
+    "checkpoint of another version": checkpoint(
+        lambda f: edit(f / "state.json", version=0), "another version (0", "the one before"
+    ),
+    "checkpoint of other settings": checkpoint(
+        lambda f: None, "dpo.beta: 0.1 -> 0.2", "train.restart", more=("--set", "dpo.beta=0.2")
+    ),
+    "checkpoint of another model": checkpoint(
+        lambda f: other_weights(tiny.folder(Path("other"))),
+        "model files",
+        "train.restart",
+        more=("--set", "model=other"),
+    ),
+    "checkpoint of other pairs": checkpoint(
+        lambda f: Path(TRAIN).write_bytes(GOOD_PAIR * 9), "pairs", "train.restart"
+    ),
+    "adapters of another model": model(
+        other_weights, ADAPTERS, "were not trained on other", script="11"
+    ),
+    "adapters' settings of another version": Case(
+        "11",
+        (ADAPTERS, "does not fit model"),
+        lambda: Path(f"{ADAPTERS}/adapter_config.json").write_text("{}"),
+        ("--set", "fuse.check_pairs=2"),
+    ),
+    "fused torn": Case(
+        "12", ("model run/fused",), lambda: os.truncate("run/fused/model.safetensors", 999)
+    ),
+    "config.json broken": model(
+        lambda f: (f / "config.json").write_text("{"), "model other", script="06"
+    ),
+    "config.json a list": model(
+        lambda f: (f / "config.json").write_text("[]"), "model other", script="06"
+    ),
+    "tokenizer.json broken": model(
+        lambda f: (f / "tokenizer.json").write_text("{"), "model other", script="06"
+    ),
+    # what a config may not do
+    "model with code of its own": model(
+        lambda f: edit(f / "config.json", model_file="evil.py"), "model other", "Python code of its"
+    ),
+    "run_dir holds someone else's": Case(
+        "10",
+        ("run_dir: home", "no run's folder", "adapters"),
+        lambda: shutil.copytree("run", "home", ignore=shutil.ignore_patterns("stamps")),
+        ("--set", "run_dir=home"),
+    ),
+    "adapters are someone else's": Case(
+        "10",
+        (ADAPTERS, "was not made by this pipeline"),
+        lambda: Path(f"{ADAPTERS}/.made_by_dpo_mlx").unlink(),
+        AGAIN,
+    ),
+    "fused is someone else's": Case(
+        "11",
+        ("run/fused", "was not made by this pipeline"),
+        lambda: Path("run/fused/.made_by_dpo_mlx").unlink(),
+        ("--set", "fuse.check_pairs=2"),
+    ),
+    "model is what the run makes": setting("model=run/fused", "model: run/fused", "run_dir"),
+    "source is what the run makes": setting(
+        "data.source=run/metrics.jsonl", "data.source: run/metrics.jsonl", script="06"
+    ),
 }
 
 
@@ -360,3 +499,53 @@ def test_reporter_that_is_not_installed_keeps_the_metrics(work, monkeypatch, cap
     assert "error: report_to: " in capfd.readouterr().err
     changed = {path for path, digest in digests(work).items() if before.get(path) != digest}
     assert changed <= {str(work / "run/config.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EDQUOT, "the disk is full; free some space"),
+        (errno.EROFS, "Read-only file system; make it writable"),
+        (errno.EACCES, "Permission denied; make it writable"),
+        (errno.ENOENT, "No such file or directory; put back what was moved"),
+        (errno.EIO, "Input/output error; put back"),
+    ],
+)
+def test_a_fault_of_the_disk_is_one_line(number, says, work, monkeypatch, capfd):
+    """Training cannot add to metrics.jsonl: one line names it with the remedy, and every file that
+    was finished before is whole.
+    """
+
+    def fails(path: Path, rows: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    before = digests(work)
+    monkeypatch.setattr(jsonl, "append", fails)
+    monkeypatch.setattr(sys, "argv", arguments("10", *AGAIN))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPTS["10"]), run_name="__main__")
+    assert stopped.value.code == 1
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith("error: run/metrics.jsonl: ") and says in line
+    kept = ("adapters", "fused", "pairs", "reference", "report", "fuse.json", "outcome.json")
+    finished = {p for p in before if p.startswith(tuple(f"{work}/run/{name}" for name in kept))}
+    after = digests(work)
+    assert finished and {p: after.get(p) for p in finished} == {p: before[p] for p in finished}
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+    """A tokenizer that names a Python file of its own is read without it, or refused; nobody is
+    asked, and the file is not run.
+    """
+    folder, ran = tiny.folder(tmp_path / "model"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+    for name in ("tokenizer_config.json", "config.json"):
+        edit(folder / name, auto_map=auto_map)
+    edit(folder / "tokenizer_config.json", tokenizer_class="Evil")
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    with contextlib.suppress(UserError):
+        models.load(str(folder))
+    assert not ran.exists()

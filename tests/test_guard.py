@@ -112,8 +112,9 @@ DEGENERATES = [wrote(voice=0.75), wrote(voice=1.0, distinct2=0.5), wrote(voice=0
 
 
 def test_a_run_that_degenerates_is_stopped(job, capfd):
-    """Stopped at update 4, those of update 2 are kept: adapters/ is checkpoints/best, outcome.json
-    and the last lines say why, the exit code is 3; run again it is skipped, and says the same.
+    """Stopped at update 4, those of update 2 are kept: adapters/ is their checkpoint,
+    outcome.json and the last lines say why, the exit code is 3; run again it is skipped, and says
+    the same.
     """
     config, path = job(DEGENERATES)
     assert exit_code(path) == 3
@@ -126,8 +127,8 @@ def test_a_run_that_degenerates_is_stopped(job, capfd):
     assert "finding" in printed[1] and "update 2" in printed[2]
 
     kept = saved(config.run / "adapters")
-    assert differences(kept, saved(config.run / "checkpoints/best")) == 0
-    assert differences(kept, saved(config.run / "checkpoints/last")) > 0
+    assert differences(kept, saved(config.run / "checkpoints/dpo-000002")) == 0
+    assert differences(kept, saved(config.run / "checkpoints/dpo-000004")) > 0
     rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
     assert [row["iteration"] for row in rows if "eval_loss" in row] == [0, 2, 4]
     assert max(row["iteration"] for row in rows) == 4
@@ -164,12 +165,12 @@ def test_chosen_answers_that_fall_stop_a_run(job):
     assert zeros and max(float(mx.abs(v).max()) for v in zeros) == 0
 
 
-def test_a_gradient_that_is_not_finite_ends_a_run_the_same_way(job, monkeypatch, capfd):
-    """NaN in the fifth update, guard or no guard: exit code 3, and the reason has the lines of the
-    pairs; adapters/ holds the best evaluation before it.
+def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, capfd):
+    """NaN from the fifth update on, guard or no guard: exit code 3, and the reason has the line of
+    the last; adapters/ holds the best evaluation before it.
     """
     config, path = job(
-        [wrote(voice=0.5), wrote(voice=0.75), wrote(voice=1.0)], guard={"enabled": False}
+        [wrote(voice=0.5), wrote(voice=0.75), wrote(voice=0.25)], guard={"enabled": False}
     )
     original, calls = Engine.pair_gradient, []
 
@@ -183,11 +184,11 @@ def test_a_gradient_that_is_not_finite_ends_a_run_the_same_way(job, monkeypatch,
     assert exit_code(path) == 3
     outcome = json.loads((config.run / "outcome.json").read_text())
     [reason] = outcome.pop("stopped")
-    assert outcome == {"updates": 4, "kept_update": 4, "voice": 0.75}
-    assert reason.startswith(f"{config.data.train_pairs}: ")
-    assert f"lines [{calls[4]}] is not finite" in reason and len(calls) == 5
-    best, kept = config.run / "checkpoints/best", saved(config.run / "adapters")
-    assert differences(kept, saved(best)) == 0
+    assert outcome == {"updates": 7, "kept_update": 4, "voice": 0.75}
+    assert reason.startswith(f"{config.data.train_pairs}: 3 updates in a row")
+    assert f"lines [{calls[6]}]" in reason and len(calls) == 7
+    kept = saved(config.run / "adapters")
+    assert differences(kept, saved(config.run / "checkpoints/dpo-000004")) == 0
     assert all(bool(mx.isfinite(value).all()) for value in kept.values())
     assert exit_code(path) == 3
     assert reason in capfd.readouterr().out.splitlines()[-3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_failed_write_keeps_the_old_file(file, monkeypatch):
 
     jsonl.write(file, [ROW])
     before = file.read_bytes()
-    monkeypatch.setattr(jsonl.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         jsonl.write(file, [{"a": 1}])
     assert file.read_bytes() == before

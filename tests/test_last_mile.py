@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -288,7 +289,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 def test_what_would_stop_llama_cpp_is_said(name, finished, tmp_path):
     """Each thing that its converter or loader trips over is found, and named, before."""
     damage, said = DAMAGE[name]
-    models.copy_folder(finished.at("hf"), tmp_path / "hf")
+    shutil.copytree(finished.at("hf"), tmp_path / "hf")
     damage(tmp_path / "hf")
     found = llama_cpp.faults(tmp_path / "hf")
     assert len(found) >= 1

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -14,7 +15,7 @@ from dpo_mlx.guard import Kept
 from dpo_mlx.reference import Reference
 from dpo_mlx.trainer import Example, Stopped, count_updates, groups, learning_rate
 from mlx.utils import tree_flatten, tree_map
-from runs import VALID, differences, swapped, wrote
+from runs import VALID, Adapters, differences, saved, swapped, wrote
 
 # Which pairs ------------------------------------------------------------------------------------
 
@@ -201,28 +202,67 @@ def test_gradients_are_clipped(make):
     assert np.median(steps[1]) < 0.5 * np.median(steps[0])
 
 
-def test_a_gradient_that_is_not_finite_is_not_applied(make, monkeypatch):
-    """NaN stops the run with the lines of its pairs; the adapters stay as they were.
+def break_gradients(monkeypatch, broken):
+    """NaN in the gradient of every call of `pair_gradient` whose number, from 0, is in `broken`."""
+    original, calls = Engine.pair_gradient, itertools.count()
 
-    Seven pairs in twos; the gradients of the fifth pair and later are broken: the third update.
-    """
-    original, pairs = Engine.pair_gradient, itertools.count()
-
-    def broken(self, *arguments):
+    def given(self, *arguments):
         score, gradient = original(self, *arguments)
-        factor = 1 if next(pairs) < 4 else mx.nan
+        factor = mx.nan if next(calls) in broken else 1
         return score, tree_map(lambda g: g * factor, gradient)
 
-    monkeypatch.setattr(Engine, "pair_gradient", broken)
-    run = make(grad_accumulation=2, eval_every=2)
+    monkeypatch.setattr(Engine, "pair_gradient", given)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(make, monkeypatch):
+    """Seven pairs in twos, the second of the third pair's update broken: the adapters stay as the
+    first update left them, the row names the line, and the run goes on.
+    """
+    break_gradients(monkeypatch, {3})
+    run = make(grad_accumulation=2, save_every=1)
+    kept: dict[int, Adapters] = {}
+    monkeypatch.setattr(
+        run.trainer, "_save", lambda: kept.setdefault(run.trainer.state.update, run.adapters)
+    )
+    run.run()
+    (_, _), (_, second), *_ = groups(run.config.train, 7, 0)
+    [row] = [row for row in run.metrics if "skipped_updates" in row]
+    assert (row["iteration"], row["skipped_updates"]) == (2, 1)
+    assert row["skipped_lines"] == [second[1] + 1]
+    assert [row["iteration"] for row in run.updates] == [1, 3, 4]
+    assert differences(kept[2], kept[1]) == 0 < differences(kept[3], kept[2])
+
+
+def test_three_skipped_updates_in_a_row_end_the_run(make, monkeypatch):
+    """Two, a sound one, then three: the sixth ends it, with the line of the last; the adapters are
+    those of the third.
+    """
+    break_gradients(monkeypatch, {0, 1, 3, 4, 5})
+    run = make(grad_accumulation=1)
     with pytest.raises(Stopped) as stop:
         run.run()
-    (_, _), (_, _), (_, third), _ = groups(run.config.train, 7, 0)
-    assert stop.value.update == 2
+    order = [i + 1 for _, indices in groups(run.config.train, 7, 0) for i in indices]
+    assert stop.value.update == 6 == run.trainer.state.update
     [reason] = stop.value.reasons
-    assert f"lines {[i + 1 for i in third]} is not finite" in reason
-    assert run.config.data.train_pairs in reason
-    assert differences(run.adapters, run.checkpoint("last")) == 0
+    assert reason.startswith(f"{run.config.data.train_pairs}: 3 updates in a row")
+    assert f"lines [{order[5]}]" in reason
+    assert [row["iteration"] for row in run.updates] == [3]
+    assert differences(run.adapters, saved(run.last)) == 0 < differences(run.adapters, run.start)
+    assert all(bool(mx.isfinite(value).all()) for value in run.adapters.values())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):
+    """Though its gradient is sound."""
+    original = Engine.pair_gradient
+
+    def broken(self, pair, *arguments):
+        score, gradient = original(self, pair, *arguments)
+        return (replace(score, loss=math.inf) if pair.line == 2 else score), gradient
+
+    monkeypatch.setattr(Engine, "pair_gradient", broken)
+    run = make(grad_accumulation=7).run()
+    assert run.updates == [] and run.metrics[1]["skipped_lines"] == [2]
+    assert differences(run.adapters, run.start) == 0
 
 
 def test_a_phase_is_evaluated_at_every_third(make):
@@ -283,9 +323,8 @@ def test_dropout_depends_on_the_update_alone(make, monkeypatch):
 # What is kept -----------------------------------------------------------------------------------
 
 
-def evaluate_folder(run, name):
+def evaluate_folder(run, folder):
     """The loss of the valid pairs under a checkpoint, loaded by mlx-lm."""
-    folder = run.config.run / "checkpoints" / name
     model, *_ = mlx_lm.load(run.config.model, adapter_path=str(folder))
     engine = Engine(model)
     scores = [engine.score(e.pair, e.reference, run.config.dpo) for e in run.valid]
@@ -306,9 +345,9 @@ def test_the_best_adapters_are_kept(make):
     assert run.guard.kept == Kept(3, 0.75)
     losses = {row["iteration"]: row["eval_loss"] for row in run.evaluations}
     assert len(set(losses.values())) == 4
-    assert evaluate_folder(run, "best") == pytest.approx(losses[3], rel=1e-5)
-    assert evaluate_folder(run, "last") == pytest.approx(losses[8], rel=1e-5)
-    assert differences(run.checkpoint("last"), run.adapters) == 0
+    assert evaluate_folder(run, run.best) == pytest.approx(losses[3], rel=1e-5)
+    assert evaluate_folder(run, run.last) == pytest.approx(losses[8], rel=1e-5)
+    assert differences(saved(run.last), run.adapters) == 0
 
 
 def test_the_loss_has_no_say(make):
@@ -319,14 +358,14 @@ def test_the_loss_has_no_say(make):
     losses = [row["eval_loss"] for row in falls.evaluations]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert falls.guard.kept == Kept(0, 0.5)
-    assert differences(falls.checkpoint("best"), falls.start) == 0
+    assert differences(saved(falls.best), falls.start) == 0
 
     opposite = {"valid": [swapped(pair) for pair in VALID], "script": script(0.25, 0.5, 0.75)}
     rises = make(opposite, eval_every=1, grad_accumulation=4, learning_rate=1e-4).run()
     losses = [row["eval_loss"] for row in rises.evaluations]
     assert losses == sorted(losses) and losses[0] < losses[-1]
     assert rises.guard.kept == Kept(2, 0.75)
-    assert differences(rises.checkpoint("best"), rises.adapters) == 0
+    assert differences(saved(rises.best), rises.adapters) == 0
 
 
 def test_a_degenerate_evaluation_is_not_kept(make):
@@ -337,7 +376,7 @@ def test_a_degenerate_evaluation_is_not_kept(make):
     given = {"eval_every": 1, "grad_accumulation": 4, "guard": {"enabled": False}}
     run = make({"script": voices}, **given).run()
     assert run.guard.kept == Kept(2, 0.5)
-    assert differences(run.checkpoint("best"), run.adapters) == 0
+    assert differences(saved(run.best), run.adapters) == 0
 
 
 def test_a_degenerate_evaluation_ends_the_run(make):
@@ -352,8 +391,8 @@ def test_a_degenerate_evaluation_ends_the_run(make):
     assert [reason.split(":")[0] for reason in stop.value.reasons] == ["guard.max_distinct2_drop"]
     assert len(run.updates) == 1 and len(run.evaluations) == 2
     assert run.evaluations[-1]["eval_text/distinct2"] == 0.25
-    assert differences(run.checkpoint("best"), run.start) == 0
-    assert differences(run.checkpoint("last"), run.adapters) == 0
+    assert differences(saved(run.best), run.start) == 0
+    assert differences(saved(run.last), run.adapters) == 0
     assert differences(run.adapters, run.start) > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import config as configs
+from . import lock, signals
 from .config import Config
 from .errors import UserError
 
@@ -32,19 +34,38 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
-    """Run a stage and exit: 0, its own code, 1 with one line for a user's mistake, 130 for ^C."""
+    """Run a stage in its run's folder and exit: 0, its own code, 1 with one line for a user's
+    mistake or a disk's fault, 130 for ^C, 143 for SIGTERM.
+    """
     options = arguments.parse_args()
     try:
-        sys.exit(stage(configs.load(options.config, options.overrides), options))
+        config = configs.load(options.config, options.overrides)
+        with signals.caught(), lock.run_folder(config.run):
+            sys.exit(stage(config, options))
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_of_the_disk(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except signals.Interrupted as stop:
+        print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
+def _of_the_disk(error: OSError) -> str:
+    """What happened to which file, and the remedy."""
+    if error.filename is None:
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "the disk is full; free some space, and the same command goes on from here"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = f"{error.strerror}; make it writable, or name another place in the config"
+    elif error.errno in (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENXIO):
+        remedy = f"{error.strerror}; put back what was moved or taken away, and run again"
+    else:
+        remedy = str(error.strerror)
+    return f"{error.filename}: {remedy}"
 
 
 def warn_without_blas() -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from .errors import UserError
 from .jsonl import read_bytes
+from .lock import OWN
 from .losses import LOSSES
 from .rounding import DTYPES, ROUNDINGS, STOCHASTIC
 
@@ -100,6 +101,8 @@ class TrainConfig:
     scan_chunk: int | None = _number(64, low=1)
     eval_every: int | None = _number(None, low=1)
     eval_questions: int = _number(8, low=1)
+    save_every: int = _number(1, low=1)
+    restart: bool = False
     force: bool = False
 
 
@@ -316,9 +319,20 @@ def _contradictions(config: Config) -> Iterator[str]:
         other = paths.setdefault(Path(getattr(config.data, key)).resolve(), key)
         if other != key:
             yield f"data.{key}: must not be the file of data.{other}"
+    for key, value in _read_paths(config):
+        path = Path(value).resolve()
+        if any(path.is_relative_to((config.run / name).resolve()) for name in OWN):
+            yield f"{key}: {value} is among what the run writes into run_dir; name another place"
     for name in filter(None, (part.strip() for part in config.report_to.split(","))):
         if name.lower() not in REPORTERS:
             yield f"report_to: {name!r} is not one of {', '.join(REPORTERS)}"
+
+
+def _read_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """The keys that name what stages read or share with other runs."""
+    yield "model", config.model
+    for key in ("source", "train_pairs", "valid_pairs"):
+        yield f"data.{key}", getattr(config.data, key)
 
 
 def _name(kind: Any) -> str:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from . import signals
 from .config import DpoConfig
 from .logps import check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Sides, objective, preference_loss, rewards
@@ -131,6 +132,15 @@ def combine(slopes: Sides, gradients: Sides) -> Any:
 def lengths(pair: EncodedPair) -> Sides:
     """The answers' lengths in tokens, float32 scalars."""
     return Sides(*(mx.array(float(side.answer_length)) for side in pair.sides))
+
+
+def log_probs(engine: Engine, encoded: Iterable[EncodedPair]) -> list[tuple[float, float]]:
+    """log p of (chosen, rejected) of each pair, in nats."""
+    found = []
+    for pair in encoded:
+        signals.check()
+        found.append((engine.log_prob(pair.chosen), engine.log_prob(pair.rejected)))
+    return found
 
 
 def _constants(pair: EncodedPair, reference: Reference) -> tuple[Sides, Sides]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import make_shards
 
-from . import fusing, jsonl, models, stamp
+from . import durable, fusing, jsonl, models, stamp
 from .card import CARD
 from .config import Config
 from .errors import UserError
@@ -61,7 +61,7 @@ def write(source: Path, base: Path, folder: Path) -> None:
     parameters: Any = dict(tree_flatten(loaded.model.parameters()))
     weights = {**hugging_face_layout(about, parameters)}
     del loaded, parameters
-    with models.new_folder(folder) as temporary:
+    with durable.new_folder(folder) as temporary:
         models.copy_settings(base, temporary, about)
         _save_weights(weights, temporary)
 
@@ -107,7 +107,8 @@ def _save_weights(weights: dict[str, Any], folder: Path) -> None:
     for number in range(1, len(shards) + 1):
         shard = shards.pop(0)
         file = f"model-{number:05d}-of-{number + len(shards):05d}.safetensors"
-        mx.save_safetensors(str(folder / file), shard, metadata={"format": "pt"})
+        with durable.disk_errors(folder / file):
+            mx.save_safetensors(str(folder / file), shard, metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, file))
     jsonl.write_json(
         folder / models.INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index}

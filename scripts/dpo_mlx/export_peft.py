@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import jsonl, models
+from . import durable, jsonl, models
 from .config import Config
 from .errors import UserError
 from .export import GRANITE_HYBRID, require_layout
@@ -48,12 +48,13 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
     modules = _modules(adapters / models.ADAPTERS)
     if about["model_type"] == GRANITE_HYBRID:
         modules = merge(modules)
-    with models.new_folder(folder) as temporary:
+    with durable.new_folder(folder) as temporary:
         weights = {}
         for name, (a, b) in modules.items():
             weights[f"base_model.model.{name}.lora_A.weight"] = mx.contiguous(a)
             weights[f"base_model.model.{name}.lora_B.weight"] = mx.contiguous(b)
-        mx.save_safetensors(str(temporary / PEFT_WEIGHTS), weights, metadata={"format": "pt"})
+        with durable.disk_errors(temporary / PEFT_WEIGHTS):
+            mx.save_safetensors(str(temporary / PEFT_WEIGHTS), weights, metadata={"format": "pt"})
         jsonl.write_json(
             temporary / models.ADAPTER_CONFIG, _settings(modules, parameters, base_name)
         )

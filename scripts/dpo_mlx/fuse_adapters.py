@@ -7,9 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import card, fusing, jsonl, models, pairs, stamp
+from . import card, durable, fusing, jsonl, models, pairs, stamp
 from .config import Config
 from .engine import Engine
+from .engine import log_probs as of_pairs
 from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
@@ -37,11 +38,12 @@ def fuse_adapters(config: Config) -> None:
         report = jsonl.read_json(report_path)
     else:
         trained = stamp.read(stamp.path(config.run, "10_train_dpo"))
-        if trained is not None and trained["model files"] != inputs["model files"]:
+        if trained is not None and trained.get("model files") != inputs["model files"]:
             raise UserError(
                 f"{adapters}: were not trained on {config.model} as it is now; set model to the "
                 "one they were trained on, or run 10_train_dpo.py again"
             )
+        durable.refuse_foreign(fused)
         report = _fuse(config)
         jsonl.write_json(report_path, report)
         card.write(config, fused, {"fuse": report})
@@ -53,6 +55,8 @@ def fuse_adapters(config: Config) -> None:
 def _fuse(config: Config) -> Report:
     """Fuse and save; how much of the adapters' margin each rounding, and the folder, keeps."""
     settings, loaded = config.fuse, models.load(config.model, config.run / "adapters")
+    size = models.weights_size(loaded.folder)
+    durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")
     measure = _measure_of(config, loaded)
     dtype = getattr(mx, settings.dtype) if settings.dtype else fusing.dtype_of(loaded.model)
     # Both roundings where there is something to round; the one that is asked for is saved.
@@ -114,7 +118,8 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     about = models.config_for(jsonl.read_json(loaded.folder / "config.json"), dtype)
     if bits := config.fuse.quantize:
         about = fusing.quantize(loaded.model, about, bits)
-    models.save(loaded.model, loaded.folder, config.run / "fused", about)
+    with durable.new_folder(config.run / "fused") as temporary:
+        models.save(loaded.model, loaded.folder, temporary, about)
 
 
 def _quantized_base(config: Config, dtype: mx.Dtype, checked: list[EncodedPair]) -> Sides | None:
@@ -162,11 +167,8 @@ def log_probs(loaded: models.LoadedModel, encoded: list[EncodedPair]) -> Sides:
     that of its weights.
     """
     with fusing.activations_in_float32(loaded.model):
-        engine = Engine(loaded.model)
-        return Sides(
-            mx.array([engine.log_prob(pair.chosen) for pair in encoded]),
-            mx.array([engine.log_prob(pair.rejected) for pair in encoded]),
-        )
+        chosen, rejected = zip(*of_pairs(Engine(loaded.model), encoded), strict=True)
+    return Sides(mx.array(chosen), mx.array(rejected))
 
 
 def _inputs(config: Config) -> stamp.Inputs:

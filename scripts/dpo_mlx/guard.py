@@ -22,10 +22,10 @@ class Guard:
     The best adapters are those that write most in the voice among those within the limits.
     """
 
-    def __init__(self, base: Measures, limits: GuardConfig) -> None:
-        self._base = base
+    def __init__(self, base: Measures, limits: GuardConfig, best: Kept | None = None) -> None:
+        self.base = base
         self._limits = limits
-        self.best: Kept | None = None
+        self.best = best
 
     @property
     def kept(self) -> Kept:
@@ -48,7 +48,7 @@ class Guard:
         `chosen_change` is how far the chosen answers of the valid pairs moved from the reference,
         in nats a token. A number that is not finite crosses its limit.
         """
-        limits, base = self._limits, self._base
+        limits, base = self._limits, self.base
         drop = base["distinct2"] - written["distinct2"]
         found = []
         if not drop <= limits.max_distinct2_drop:

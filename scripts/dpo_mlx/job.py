@@ -128,12 +128,14 @@ def load_reference(
     folder = job.config.run / "reference" / taken_of
     encoded = job.watched if (taken_of, split) == (AFTER_SFT, VALID) else job.pairs[split]
     inputs = reference_inputs(job.config, split, encoded, adapters)
+    changes = reference.changes(folder, split, inputs)
     if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
+        why = f" (what changed: {'; '.join(changes)})" if changes else ""
         raise UserError(
-            f"{folder}: no complete reference of these pairs and this model; run "
+            f"{folder}: no complete reference of these pairs and this model{why}; run "
             "10_train_dpo.py --stage precompute first"
         )
-    for change in reference.changes(folder, split, inputs):
+    for change in changes:
         print(f"10: the stored {split} reference is stale: {change}")
     with tqdm(total=len(encoded), desc=f"10 reference ({taken_of}, {split})", unit="pair") as bar:
         made = reference.load_or_compute(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .durable import disk_errors, sync, sync_file
 from .errors import UserError
 
 
@@ -70,17 +70,27 @@ def dumps(row: Any) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
+def _lines(rows: Iterable[Any]) -> str:
+    return "".join(dumps(row) + "\n" for row in rows)
+
+
 def append(path: Path, rows: Iterable[Any]) -> None:
-    """Add rows and wait until they are on the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    """Add rows, all or none of them, and wait until they are on the disk."""
+    text = _lines(rows).encode()
+    with disk_errors(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while text:
+                text = text[file.write(text) :]
+            sync_file(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def write(path: Path, rows: Iterable[Any]) -> None:
     """Replace the file by these rows, atomically."""
-    write_text(path, "".join(dumps(row) + "\n" for row in rows))
+    write_text(path, _lines(rows))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,11 +102,21 @@ def write_text(path: Path, text: str) -> None:
     """Replace the file's text, atomically: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with disk_errors(path), temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            sync_file(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def rows_digest(rows: Iterable[Any]) -> str:
+    """SHA-256 of a file that `write` makes of these rows."""
+    return hashlib.sha256(_lines(rows).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:
@@ -105,19 +125,45 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `append` wrote; a torn last line is cut off the file first."""
+def read_whole_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a file that `append` wrote; a torn last line is cut off the file first.
+
+    Raises UserError with `path:line` for a row that was not, or lacks one of the `keys`.
+    """
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
+    remedy = f"delete {path} and run the stage that makes it again"
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = _parse(line, f"{path}:{number}")
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        _require_keys(row, keys, f"{path}:{number}", remedy)
+        rows.append(row)
     if whole != raw:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return [_parse(line, f"{path}:{i}") for i, line in enumerate(whole.splitlines(), start=1)]
+    return rows
 
 
-def read_json(path: Path) -> Any:
-    """One JSON value, written by an earlier stage. Raises UserError when it is not there."""
+def read_json(
+    path: Path,
+    keys: Iterable[str] = (),
+    remedy: str = "delete it and run the stage that makes it again",
+) -> Any:
+    """One JSON value, written by an earlier stage. Raises UserError when it is not there, broken,
+    or an object that lacks one of the `keys`.
+    """
     try:
-        return json.loads(read_bytes(path, remedy="run the stage that makes it again"))
+        value = json.loads(read_bytes(path, remedy))
     except ValueError as error:
-        raise UserError(f"{path}: broken JSON; run the stage that makes it again") from error
+        raise UserError(f"{path}: broken JSON; {remedy}") from error
+    _require_keys(value, keys, str(path), remedy)
+    return value
+
+
+def _require_keys(row: Any, keys: Iterable[str], where: str, remedy: str) -> None:
+    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise UserError(f'{where}: lacks "{missing[0]}", as if of another version; {remedy}')

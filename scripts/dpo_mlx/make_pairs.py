@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import jsonl, models, questions, stamp
+from . import durable, jsonl, lock, models, questions, stamp
 from .config import Config
 from .errors import UserError
 from .pairs import Encoder, Pair
 from .questions import Question
 from .sampling import Answer, sample_all
+
+# The keys of the report under which the pair files' digests are, and those of the pair files that
+# these replace: a crash may leave either.
+FILES, BEFORE = "files", "files before"
 
 # What is written down of the lengths of each side.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
@@ -50,6 +54,11 @@ class PairFiles:
     def samples_stamp(self) -> Path:
         return self.train.with_suffix(".samples.inputs.json")
 
+    @property
+    def lock(self) -> Path:
+        """Held while these files are written: several runs may share them."""
+        return self.train.with_suffix(".lock")
+
 
 def make_pairs(config: Config) -> None:
     """Write the train and valid pairs and their report, sampling what is not there yet.
@@ -62,7 +71,7 @@ def make_pairs(config: Config) -> None:
     rows = questions.read(source)
     inputs = _inputs(config, source)
     restart = config.generation.restart
-    if not restart and inputs["model files"] and _is_current(files, inputs):
+    if not restart and inputs["model files"] and _is_current(config, files, inputs):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
         return
     _refuse_to_overwrite(files, inputs, restart)
@@ -72,10 +81,13 @@ def make_pairs(config: Config) -> None:
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     rows = _usable(rows, config, encoder, dropped)
     print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, rows)}")
-    known = _open_samples(files, inputs, restart)
-    answers = _sample(loaded, rows, config, encoder, files.samples, known)
-    made = _join(rows, answers, config, encoder, dropped)
-    _write(files, made, config, encoder, dropped, inputs)
+    files.train.parent.mkdir(parents=True, exist_ok=True)
+    durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
+    with lock.held(files.lock, "data.train_pairs"):
+        known = _open_samples(files, inputs, restart)
+        answers = _sample(loaded, rows, config, encoder, files.samples, known)
+        made = _join(rows, answers, config, encoder, dropped)
+        _write(files, made, config, encoder, dropped, inputs)
 
 
 def _inputs(config: Config, source: Path) -> stamp.Inputs:
@@ -102,33 +114,43 @@ def _sampling_inputs(inputs: stamp.Inputs) -> stamp.Inputs:
     }
 
 
-def _report_inputs(files: PairFiles) -> stamp.Inputs | None:
-    report = stamp.read(files.report)
-    return None if report is None else report.get("inputs")
+def read_report(config: Config) -> dict[str, Any] | None:
+    """The report on the pairs, None when stage 06 did not come to its end or was left out."""
+    report = stamp.read(PairFiles.of(config).report)
+    return report if report and "inputs" in report else None
 
 
-def _is_current(files: PairFiles, inputs: stamp.Inputs) -> bool:
-    old = _report_inputs(files)
+def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
+    report = read_report(config)
     return (
-        old is not None
-        and not stamp.differences(old, inputs)
+        report is not None
+        and not stamp.differences(report["inputs"], inputs)
         and files.train.exists()
         and files.valid.exists()
     )
 
 
 def _refuse_to_overwrite(files: PairFiles, inputs: stamp.Inputs, restart: bool) -> None:
-    if restart:
-        return
+    """Raises UserError for files that were not made here, and, unless they are to be thrown away,
+    for pairs that were edited and for samples of other settings.
+    """
     report = stamp.read(files.report) or {}
     for split, path in files.splits.items():
-        if path.exists() and jsonl.digest(path) != report.get("files", {}).get(split):
+        written = [report.get(key, {}).get(split) for key in (FILES, BEFORE)]
+        if path.exists() and not any(written):
+            raise UserError(f"{path}: was not written by this stage; move it away")
+        if path.exists() and not restart and jsonl.digest(path) not in written:
             raise UserError(
-                f"{path}: was not written by this stage, or was edited since; move it away, or "
-                "--set generation.restart=true to overwrite it"
+                f"{path}: was edited since this stage wrote it; move it away, or --set "
+                "generation.restart=true to overwrite it"
             )
     old = stamp.read(files.samples_stamp)
-    if old and (changed := stamp.differences(old, _sampling_inputs(inputs))):
+    for path, ours in ((files.samples, old), (files.report, report.get(FILES))):
+        if ours is None and path.exists() and path.stat().st_size:
+            raise UserError(f"{path}: was not written by this stage; move it away")
+    if restart or old is None:
+        return
+    if changed := stamp.differences(old, _sampling_inputs(inputs)):
         raise UserError(
             f"{files.samples}: was sampled with other settings ({'; '.join(changed)}); set them "
             "back, name other files in data, or --set generation.restart=true to sample anew"
@@ -174,7 +196,8 @@ def _open_samples(
     if restart or not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
-    return {row["batch"]: row for row in jsonl.read_whole_lines(files.samples)}
+    rows = jsonl.read_whole_lines(files.samples, ("batch", "questions", "answers"))
+    return {row["batch"]: row for row in rows}
 
 
 def _sample(
@@ -260,8 +283,7 @@ def _write(
                 f"{path}: no pair would be left in it ({len(made)} in all); raise data.limit or "
                 "change data.valid_fraction"
             )
-    for split, path in files.splits.items():
-        jsonl.write(path, [_row(pair) for pair in splits[split]])
+    _write_pairs(files, {split: [_row(p) for p in pairs] for split, pairs in splits.items()})
     pairs = splits["train"] + splits["valid"]
     report = {
         "train": len(splits["train"]),
@@ -275,11 +297,23 @@ def _write(
                 [encoder.answer(pair.rejected, pair.rejected_finish) for pair in pairs]
             ),
         },
-        "files": {split: jsonl.digest(path) for split, path in files.splits.items()},
+        FILES: {split: jsonl.digest(path) for split, path in files.splits.items()},
         "inputs": inputs,
     }
     jsonl.write_json(files.report, report)
     _print(report, files)
+
+
+def _write_pairs(files: PairFiles, rows: dict[str, list[dict[str, str]]]) -> None:
+    """Both files. The report says beforehand what they will be, or the next call would not know
+    one as its own when a crash comes between the two.
+    """
+    before = {split: jsonl.digest(p) for split, p in files.splits.items() if p.exists()}
+    jsonl.write_json(
+        files.report, {FILES: {s: jsonl.rows_digest(rows[s]) for s in rows}, BEFORE: before}
+    )
+    for split, path in files.splits.items():
+        jsonl.write(path, rows[split])
 
 
 def _row(pair: Pair) -> dict[str, str]:

@@ -14,16 +14,19 @@ from .errors import UserError
 
 Metrics = dict[str, Any]
 
+# What depends on the machine's mood; all other metrics of a run that is repeated are the same bits.
+MEASURED = ("tokens_per_second", "peak_memory_gb")
+
 
 class MetricsFile(TrainingCallback):
-    """Appends every report to a JSON-lines file, which starts with what it holds of earlier
-    phases.
-    """
+    """Appends every report to a JSON-lines file, of which the first `rows` are kept."""
 
-    def __init__(self, path: Path, earlier: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, rows: int = 0) -> None:
         self._path = path
-        known = jsonl.read_whole_lines(path) if earlier and path.is_file() else []
-        jsonl.write(path, [row for row in known if row["phase"] in earlier])
+        known = jsonl.read_whole_lines(path) if rows and path.is_file() else []
+        if len(known) < rows:
+            print(f"10: {path}: {rows - len(known)} rows of earlier updates are gone from it")
+        jsonl.write(path, known[:rows])
 
     def on_train_loss_report(self, train_info: Metrics) -> None:
         jsonl.append(self._path, [train_info])
@@ -39,7 +42,12 @@ class ProgressBar(TrainingCallback):
         self._bar = tqdm(initial=first, total=updates, desc="10 train", unit="update")
 
     def on_train_loss_report(self, train_info: Metrics) -> None:
-        if "loss" in train_info:
+        if "skipped_lines" in train_info:
+            self._bar.write(
+                f"   update {train_info['iteration']} skipped: numbers that are not finite, from "
+                f"the pairs on lines {train_info['skipped_lines']}"
+            )
+        elif "loss" in train_info:
             loss, margin = train_info["loss"], train_info["rewards/margins"]
             self._bar.set_postfix(loss=f"{loss:.4f}", margin=f"{margin:.3f}")
         else:

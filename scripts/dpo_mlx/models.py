@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,15 @@ from mlx_lm.utils import hf_repo_to_path, load_config, save_model
 
 from . import jsonl
 from .config import LoraConfig
+from .durable import disk_errors, new_folder
 from .errors import UserError
 
 # Files of a model folder beside its weights, and the weights' index.
 SETTINGS, INDEX = (".json", ".jinja", ".model", ".txt", ".tiktoken"), "model.safetensors.index.json"
 QUANTIZATION = ("quantization", "quantization_config")  # keys of config.json
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+# Code that comes with a model is never run; left unsaid, the tokenizer's loader would ask for it.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 
 
@@ -49,17 +51,24 @@ def load(name: str, adapters: Path | None = None, lazy: bool = False) -> LoadedM
         folder = _fetch(name)
         model, tokenizer, *_ = mlx_lm.load(
             str(folder),
+            tokenizer_config=NO_CODE,
             model_config=config_additions(folder),
             adapter_path=None if adapters is None else str(adapters),
             lazy=lazy,
+            **NO_CODE,
         )
         return LoadedModel(model, tokenizer, folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(_why_not(name, adapters, error)) from error
 
 
 def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        return (
+            f"model {name}: comes with Python code of its own, which is never run here; set model "
+            "to one of mlx-lm's architectures"
+        )
     if adapters is not None:
         return (
             f"{adapters}: does not fit model {name}: {reason}; set model to the one it was trained "
@@ -81,7 +90,7 @@ def _fetch(name: str) -> Path:
     try:
         return folder_of(name)
     except (OSError, ValueError):
-        mlx_lm.load(name, lazy=True)
+        mlx_lm.load(name, tokenizer_config=NO_CODE, lazy=True, **NO_CODE)
         return folder_of(name)
 
 
@@ -111,7 +120,7 @@ def fingerprint(name: str) -> dict[str, str] | None:
     try:
         folder = folder_of(name)
         marks = {"config.json, added": jsonl.dumps(config_additions(folder))}
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # a config.json that is no object
         return None
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -164,17 +173,25 @@ def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, 
 
 
 def save_adapters(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
-    """The adapters in mlx-lm's format, which its own --adapter-path loads; replaced as a whole."""
+    """The adapters in mlx-lm's format, which its own --adapter-path loads, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     num_layers, parameters = _lora_arguments(model, lora)
-    with new_folder(folder) as temporary:
-        weights = dict(tree_flatten(model.trainable_parameters()))
-        mx.save_safetensors(str(temporary / ADAPTERS), weights)
-        settings = {
-            "fine_tune_type": "lora",
-            "num_layers": num_layers,
-            "lora_parameters": parameters,
-        }
-        (temporary / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    save_tensors(folder / ADAPTERS, dict(tree_flatten(model.trainable_parameters())))
+    settings = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+    jsonl.write_json(folder / ADAPTER_CONFIG, settings)
+
+
+def copy_adapters(source: Path, folder: Path) -> None:
+    """The adapters of a checkpoint in the place of `folder`."""
+    with new_folder(folder) as temporary, disk_errors(folder):
+        for name in (ADAPTERS, ADAPTER_CONFIG):
+            shutil.copy(source / name, temporary / name)
+
+
+def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+    """A safetensors file; the same tensors are the same bytes, whatever order they come in."""
+    with disk_errors(path):
+        mx.save_safetensors(str(path), dict(sorted(tensors.items())))
 
 
 @contextmanager
@@ -196,19 +213,24 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
 
     Raises UserError when the folder does not hold exactly those of this model.
     """
-    path = folder / ADAPTERS
+    expected = dict(tree_flatten(model.trainable_parameters()))
+    weights = load_tensors(folder / ADAPTERS, expected)
+    model.load_weights(list(weights.items()), strict=False)
+
+
+def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.array]:
+    """What `save_tensors` wrote. Raises UserError for other names or shapes than `expected`."""
     try:
-        weights: Any = mx.load(str(path))
-        mx.eval(weights)  # now: the file may be written anew while they are in use
-        expected: Any = dict(tree_flatten(model.trainable_parameters()))
-        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in expected.items()}:
+        tensors: Any = mx.load(str(path))
+        mx.eval(tensors)  # now: the file may be written anew while they are in use
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its tensors are of another model or rank")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: cannot be used: {' '.join(str(error).split())}; delete the folder and run "
-            "10_train_dpo.py again"
+            f"{path}: cannot be used: {' '.join(str(error).split())}; delete the folder "
+            f"{path.parent} and run 10_train_dpo.py again"
         ) from error
-    model.load_weights(list(weights.items()), strict=False)
+    return tensors
 
 
 @contextmanager
@@ -232,16 +254,17 @@ def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
 def save(
     model: nn.Module, source: Path, folder: Path, config: dict[str, Any] | None = None
 ) -> None:
-    """An ordinary model folder: these weights, and the other files of `source` as they stand,
-    but for what `config_additions` adds, so that the folder runs as it was trained. `config` is
+    """Into `folder`, an ordinary model folder: these weights, and the other files of `source` as
+    they stand, but for what `config_additions` adds, so that it runs as it was trained. `config` is
     what config.json says instead of the source's.
 
     mlx-lm's own `save` asks the hub for a model card, and writes the tokenizer anew.
     """
     config = jsonl.read_json(source / "config.json") if config is None else config
-    with new_folder(folder) as temporary:
-        copy_settings(source, temporary, {**config, **config_additions(source)})
-        save_model(temporary, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        copy_settings(source, folder, {**config, **config_additions(source)})
+        save_model(folder, model)
 
 
 def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
@@ -264,19 +287,6 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def copy_folder(source: Path, folder: Path) -> None:
-    """A copy of `source` in the place of `folder`."""
-    with new_folder(folder) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def weights_size(folder: Path) -> int:
+    """Bytes of a model folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import jsonl, stamp
+from . import jsonl, signals, stamp
 from .pairs import EncodedPair, Sequence
 
 
@@ -36,8 +36,9 @@ def load_or_compute(
     if not stamp.is_current(stamp_path, inputs, [rows_path]):
         jsonl.write(rows_path, [])
         stamp.write(stamp_path, inputs)
-    rows = jsonl.read_whole_lines(rows_path)
+    rows = jsonl.read_whole_lines(rows_path, ("chosen", "rejected"))
     for pair in pairs[len(rows) :]:
+        signals.check()
         row = {
             "line": pair.line,
             "chosen": log_prob(pair.chosen),

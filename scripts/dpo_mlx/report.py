@@ -105,7 +105,12 @@ class Chart:
 
 def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
     """Replace `path` by the page, atomically."""
-    jsonl.write_text(path, render(report, jsonl.read_whole_lines(metrics_path)))
+    jsonl.write_text(path, render(report, report_rows(metrics_path)))
+
+
+def report_rows(metrics_path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. Raises UserError for one that cannot be drawn."""
+    return jsonl.read_whole_lines(metrics_path, ("iteration",))
 
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
+from . import signals
 from .config import GenerationConfig
 from .pairs import LENGTH, STOP
 
@@ -119,6 +120,7 @@ def sample_all(
         chunk = prompts[start : start + settings.batch_size]
         made = (known or {}).get(batch)
         if made is None:
+            signals.check()
             made = sample_batch(model, tokenizer, chunk, settings, batch_seed(seed, batch))
             done(batch, made)
         answers += made

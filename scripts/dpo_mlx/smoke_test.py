@@ -7,14 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import card, jsonl, models, pairs, reference, stamp, voice
+from . import card, durable, jsonl, models, pairs, reference, stamp, voice
 from .config import Config, FuseConfig, SmokeConfig
-from .engine import Engine, score_against, summarise
+from .engine import Engine, log_probs, score_against, summarise
 from .errors import UserError
 from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
-from .make_pairs import PairFiles
+from .make_pairs import read_report
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
-from .report import write_html
+from .report import report_rows, write_html
 from .sampling import Answer, sample_all
 from .writing import measure
 
@@ -40,8 +40,10 @@ def smoke_test(config: Config) -> bool:
     stamp_path, inputs = stamp.path(config.run, "12_smoke_test"), _inputs(config)
     if stamp.is_current(stamp_path, inputs, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
-        report = jsonl.read_json(report_path)
+        report = jsonl.read_json(report_path, ("verdict", "voice", "fluency", "answers"))
     else:
+        durable.require_space(config.run, durable.SMALL_FILES, "run_dir")
+        report_rows(config.run / "metrics.jsonl")  # a broken one is said before the work is done
         report = _report(config)
         jsonl.write_json(report_path, report)
         stamp.write(stamp_path, inputs)
@@ -86,9 +88,9 @@ def _report(config: Config) -> Report:
             "chosen_per_token": preference["logps/chosen_per_token"],
             "rejected_per_token": preference["logps/rejected_per_token"],
         },
-        "fuse": jsonl.read_json(config.run / "fuse.json"),
+        "fuse": jsonl.read_json(config.run / "fuse.json", ("margin_kept",)),
         "training": stamp.read(config.run / "outcome.json"),
-        "run": {"config": asdict(config), "pairs": stamp.read(PairFiles.of(config).report)},
+        "run": {"config": asdict(config), "pairs": read_report(config)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
             for pair, b, t in zip(asked, base, tuned.answers, strict=True)
@@ -113,11 +115,7 @@ def _measure(
     config: Config,
 ) -> Measured:
     answers = sample_answers(loaded, asked, encoder, config)
-    engine = Engine(loaded.model)
-    return Measured(
-        answers,
-        [(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected)) for pair in encoded],
-    )
+    return Measured(answers, log_probs(Engine(loaded.model), encoded))
 
 
 def _written(
@@ -252,4 +250,4 @@ def _print(report: Report, config: Config) -> None:
     )
     for name, values in f.items():
         print(f"    {name}: " + ", ".join(f"{who} {value:.3g}" for who, value in values.items()))
-    print(f"12: report: {config.run / 'report.html'}")
+    print(f"12: the report:\n{config.run / 'report.html'}")

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from . import checkpoint, diagnose, durable, jsonl, memory, metrics, models, stamp
 from . import config as configs
-from . import diagnose, jsonl, memory, metrics, models, stamp
+from .checkpoint import DPO, PHASES, SFT, Checkpoints, Origin, State
 from .config import Config
 from .errors import UserError
 from .guard import Guard
-from .job import AFTER_SFT, BASE, SPLITS, TRAIN, VALID, Job, load_reference, pair_file, prepare
+from .job import AFTER_SFT, BASE, SPLITS, TRAIN, VALID, Job, load_reference, prepare
+from .origin import origin_of, training_inputs
 from .reference import Reference
 from .trainer import Dpo, Example, Sft, Stopped, Trainer, count_updates, pairs_per_update
 from .writing import Measures, Watch
 
 STAGES = PRECOMPUTE, TRAIN_ONLY, ALL = ("precompute", "train", "all")
+
+# At once on the disk: the last two, one that is written, the end of SFT, and the best of each of
+# these three; the adapters that are kept count as another.
+MOST_CHECKPOINTS = 8
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,41 @@ def train_dpo(config: Config, stage: str) -> bool:
     inputs = training_inputs(config)
     if stage != PRECOMPUTE and stamp.is_current(stamp_path, inputs, [adapters, outcome_path]):
         print(f"10: {adapters} is up to date, skipped")
-        return _say(Outcome(**jsonl.read_json(outcome_path)), adapters)
+        names = [field.name for field in fields(Outcome)]
+        outcome = jsonl.read_json(outcome_path, names)
+        return _say(Outcome(**{name: outcome[name] for name in names}), adapters)
+    durable.refuse_foreign(adapters)
     job = prepare(config)
+    # Once more: the model may have been downloaded. The pairs as they were before they were read.
+    inputs = {**training_inputs(config), "pairs": inputs["pairs"]}
+    _require_space(job)
+    phases = Phases(job, inputs)
     preflight(job, only_read=stage == TRAIN_ONLY)
-    outcome = _run(job, stage)
+    outcome = _run(phases, stage)
     if outcome is None:
         return True
-    models.copy_folder(config.run / "checkpoints/best", adapters)
+    models.copy_adapters(phases.checkpoints.best(outcome.kept_update), adapters)
     jsonl.write_json(outcome_path, asdict(outcome))
-    stamp.write(stamp_path, training_inputs(config))
+    stamp.write(stamp_path, inputs)
+    _refuse_changes(inputs, training_inputs(config), adapters)
     return _say(outcome, adapters)
+
+
+def _require_space(job: Job) -> None:
+    """Raises UserError when the disk has no room for the checkpoints, of which each holds the
+    adapters and two moments of them.
+    """
+    one = 3 * memory.nbytes(job.model.trainable_parameters())
+    durable.require_space(job.config.run, MOST_CHECKPOINTS * one + durable.SMALL_FILES, "run_dir")
+
+
+def _refuse_changes(before: stamp.Inputs, after: stamp.Inputs, adapters: Path) -> None:
+    """Raises UserError when files were changed while they were trained on."""
+    if changed := stamp.differences(before, after):
+        raise UserError(
+            f"{adapters}: are of the files as they were when training began, which were changed "
+            f"since ({'; '.join(changed)}); run 10_train_dpo.py again to train on them as they are"
+        )
 
 
 def _say(outcome: Outcome, adapters: Path) -> bool:
@@ -139,49 +170,15 @@ def _seconds(job: Job, probed: diagnose.Probe) -> float:
     return passes * probed.seconds
 
 
-def training_inputs(config: Config) -> stamp.Inputs:
-    """Everything that determines the adapters."""
-    made = _shared_inputs(config)
-    for section in ("dpo", "train", "guard", "generation"):
-        made |= _section(config, section)
-    for key in ("train.force", "generation.restart", "generation.batch_size"):
-        del made[key]
-    return made
-
-
-def _sft_inputs(config: Config) -> stamp.Inputs:
-    """Everything that determines the adapters after SFT."""
-    made = _shared_inputs(config) | _section(config, "train")
-    others = "learning_rate", "epochs", "eval_every", "eval_questions", "force"
-    return {k: v for k, v in made.items() if k not in {f"train.{key}" for key in others}}
-
-
-def _shared_inputs(config: Config) -> stamp.Inputs:
-    files = [pair_file(config, split) for split in SPLITS]
-    return {
-        "pairs": [jsonl.digest(path) if path.is_file() else None for path in files],
-        "model files": models.fingerprint(config.model),
-        "system_prompt": config.system_prompt,
-        "data.max_length": config.data.max_length,
-        "seed": config.seed,
-        **_section(config, "lora"),
-        **_section(config, "sft"),
-    }
-
-
-def _section(config: Config, name: str) -> stamp.Inputs:
-    return {f"{name}.{key}": value for key, value in asdict(getattr(config, name)).items()}
-
-
-def _run(job: Job, stage: str) -> Outcome | None:
+def _run(phases: Phases, stage: str) -> Outcome | None:
     """Train what `stage` asks for; None when that was no more than the reference."""
-    phases = Phases(job)
+    config = phases.job.config
     try:
-        if job.config.sft.epochs:
+        if config.sft.epochs:
             phases.warm_up(only_read=stage == TRAIN_ONLY)
         references = phases.references(only_read=stage == TRAIN_ONLY)
         if stage == PRECOMPUTE:
-            _keep_settings(job.config)
+            _keep_settings(config)
             return None
         phases.align(references)
         updates, stopped = phases.updates, []
@@ -197,17 +194,21 @@ def _keep_settings(config: Config) -> None:
 
 
 class Phases:
-    """SFT and DPO over one job, judged by the answers to the same questions."""
+    """SFT and DPO over one job, judged by the answers to the same questions; each goes on from the
+    newest checkpoint that was made of the same `inputs`.
+    """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, inputs: stamp.Inputs) -> None:
         self.job = job
+        self.inputs = inputs
         asked = job.raw[VALID][: job.config.train.eval_questions]
         self.watch = Watch(job.model, job.encoder, job.classifier, asked, job.config)
         self.sft, self.dpo = Sft(job.config), Dpo(job.config)
         self.first = count_updates(self.sft.settings, len(job.pairs[TRAIN]))
         self.updates = self.first + count_updates(self.dpo.settings, len(job.pairs[TRAIN]))
-        self._warm = job.config.run / "checkpoints/sft"
-        self._written: Measures | None = None  # by the model as it is, when that is known
+        self.checkpoints = Checkpoints(job.config.run / "checkpoints")
+        self._found = {phase: self._look_for(phase) for phase in PHASES}
+        self._after_sft = State(SFT)
 
     @cached_property
     def guard(self) -> Guard:
@@ -220,67 +221,121 @@ class Phases:
         return self.watch.base()
 
     def warm_up(self, only_read: bool) -> None:
-        """SFT, unless its adapters are there already. Raises UserError when they are not and
-        `only_read`.
-        """
-        job, config = self.job, self.job.config
-        stamp_path, inputs = stamp.path(config.run, "10_sft"), _sft_inputs(config)
-        if stamp.is_current(stamp_path, inputs, [self._warm]):
-            models.load_adapters(job.model, self._warm)
+        """SFT, unless it is at its end already. Raises UserError when it is not and `only_read`."""
+        job, found = self.job, self._found[SFT]
+        if found and self._is_sft_s_end(found[1]):
+            models.load_adapters(job.model, found[0])
+            self._after_sft = found[1]
+            if self._after_sft.base:
+                self._take_up_guard(self._after_sft)
             return
         if only_read:
             raise UserError(
-                f"{self._warm}: no adapters of SFT with these settings; run 10_train_dpo.py "
-                "--stage precompute first"
+                f"{self.checkpoints.folder}: no adapters of SFT with these settings; run "
+                "10_train_dpo.py --stage precompute first"
             )
         unread = Reference(math.nan, math.nan)  # SFT looks at no reference of a train pair
         examples = {
             TRAIN: [Example(pair, unread) for pair in job.pairs[TRAIN]],
             VALID: _examples(job, VALID, load_reference(job, BASE, VALID)),
         }
-        self._written = self._train(self.sft, examples, 0, self.base)
-        models.save_adapters(job.model, config.lora, self._warm)
-        stamp.write(stamp_path, inputs)
+        self._after_sft = self._train(self.sft, examples, State(SFT))
 
     def references(self, only_read: bool) -> dict[str, list[Reference]]:
         """The reference of both splits: of the base model, or as SFT has left it."""
-        taken_of, adapters = (AFTER_SFT, self._warm) if self.first else (BASE, None)
+        warm = self.checkpoints.path(SFT, self.first)
+        taken_of, adapters = (AFTER_SFT, warm) if self.first else (BASE, None)
         return {s: load_reference(self.job, taken_of, s, adapters, only_read) for s in SPLITS}
 
     def align(self, references: dict[str, list[Reference]]) -> None:
         """DPO."""
         examples = {split: _examples(self.job, split, references[split]) for split in SPLITS}
-        written = self._written if self.first else self.base
-        self._train(self.dpo, examples, self.first, written)
+        self._train(self.dpo, examples, self._after_sft)
 
     def _train(
         self,
         phase: Sft | Dpo,
         examples: dict[str, list[Example]],
-        first: int,
-        written: Measures | None,
-    ) -> Measures:
-        config = self.job.config
+        begin: State,
+    ) -> State:
+        """A phase to its end, from where the one before left the run, or from what was found."""
+        config, found = self.job.config, self._found[phase.name]
         _keep_settings(config)
-        earlier = (self.sft.name,) if first else ()
         reporters = metrics.reporters(config, asdict(config))
-        metrics_file = metrics.MetricsFile(config.run / "metrics.jsonl", earlier)
-        bar = metrics.ProgressBar(first, self.updates)
+        if found:
+            self._take_up_guard(found[1])
+        else:
+            self.checkpoints.clear(phase.name)
+            self._found[DPO] = None
         trainer = Trainer(
             self.job.model,
             config,
             phase,
             examples[TRAIN],
             examples[VALID],
-            metrics.Callbacks(metrics_file, bar, *reporters),
+            metrics.Callbacks(),
             self.watch,
             self.guard,
-            first,
+            begin.update,
+            begin.rows,
+            origin_of(self.inputs, phase.name),
         )
+        written = begin.written or None
+        if found:
+            print(f"10: going on from {found[0]}")
+            trainer.resume(*found)
+            written = None
+        elif not begin.update:  # before the first update of all the model is the base model
+            written = self.base
+        # Only now, as a checkpoint that cannot be used must leave the file as it is.
+        metrics_file = metrics.MetricsFile(config.run / "metrics.jsonl", trainer.state.rows)
+        bar = metrics.ProgressBar(trainer.state.update, self.updates)
+        trainer.callback = metrics.Callbacks(metrics_file, bar, *reporters)
         try:
-            return trainer.run(written)
+            trainer.run(written)
         finally:
             bar.close()
+        return trainer.state
+
+    def _look_for(self, phase: str) -> tuple[Path, State] | None:
+        """The newest checkpoint of a phase and where it is, when this run can go on from it.
+
+        The end of SFT serves however it is judged now. Raises UserError for a checkpoint of other
+        inputs, unless the run that made it came to its end or `train.restart` is set.
+        """
+        path = self.checkpoints.newest(phase)
+        if path is None:
+            return None
+        state, origin = checkpoint.read(path)
+        mine = origin_of(self.inputs, phase)
+        changed = stamp.differences(origin.adapters, mine.adapters)
+        judged_anew = stamp.differences(origin.judgement, mine.judgement)
+        if judged_anew and self._is_sft_s_end(state):
+            state = State(SFT, state.update, state.rows, evaluated=True)
+        else:
+            changed += judged_anew
+        if not changed:
+            return path, state
+        if not (self.job.config.train.restart or self._is_finished(origin)):
+            raise UserError(
+                f"{path}: an unfinished run was trained otherwise ({'; '.join(changed)}); set that "
+                "back, set run_dir to another folder, or --set train.restart=true to begin anew"
+            )
+        print(f"10: {phase} begins anew, {path} was trained otherwise: {'; '.join(changed)}")
+        return None
+
+    def _is_sft_s_end(self, state: State) -> bool:
+        at_end = state.phase == SFT and state.update == self.first
+        return at_end and state.evaluated and not state.stopped
+
+    def _is_finished(self, origin: Origin) -> bool:
+        """Whether the adapters in the run's folder came of a run with this origin."""
+        made = stamp.read(stamp.path(self.job.config.run, "10_train_dpo")) or {}
+        known = {**origin.adapters, **origin.judgement}
+        return all(made.get(name) == value for name, value in known.items())
+
+    def _take_up_guard(self, state: State) -> None:
+        self.guard = Guard(state.base, self.job.config.guard, state.best)
 
 
 def _examples(job: Job, split: str, references: list[Reference]) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from . import models
+from . import checkpoint, models, signals
+from .checkpoint import Checkpoints, Origin, State
 from .config import Config, TrainConfig
 from .engine import Engine, PairScore, summarise
 from .errors import UserError
@@ -33,6 +35,9 @@ START_TOLERANCE = 1e-2
 
 # Of a phase, when the config does not say how far apart.
 EVALUATIONS = 3
+
+# Updates in a row that may be skipped for numbers that are not finite.
+MOST_SKIPPED = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class Sft:
     def gradient(self, engine: Engine, example: Example) -> tuple[float, Any]:
         return engine.nll_gradient(example.pair.chosen)
 
+    def loss(self, score: float) -> float:
+        return score
+
     def summary(self, scores: list[float]) -> dict[str, float]:
         return {"nll_loss": float(np.mean(scores))}
 
@@ -81,6 +89,9 @@ class Dpo:
 
     def gradient(self, engine: Engine, example: Example) -> tuple[PairScore, Any]:
         return engine.pair_gradient(example.pair, example.reference, self._dpo)
+
+    def loss(self, score: PairScore) -> float:
+        return score.loss
 
     def summary(self, scores: list[PairScore]) -> dict[str, float]:
         return summarise(scores, self._dpo.beta)
@@ -128,8 +139,9 @@ class Trainer:
     """One phase of a run, `Sft` or `Dpo`, over a model that carries LoRA adapters.
 
     At each evaluation `watch` tells what the model writes, `guard` whether that is the best so
-    far, and whether to stop; `run_dir/checkpoints/last` and `best` are written. Metrics go to
-    `callback`; `first` is the number of updates of earlier phases.
+    far, and whether to stop. Metrics go to `callback`, and where the run is to
+    `run_dir/checkpoints`, with the `origin` of the run; `first` is the number of updates of
+    earlier phases, `rows` that of their metrics.
     """
 
     def __init__(
@@ -143,6 +155,8 @@ class Trainer:
         watch: Callable[[], Measures],
         guard: Guard,
         first: int = 0,
+        rows: int = 0,
+        origin: Origin | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -153,6 +167,9 @@ class Trainer:
         self.watch = watch
         self.guard = guard
         self.first = first
+        self.origin = origin or Origin()
+        self.state = State(phase.name, first, rows)
+        self.checkpoints = Checkpoints(config.run / "checkpoints")
         self.engine = Engine(model)
         self.updates = count_updates(phase.settings, len(train))
         # MLX's AdamW leaves the bias correction out by default: its first steps are then several
@@ -162,80 +179,142 @@ class Trainer:
             weight_decay=phase.settings.weight_decay,
             bias_correction=True,
         )
+        self.optimizer.init(model.trainable_parameters())
+
+    def resume(self, path: Path, state: State) -> None:
+        """Go on from a checkpoint of this phase."""
+        checkpoint.restore(path, self.model, self.optimizer)
+        self.state = state
 
     def run(self, written: Measures | None = None) -> Measures:
         """Train to the end, from a model that writes `written` (None: to be seen); what it writes
         then.
 
-        Raises Stopped when the guard (unless it is off) or a number that is not finite ends it,
-        UserError when the run does not start at the reference.
+        Raises Stopped when the guard (unless it is off) or numbers that are not finite end it,
+        Interrupted on a signal, with everything saved, and UserError when the run does not start
+        at the reference.
         """
-        written = written or self.watch()
-        self._evaluate(self.first, written)
-        steps = groups(self.phase.settings, len(self.train_examples), self.config.seed)
-        last = self.first + self.updates
-        every = self.config.train.eval_every or math.ceil(self.updates / EVALUATIONS)
-        for update, (epoch, indices) in enumerate(steps, start=self.first + 1):
-            self._update(update, epoch, [self.train_examples[i] for i in indices])
-            if (update - self.first) % every == 0 or update == last:
-                written = self.watch()
-                self._evaluate(update, written)
-        return written
+        try:
+            self._stop_if_told()
+            if self._is_due():
+                self._evaluate(written or self.watch())
+            for epoch, indices in self._groups_left():
+                self._update(epoch, [self.train_examples[i] for i in indices])
+                if self._is_due():
+                    self._evaluate(self.watch())
+        except signals.Interrupted:
+            self._save()
+            raise
+        return self.state.written
 
-    def _update(self, update: int, epoch: int, examples: list[Example]) -> None:
+    def _groups_left(self) -> Iterator[tuple[int, list[int]]]:
+        steps = groups(self.phase.settings, len(self.train_examples), self.config.seed)
+        return itertools.islice(steps, self.state.update - self.first, None)
+
+    def _is_due(self) -> bool:
+        """Whether an evaluation is to come before the next update."""
+        done = self.state.update - self.first
+        every = self.config.train.eval_every or math.ceil(self.updates / EVALUATIONS)
+        at_one = done % every == 0 or done == self.updates
+        return at_one and not self.state.evaluated
+
+    def _save(self) -> None:
+        """Keep where the run is; nothing before the first evaluation, which chooses a best."""
+        self.state.base, self.state.best = self.guard.base, self.guard.best
+        if self.state.best is not None:
+            self.checkpoints.save(
+                self.state, self.origin, self.model, self.config.lora, self.optimizer
+            )
+
+    def _stop_if_told(self) -> None:
+        if self.state.stopped:
+            raise Stopped(self.state.update, self.state.stopped)
+
+    def _update(self, epoch: int, examples: list[Example]) -> None:
+        update = self.state.update + 1
         started = time.perf_counter()
         mx.reset_peak_memory()
         self.model.train()
         # Dropout depends on the update alone, not on what was sampled before it.
         mx.random.seed(batch_seed(self.config.seed, update))
         with models.gradient_checkpointing(self.model, self.config.train.grad_checkpoint):
-            scores, gradient = self._mean_gradient(examples)
+            scores, gradient, broken = self._mean_gradient(examples)
         if update == self.first + 1:
             self._check_start([score for score in scores if isinstance(score, PairScore)])
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
-        if not math.isfinite(float(norm)):
-            lines = [example.pair.line for example in examples]
-            reason = (
-                f"{self.config.data.train_pairs}: the gradient of the pairs on lines {lines} is "
-                "not finite; look at them, or lower train.learning_rate"
-            )
-            raise Stopped(update - 1, [reason])
+        about = {
+            "iteration": update,
+            "phase": self.phase.name,
+            "epoch": epoch + 1,
+            "pairs": len(examples),
+        }
+        if broken or not math.isfinite(float(norm)):
+            self._skip(about, broken or [example.pair.line for example in examples])
+            return
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         seconds = time.perf_counter() - started
-        self.callback.on_train_loss_report(
+        self.state.in_a_row = 0
+        self._end_update(
             {
-                "iteration": update,
-                "phase": self.phase.name,
-                "epoch": epoch + 1,
+                **about,
                 **self.phase.summary(scores),
                 "grad_norm": float(norm),
                 "learning_rate": float(self.optimizer.learning_rate),
-                "pairs": len(examples),
                 "tokens_per_second": sum(map(self.phase.tokens, examples)) / seconds,
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
             }
         )
 
-    def _mean_gradient(self, examples: list[Example]) -> tuple[list[Any], Any]:
-        """Scores and the mean gradient of the pairs, summed one after the other."""
-        scores, total = [], None
+    def _skip(self, about: dict[str, Any], lines: list[int]) -> None:
+        """End an update that must not touch the adapters, for these lines of the train pairs."""
+        self.state.skipped += 1
+        self.state.in_a_row += 1
+        if self.state.in_a_row == MOST_SKIPPED:
+            self.state.stopped = [
+                f"{self.config.data.train_pairs}: {MOST_SKIPPED} updates in a row had numbers that "
+                f"are not finite, the last from the pairs on lines {lines}; look at them, or lower "
+                "train.learning_rate"
+            ]
+        self._end_update({**about, "skipped_updates": self.state.skipped, "skipped_lines": lines})
+        self._stop_if_told()
+
+    def _end_update(self, metrics: dict[str, Any]) -> None:
+        self.callback.on_train_loss_report(metrics)
+        self.state.rows += 1
+        self.state.update += 1
+        self.state.evaluated = False
+        done = self.state.update - self.first
+        if done % self.config.train.save_every == 0 or self._is_due() or self.state.stopped:
+            self._save()
+
+    def _mean_gradient(self, examples: list[Example]) -> tuple[list[Any], Any, list[int]]:
+        """Scores and the mean gradient of the pairs, summed one after the other, and the lines of
+        those whose loss or gradient is not finite.
+        """
+        scores: list[Any] = []
+        total, broken = None, []
         for example in examples:
+            signals.check()
+            score: Any
             score, gradient = self.phase.gradient(self.engine, example)
             scores.append(score)
+            if not (math.isfinite(self.phase.loss(score)) and _is_finite(gradient)):
+                broken.append(example.pair.line)
             if total is not None:
                 gradient = tree_map(mx.add, total, gradient)
                 mx.eval(gradient)
             total = gradient
-        return scores, tree_map(lambda g: g / len(examples), total)
+        return scores, tree_map(lambda g: g / len(examples), total), broken
 
-    def _evaluate(self, update: int, written: Measures) -> None:
-        """Score the valid pairs, report, and keep the adapters as last and perhaps as best."""
+    def _evaluate(self, written: Measures) -> None:
+        """Score the valid pairs, report, and keep the adapters, perhaps as the best."""
         self.model.eval()
-        scores = [
-            self.engine.score(example.pair, example.reference, self.config.dpo)
-            for example in self.valid_examples
-        ]
+        scores = []
+        for example in self.valid_examples:
+            signals.check()
+            scores.append(self.engine.score(example.pair, example.reference, self.config.dpo))
+        update = self.state.update
         if update == self.first:
             self._check_start(scores)
         metrics = summarise(scores, self.config.dpo.beta)
@@ -249,14 +328,13 @@ class Trainer:
                 **{f"eval_text/{name}": value for name, value in written.items()},
             }
         )
-        models.save_adapters(self.model, self.config.lora, self._checkpoint("last"))
-        if self.guard.is_best(update, written, change):
-            models.copy_folder(self._checkpoint("last"), self._checkpoint("best"))
+        self.state.rows += 1
+        self.state.evaluated, self.state.written = True, written
+        self.guard.is_best(update, written, change)
         if crossed and self.config.guard.enabled:
-            raise Stopped(update, crossed)
-
-    def _checkpoint(self, name: str) -> Path:
-        return self.config.run / "checkpoints" / name
+            self.state.stopped = crossed
+        self._save()
+        self._stop_if_told()
 
     def _check_start(self, scores: list[PairScore]) -> None:
         """Before the first update the policy is the reference: the margin is 0, DPO's loss ln 2."""
@@ -268,3 +346,7 @@ class Trainer:
                     f"log-prob is {off:.3g} nats off the reference's; delete that folder and run "
                     "10_train_dpo.py again"
                 )
+
+
+def _is_finite(gradient: Any) -> bool:
+    return all(bool(mx.isfinite(g).all()) for g in dict(tree_flatten(gradient)).values())

@@ -42,10 +42,12 @@ import mlx.optimizers as optim
 import yaml
 from dpo_mlx import config as configs
 from dpo_mlx import jsonl, make_pairs, models, pairs, voice
+from dpo_mlx.checkpoint import DPO, SFT, Checkpoints
 from dpo_mlx.config import Config, GenerationConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.job import TRAIN, VALID, pair_file, prepare
 from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.origin import training_inputs
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import Answer, sample_all
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
@@ -190,7 +192,7 @@ def sft_alone(config: Config, asked: Asked) -> common.Values:
     """What the recipe before this one had after SFT."""
     updates = count_updates(Sft(config).settings, len(asked.pairs[TRAIN]))
     found = {"minutes": 0.0, "updates": updates, "kept_update": updates, "stopped": []}
-    measured = asked.outcome(config.run, config.run / "checkpoints/sft")
+    measured = asked.outcome(config.run, Checkpoints(config.run / "checkpoints").path(SFT, updates))
     return {**found, **measured, "margin": None, "accuracy": None}
 
 
@@ -359,7 +361,7 @@ def collapse(changes: list[str]) -> common.Values:
     }
     job = replace(job, encoder=encoder, pairs=encoded)
     caught = [f"preflight: {finding.text}" for finding in preflight(job)]
-    phases = Phases(job)
+    phases = Phases(job, training_inputs(config))
     examples = {
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
@@ -390,7 +392,7 @@ def collapse(changes: list[str]) -> common.Values:
         "kept_update": kept.update,
         "stopped": [],
         "caught": caught,
-        **asked.outcome(config.run, config.run / "checkpoints/last"),
+        **asked.outcome(config.run, training.checkpoints.path(DPO, training.updates)),
     }
 
 

@@ -1,0 +1,164 @@
+"""Everything a run is, saved and taken up again: killed anywhere, it goes on to the same bits.
+
+`checkpoints/PHASE-UPDATE` holds the adapters in mlx-lm's format, the optimizer's state as tensors,
+and the rest as JSON. Nothing random outlives an update: each shuffle, each update's dropout and
+each batch of answers is seeded by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import durable, jsonl, models, stamp
+from .config import LoraConfig
+from .errors import UserError
+from .guard import Kept
+from .writing import Measures
+
+SFT, DPO = PHASES = ("sft", "dpo")  # in the order of a run
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+VERSION = 1  # of what is in STATE
+
+LAST = 2  # checkpoints that are kept
+
+
+@dataclass
+class State:
+    """Where a run is, beside its tensors.
+
+    `update` is the last one done, counted through both phases, `evaluated` whether its evaluation
+    is done; `rows` are those of metrics.jsonl. `written` are the measures of the last evaluation,
+    `base` those of the base model, `best` what the guard keeps. `skipped` updates had numbers that
+    are not finite, `in_a_row` of them just now; `stopped` says why the run must not go on.
+    """
+
+    phase: str
+    update: int = 0
+    rows: int = 0
+    evaluated: bool = False
+    written: Measures = field(default_factory=dict)
+    base: Measures = field(default_factory=dict)
+    best: Kept | None = None
+    skipped: int = 0
+    in_a_row: int = 0
+    stopped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What determines the adapters of a checkpoint, and what determines which of them are kept."""
+
+    adapters: stamp.Inputs = field(default_factory=dict)
+    judgement: stamp.Inputs = field(default_factory=dict)
+
+    def differences(self, other: Origin) -> list[str]:
+        """What changed from this one to the other."""
+        return [
+            *stamp.differences(self.adapters, other.adapters),
+            *stamp.differences(self.judgement, other.judgement),
+        ]
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last two, the end of SFT, and the best that each one knows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, phase: str, update: int) -> Path:
+        return self.folder / f"{phase}-{update:06d}"
+
+    def newest(self, phase: str) -> Path | None:
+        return next(reversed(self._all(phase)), None)
+
+    def best(self, update: int) -> Path:
+        """The checkpoint of an update, of the phase that came to it first."""
+        for phase in PHASES:
+            if (path := self.path(phase, update)).exists():
+                return path
+        raise UserError(
+            f"{self.folder}: the checkpoint of update {update}, the best so far, is gone; delete "
+            "that folder and run 10_train_dpo.py again"
+        )
+
+    def save(
+        self,
+        state: State,
+        origin: Origin,
+        model: nn.Module,
+        lora: LoraConfig,
+        optimizer: Optimizer,
+    ) -> None:
+        """Write everything, then remove what need not be kept any more."""
+        with durable.new_folder(self.path(state.phase, state.update)) as temporary:
+            models.save_adapters(model, lora, temporary)
+            tensors: Any = tree_flatten(optimizer.state)
+            models.save_tensors(temporary / OPTIMIZER, dict(tensors))
+            values = {"version": VERSION, **asdict(state), "origin": asdict(origin)}
+            jsonl.write_json(temporary / STATE, values)
+        self._prune()
+
+    def clear(self, phase: str) -> None:
+        """Remove the checkpoints of a phase and of those after it, the latest first."""
+        for later in reversed(PHASES[PHASES.index(phase) :]):
+            for path in reversed(self._all(later)):
+                durable.remove_folder(path)
+
+    def _all(self, phase: str) -> list[Path]:
+        """Those of a phase by update."""
+        return sorted(self.folder.glob(f"{phase}-*"))
+
+    def _prune(self) -> None:
+        everything = [path for phase in PHASES for path in self._all(phase)]
+        kept = {*everything[-LAST:], *self._all(SFT)[-1:]}
+        kept |= set(self._known_best(kept))
+        for path in everything:
+            if path not in kept:
+                durable.remove_folder(path)
+
+    def _known_best(self, paths: set[Path]) -> Iterator[Path]:
+        for path in paths:
+            best = read(path)[0].best
+            if best is not None:
+                yield self.best(best.update)
+
+
+def read(path: Path) -> tuple[State, Origin]:
+    """Where a checkpoint is, and what it was made of. Raises UserError for a damaged one, or one
+    of another version.
+    """
+    remedy = f"delete {path}, and the same command goes on from the one before"
+    try:
+        values = jsonl.read_json(path / STATE, ("version", "origin", "best"), remedy)
+        version = values.pop("version")
+        if version != VERSION:
+            raise UserError(
+                f"{path}: was written by another version ({version}, this one reads {VERSION}); "
+                f"go on with that one, or {remedy}"
+            )
+        origin = Origin(**values.pop("origin"))
+        best = values.pop("best")
+        return State(**values, best=None if best is None else Kept(**best)), origin
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path / STATE}: is damaged ({error}); {remedy}") from error
+
+
+def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """The adapters and the optimizer's state of a checkpoint.
+
+    Raises UserError when they are damaged or of another model, with both as they were.
+    """
+    expected: Any = tree_flatten(optimizer.state)
+    state = models.load_tensors(path / OPTIMIZER, dict(expected))
+    models.load_adapters(model, path)
+    optimizer.state = tree_unflatten(list(state.items()))
+    mx.eval(optimizer.state)

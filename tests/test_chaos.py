@@ -1,0 +1,114 @@
+"""tests/chaos/run.py in short: the chain as a crash leaves it at many moments, and signals to real
+processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from chaos import run as chaos
+from conftest import REPOSITORY
+from dpo_mlx import config, durable, lock
+from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.smoke_test import smoke_test
+from dpo_mlx.train_dpo import ALL, train_dpo
+
+MOMENTS = 8
+
+
+def run_chain(folder: Path) -> None:
+    """All stages in this process, in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        loaded = config.load(Path("c.yaml"))
+        make_pairs(loaded)
+        assert train_dpo(loaded, ALL)
+        fuse_adapters(loaded)
+        assert smoke_test(loaded)
+
+
+def watched(patch: pytest.MonkeyPatch, before_each: Callable[[], None]) -> None:
+    """Calls `before_each` before every moment at which the disk changes for good."""
+
+    def watch(original: Callable[[object], None]) -> Callable[[object], None]:
+        def call(argument: object) -> None:
+            before_each()
+            original(argument)
+
+        return call
+
+    for name in ("sync_file", "_delete"):
+        patch.setattr(durable, name, watch(getattr(durable, name)))
+    patch.setattr("dpo_mlx.jsonl.sync_file", durable.sync_file)
+
+
+def test_from_every_moment_on_the_chain_ends_in_the_same_bytes(tmp_path, llama, monkeypatch):
+    """The folder is copied as it is before every so manieth sync and removal: what a kill would
+    leave then. From each copy on all stages are run, and every file is that of the undisturbed run.
+    """
+    calm = chaos.make_round(tmp_path / "calm", llama)
+    count = 0
+
+    def number() -> None:
+        nonlocal count
+        count += 1
+
+    with monkeypatch.context() as patch:
+        watched(patch, number)
+        run_chain(calm)
+    total, count = count, 0
+    copied = chaos.make_round(tmp_path / "copied", llama)
+    step = total // MOMENTS
+
+    def copy() -> None:
+        nonlocal count
+        if count % step == step // 2:
+            shutil.copytree(copied, tmp_path / f"moment{count}")
+        count += 1
+
+    with monkeypatch.context() as patch:
+        watched(patch, copy)
+        run_chain(copied)
+    chaos.compare(copied, calm)
+    moments = sorted(tmp_path.glob("moment*"))
+    assert len(moments) >= MOMENTS
+    for moment in moments:
+        run_chain(moment)
+        assert chaos.compare(moment, calm) > 20
+
+
+def test_sigterm_to_the_runner_ends_its_stage_which_goes_on_later(tmp_path, settings, write_config):
+    """SIGTERM to the shell script while stage 06 samples: the stage finishes its batch and both
+    exit, the script with 143; nothing that is there is sampled again.
+    """
+    settings["generation"] = {"max_tokens": 150, "batch_size": 2}
+    settings["data"]["max_length"] = 2048  # no sampled answer is dropped
+    path = write_config(settings)
+    samples = tmp_path / "run/pairs/train.samples.jsonl"
+    with subprocess.Popen(
+        [str(REPOSITORY / "train_dpo_run1.sh"), str(path)],
+        env={**os.environ, "VIRTUAL_ENV": sys.prefix},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as runner:
+        while runner.poll() is None and not (samples.exists() and samples.stat().st_size):
+            time.sleep(0.01)
+        runner.send_signal(signal.SIGTERM)
+        _, said = runner.communicate()
+    assert runner.returncode == 143, said
+    assert "stopped by SIGTERM; the same command goes on from here" in said
+    with lock.run_folder(tmp_path / "run"):
+        kept = samples.read_bytes()
+    assert 0 < kept.count(b"\n") < 15 and kept.endswith(b"\n")
+    make_pairs(config.load(path))
+    assert samples.read_bytes().startswith(kept) and samples.read_bytes().count(b"\n") == 15

@@ -1,0 +1,302 @@
+"""A run that is stopped anywhere goes on to the same bits; and which checkpoints are kept, taken up
+and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from dpo_mlx import checkpoint, jsonl, models, signals
+from dpo_mlx.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
+from dpo_mlx.config import Config, LoraConfig
+from dpo_mlx.errors import UserError
+from dpo_mlx.guard import Kept
+from dpo_mlx.train_dpo import ALL, TRAIN_ONLY, train_dpo
+from mlx import nn
+from mlx import optimizers as optim
+from runs import determined, differences, saved
+from test_sft import Norm, Shy
+
+
+@pytest.fixture
+def two_phases(job, llama) -> Any:
+    """two_phases(key of the train section=value) -> the config of a run with 7 updates of SFT and 7
+    of DPO, with an evaluation after every third.
+    """
+
+    def made(watch: Any = Norm, **train: Any) -> Config:
+        sft = {"epochs": 1, "learning_rate": 1e-3}
+        changes = {"eval_every": 3, "save_every": 2, **train}
+        return job(watch, sft=sft, model=str(llama), train=changes)[0]
+
+    return made
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[int]:
+    """A signal comes at this safe point, counted from 0; the list holds a 0 for each that was
+    passed."""
+    passed: list[int] = []
+
+    def check() -> None:
+        if len(passed) == call:
+            raise signals.Interrupted(signal.SIGTERM)
+        passed.append(0)
+
+    monkeypatch.setattr(signals, "check", check)
+    return passed
+
+
+def end(run: Path) -> dict[str, Any]:
+    """Everything that a finished stage 10 leaves, but for speed and memory."""
+    last = run / "checkpoints/dpo-000014"
+    return {
+        "metrics": determined(run / "metrics.jsonl"),
+        "outcome": jsonl.read_json(run / "outcome.json"),
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+        "state": jsonl.read_json(last / STATE),
+        **{str(p): (run / p).read_bytes() for p in ("adapters/adapters.safetensors",)},
+        OPTIMIZER: (last / OPTIMIZER).read_bytes(),
+    }
+
+
+@pytest.mark.parametrize("watch", [Norm, Shy])
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeypatch, tmp_path):
+    """A signal at every thirteenth safe point from the references to the last evaluation: stopped
+    and started again, each run ends in the adapters, optimizer, metrics and outcome of the
+    undisturbed one; whether the best is SFT's first evaluation or DPO's last.
+    """
+    config = two_phases(watch)
+    with monkeypatch.context() as patch:
+        passed = stop_at(patch, -1)
+        assert train_dpo(config, ALL)
+    expected = end(config.run)
+    config.run.rename(tmp_path / "undisturbed")
+    for call in range(4, len(passed), 13):
+        config = two_phases(watch)
+        with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
+            stop_at(patch, call)
+            train_dpo(config, ALL)
+        assert train_dpo(config, ALL)
+        assert end(config.run) == expected, f"stopped at safe point {call}"
+        shutil.rmtree(config.run)
+
+
+def test_a_signal_loses_no_update(two_phases, monkeypatch):
+    """Saved is every fourth; a signal amid the sixth update of DPO keeps the fifth too."""
+    config = two_phases(save_every=4, eval_every=100)
+
+    def check() -> None:
+        rows = config.run / "metrics.jsonl"
+        updates = rows.read_text().count('"grad_norm"') if rows.exists() else 0
+        if updates == 12:
+            raise signals.Interrupted(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
+        patch.setattr(signals, "check", check)
+        train_dpo(config, ALL)
+    newest = Checkpoints(config.run / "checkpoints").newest("dpo")
+    assert newest is not None and checkpoint.read(newest)[0].update == 12
+
+
+# Which are kept ---------------------------------------------------------------------------------
+
+
+def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
+    """A model with two numbers, and an optimizer of it."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight = mx.array([[value, -value]])
+    optimizer = optim.AdamW(1e-3)
+    optimizer.init(model.trainable_parameters())
+    return model, optimizer
+
+
+def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
+    made = Checkpoints(folder)
+    state = State(phase, update, best=Kept(best, 0.5))
+    model, optimizer = small(update)
+    model.layers = []
+    made.save(state, Origin(), model, LoraConfig(num_layers=1), optimizer)
+    return made
+
+
+def test_kept_are_the_last_two_the_end_of_sft_and_their_best(tmp_path):
+    """Through both phases, while the best changes; `best` finds the one that the newest knows."""
+    course = [
+        ("sft", 0, 0, ["sft-0"]),
+        ("sft", 1, 1, ["sft-0", "sft-1"]),
+        ("sft", 2, 1, ["sft-1", "sft-2"]),
+        ("sft", 3, 1, ["sft-1", "sft-2", "sft-3"]),
+        ("dpo", 3, 1, ["sft-1", "sft-3", "dpo-3"]),
+        ("dpo", 4, 4, ["sft-1", "sft-3", "dpo-3", "dpo-4"]),
+        ("dpo", 5, 4, ["sft-1", "sft-3", "dpo-4", "dpo-5"]),
+        ("dpo", 6, 4, ["sft-1", "sft-3", "dpo-4", "dpo-5", "dpo-6"]),
+    ]
+    for phase, update, best, expected in course:
+        made = keep(tmp_path, phase, update, best)
+        there = {path.name for path in tmp_path.iterdir()}
+        assert there == {f"{n.split('-')[0]}-{int(n.split('-')[1]):06d}" for n in expected}
+        assert made.best(best).exists()
+    made.clear("dpo")
+    assert made.newest("dpo") is None and made.newest("sft") == made.path("sft", 3)
+    made.clear("sft")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_comes_back(tmp_path):
+    """State, origin, adapters and optimizer, to the last bit; what is not finite too."""
+    model, optimizer = small(0.1)
+    model.layers = []
+    optimizer.update(model, {"weight": mx.array([[0.3, 0.7]])})
+    state = State(
+        "dpo", 7, 20, True, {"voice": 0.1, "p": float("-inf")}, {"voice": 1 / 3}, Kept(7, 0.2), 4, 2
+    )
+    origin = Origin({"a": [1, None]}, {"b": "x"})
+    made = Checkpoints(tmp_path)
+    made.save(state, origin, model, LoraConfig(num_layers=1), optimizer)
+    assert checkpoint.read(made.path("dpo", 7)) == (state, origin)
+    other, fresh = small(0.5)
+    checkpoint.restore(made.path("dpo", 7), other, fresh)
+    assert mx.array_equal(other.weight, model.weight)
+    assert int(fresh.step) == 1
+    for key in ("m", "v"):
+        assert mx.array_equal(fresh.state["weight"][key], optimizer.state["weight"][key])
+
+
+# Which are taken up -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(two_phases, monkeypatch) -> Any:
+    """The config of a run that was stopped in DPO."""
+    config = two_phases()
+
+    def check() -> None:
+        if (config.run / "checkpoints/dpo-000010").exists():
+            raise signals.Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
+        patch.setattr(signals, "check", check)
+        train_dpo(config, ALL)
+    return config
+
+
+def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_phases, capfd):
+    """It says what changed and touches nothing, until train.restart says so; from then on the same
+    command goes on with the new run.
+    """
+    before = checkpoint.read(unfinished.run / "checkpoints/dpo-000010")
+    with pytest.raises(UserError, match=r"dpo-000010: .*train.epochs: 1 -> 2.*train.restart=true"):
+        train_dpo(two_phases(epochs=2), ALL)
+    assert checkpoint.read(unfinished.run / "checkpoints/dpo-000010") == before
+    config = two_phases(epochs=2, restart=True)
+    assert train_dpo(config, ALL)
+    assert "dpo begins anew" in capfd.readouterr().out
+    outcome = jsonl.read_json(config.run / "outcome.json")
+    assert outcome["updates"] == 7 + 14
+    rows = determined(config.run / "metrics.jsonl")
+    assert [row["iteration"] for row in rows if "grad_norm" in row] == list(range(1, 22))
+
+
+def test_how_often_it_is_saved_changes_no_bit_and_may_change(unfinished, two_phases, tmp_path):
+    """Going on with another save_every ends like a run of its own with that one."""
+    assert train_dpo(two_phases(save_every=1), TRAIN_ONLY)
+    found = end(unfinished.run)
+    unfinished.run.rename(tmp_path / "first")
+    config = two_phases(save_every=1)
+    assert train_dpo(config, ALL)
+    assert found == end(config.run)
+
+
+def test_pairs_edited_in_between_are_said(unfinished, two_phases):
+    """The run is of the pairs as they were."""
+    path = Path(unfinished.data.train_pairs)
+    path.write_text(path.read_text().replace("Yes.", "No."))
+    with pytest.raises(UserError, match="sft-000007: .*trained otherwise .pairs"):
+        train_dpo(unfinished, ALL)
+
+
+def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
+    """The adapters are kept, named as of the old file, and not taken for those of the new one."""
+
+    class Edits(Norm):
+        def base(self):
+            path = Path(config.data.train_pairs)
+            path.write_text(path.read_text().replace("Yes.", "No."))
+            return super().base()
+
+    config = two_phases(Edits)
+    with pytest.raises(UserError, match="adapters: are of the files as they were .*pairs"):
+        train_dpo(config, ALL)
+    assert (config.run / "adapters").exists()
+
+
+def test_a_stop_is_remembered(two_phases, monkeypatch):
+    """Killed after the guard's stop, before the outcome is written: the next start stops there."""
+    config = two_phases(Norm)
+    config = replace(config, guard=replace(config.guard, min_self_ended_ratio=1.0))
+    monkeypatch.setattr(Norm, "base", lambda self: {**Norm.__call__(self), "self_ended": 1.0})
+    original = Norm.__call__
+    monkeypatch.setattr(
+        Norm, "__call__", lambda self: {**original(self), "self_ended": 0.5, "voice": 0.1}
+    )
+    assert not train_dpo(config, ALL)
+    outcome = jsonl.read_json(config.run / "outcome.json")
+    shutil.rmtree(config.run / "adapters")
+    (config.run / "outcome.json").unlink()
+    rows = determined(config.run / "metrics.jsonl")
+    assert not train_dpo(config, ALL)
+    assert jsonl.read_json(config.run / "outcome.json") == outcome and outcome["stopped"]
+    assert determined(config.run / "metrics.jsonl") == rows
+    assert (
+        differences(saved(config.run / "adapters"), saved(config.run / "checkpoints/sft-000000"))
+        == 0
+    )
+
+
+# Which are refused ------------------------------------------------------------------------------
+
+
+def edit(path: Path, **changes: Any) -> None:
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, **changes}))
+
+
+DAMAGES = {
+    "cut state": (lambda f: (f / STATE).write_text('{"vers'), "state.json: broken JSON"),
+    "no state": (lambda f: (f / STATE).unlink(), "state.json: no such file"),
+    "a list": (lambda f: (f / STATE).write_text("[]"), "state.json: is damaged"),
+    "no version": (lambda f: (f / STATE).write_text("{}"), "state.json: is damaged"),
+    "another version": (lambda f: edit(f / STATE, version=99), "another version .99, this one"),
+    "an unknown field": (lambda f: edit(f / STATE, extra=1), "state.json: is damaged"),
+    "cut adapters": (
+        lambda f: (f / models.ADAPTERS).write_bytes((f / models.ADAPTERS).read_bytes()[:-50]),
+        "adapters.safetensors: cannot be used",
+    ),
+    "no optimizer": (lambda f: (f / OPTIMIZER).unlink(), f"{OPTIMIZER}: cannot be used"),
+    "optimizer of another model": (
+        lambda f: mx.save_safetensors(str(f / OPTIMIZER), {"step": mx.array(1)}),
+        f"{OPTIMIZER}: cannot be used: its tensors are of another model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinished):
+    """One line with the folder to delete; deleted, the same command goes on from update 9."""
+    damage, message = DAMAGES[name]
+    newest = unfinished.run / "checkpoints/dpo-000010"
+    damage(newest)
+    with pytest.raises(UserError, match=message) as error:
+        train_dpo(unfinished, ALL)
+    assert str(newest) in str(error.value) and "delete" in str(error.value)
+    assert "\n" not in str(error.value) and newest.exists()
+    if name == "cut state":
+        shutil.rmtree(newest)
+        assert train_dpo(unfinished, ALL)
+        assert (unfinished.run / "checkpoints/dpo-000014").exists()
