@@ -68,8 +68,8 @@ def end(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("watch", [Norm, Shy])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeypatch, tmp_path):
     """A signal at every thirteenth safe point from the references to the last evaluation: stopped
-    and started again, each run ends in the adapters, optimizer, metrics and outcome of the undisturbed
-    one; whether the best is SFT's first evaluation or DPO's last.
+    and started again, each run ends in the adapters, optimizer, metrics and outcome of the
+    undisturbed one; whether the best is SFT's first evaluation or DPO's last.
     """
     config = two_phases(watch)
     with monkeypatch.context() as patch:
