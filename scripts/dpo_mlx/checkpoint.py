@@ -105,7 +105,7 @@ class Checkpoints:
             models.save_tensors(temporary / OPTIMIZER, dict(tensors))
             values = {"version": VERSION, **asdict(state), "origin": asdict(origin)}
             jsonl.write_json(temporary / STATE, values)
-        self._prune()
+        self.prune()
 
     def clear(self, phase: str) -> None:
         """Remove the checkpoints of a phase and of those after it, the latest first."""
@@ -117,7 +117,9 @@ class Checkpoints:
         """Those of a phase by update."""
         return sorted(self.folder.glob(f"{phase}-*"))
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove what need not be kept, also what a kill has left of that."""
+        durable.remove_leftovers(self.folder)
         everything = [path for phase in PHASES for path in self._all(phase)]
         kept = {*everything[-LAST:], *self._all(SFT)[-1:]}
         kept |= set(self._known_best(kept))

@@ -102,6 +102,12 @@ def remove_folder(folder: Path) -> None:
     _delete(temporary)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill has left in `folder` of the other two functions' temporary folders."""
+    for path in folder.glob(".*.tmp"):
+        _delete(path)
+
+
 def _temporary(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 

@@ -207,6 +207,7 @@ class Phases:
         self.first = count_updates(self.sft.settings, len(job.pairs[TRAIN]))
         self.updates = self.first + count_updates(self.dpo.settings, len(job.pairs[TRAIN]))
         self.checkpoints = Checkpoints(job.config.run / "checkpoints")
+        self.checkpoints.prune()
         self._found = {phase: self._look_for(phase) for phase in PHASES}
         self._after_sft = State(SFT)
 
