@@ -22,7 +22,7 @@ from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
 
-MOMENTS = 8
+MOMENTS = 5
 
 
 def run_chain(folder: Path) -> None:
@@ -91,7 +91,7 @@ def test_sigterm_to_the_runner_ends_its_stage_which_goes_on_later(tmp_path, sett
     exit, the script with 143; nothing that is there is sampled again.
     """
     settings["generation"] = {"max_tokens": 150, "batch_size": 2}
-    settings["data"]["max_length"] = 2048  # no sampled answer is dropped
+    settings["data"]["max_length"] = 512
     path = write_config(settings)
     samples = tmp_path / "run/pairs/train.samples.jsonl"
     with subprocess.Popen(

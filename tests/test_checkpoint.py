@@ -270,8 +270,8 @@ def edit(path: Path, **changes: Any) -> None:
 DAMAGES = {
     "cut state": (lambda f: (f / STATE).write_text('{"vers'), "state.json: broken JSON"),
     "no state": (lambda f: (f / STATE).unlink(), "state.json: no such file"),
-    "a list": (lambda f: (f / STATE).write_text("[]"), "state.json: lacks .version"),
-    "no version": (lambda f: (f / STATE).write_text("{}"), "state.json: lacks .version"),
+    "a list": (lambda f: (f / STATE).write_text("[]"), 'state.json: lacks "version"'),
+    "no version": (lambda f: (f / STATE).write_text("{}"), 'state.json: lacks "version"'),
     "another version": (lambda f: edit(f / STATE, version=99), "another version .99, this one"),
     "an unknown field": (lambda f: edit(f / STATE, extra=1), "state.json: is damaged"),
     "cut adapters": (

@@ -150,7 +150,7 @@ def read_whole_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any
 def read_json(
     path: Path,
     keys: Iterable[str] = (),
-    remedy: str = "delete it and run the stage that makes it again",
+    remedy: str = "run the stage that makes it again",
 ) -> Any:
     """One JSON value, written by an earlier stage. Raises UserError when it is not there, broken,
     or an object that lacks one of the `keys`.
