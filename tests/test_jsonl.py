@@ -164,7 +164,7 @@ def test_json_value(file, tmp_path):
     assert jsonl.read_json(file) == {"a": [1, "é"]} == json.loads(file.read_text())
     for content in (b"{", b"\xff"):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="broken JSON; run the stage"):
+        with pytest.raises(UserError, match="broken JSON; delete it and run the stage"):
             jsonl.read_json(file)
     with pytest.raises(UserError, match="no such file; run the stage"):
         jsonl.read_json(tmp_path / "absent.json")

@@ -150,13 +150,13 @@ def read_whole_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any
 def read_json(
     path: Path,
     keys: Iterable[str] = (),
-    remedy: str = "run the stage that makes it again",
+    remedy: str = "delete it and run the stage that makes it again",
 ) -> Any:
     """One JSON value, written by an earlier stage. Raises UserError when it is not there, broken,
     or an object that lacks one of the `keys`.
     """
     try:
-        value = json.loads(read_bytes(path, remedy))
+        value = json.loads(read_bytes(path, remedy.removeprefix("delete it and ")))
     except ValueError as error:
         raise UserError(f"{path}: broken JSON; {remedy}") from error
     _require_keys(value, keys, str(path), remedy)
