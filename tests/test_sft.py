@@ -268,7 +268,7 @@ def test_other_dpo_settings_keep_sft(dpo_again):
     while DPO's metrics are others.
     """
     (files, metrics), (files_after, metrics_after) = dpo_again
-    assert files_after == files and len(files[0]) == 2
+    assert files_after == files and len(files[0]) == 5
     sft, sft_after = ([r for r in rows if r["phase"] == "sft"] for rows in (metrics, metrics_after))
     assert sft_after == sft
     assert metrics_after[-1] != metrics[-1]
