@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,13 +29,17 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 4096 bytes: what a full disk does, as an EFBIG."""
+    """No file may grow beyond 4096 bytes: what a full disk does, as an EFBIG. Not for the whole of
+    a test, as pytest's own output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_new_folder_takes_the_old_one_s_place(tmp_path):
@@ -133,30 +138,30 @@ def test_removed_means_gone(tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_a_full_disk_in_append_leaves_whole_rows(small_files, tmp_path):
+def test_a_full_disk_in_append_leaves_whole_rows(tmp_path):
     """The row that does not fit is not there at all; the error names the file."""
     path = tmp_path / "rows.jsonl"
     jsonl.append(path, [{"a": "x" * 4000}])
     before = path.read_bytes()
-    with pytest.raises(OSError) as error:
+    with small_files(), pytest.raises(OSError) as error:
         jsonl.append(path, [{"a": 1}, {"b": "y" * 4000}])
     assert error.value.filename == str(path) and error.value.errno == errno.EFBIG
     assert path.read_bytes() == before
 
 
-def test_a_full_disk_in_write_leaves_the_old_file(small_files, tmp_path):
+def test_a_full_disk_in_write_leaves_the_old_file(tmp_path):
     """The old rows under the name, and no temporary file that takes the last space."""
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, [{"a": 1}])
-    with pytest.raises(OSError) as error:
+    with small_files(), pytest.raises(OSError) as error:
         jsonl.write(path, [{"b": "y" * 5000}])
     assert error.value.errno == errno.EFBIG
     assert path.read_text() == '{"a": 1}\n' and names(tmp_path) == {"rows.jsonl"}
 
 
-def test_a_full_disk_in_tensors_is_an_oserror(small_files, tmp_path):
+def test_a_full_disk_in_tensors_is_an_oserror(tmp_path):
     """MLX says it as a RuntimeError; here it names the file, as for any other."""
-    with pytest.raises(OSError) as error:
+    with small_files(), pytest.raises(OSError) as error:
         models.save_tensors(tmp_path / "t.safetensors", {"a": mx.zeros(5000)})
     assert error.value.filename == str(tmp_path / "t.safetensors")
     assert error.value.errno == errno.ENOSPC
