@@ -19,6 +19,7 @@ from .errors import UserError
 # Architectures whose weights have the same names and axes in mlx-lm and in transformers.
 SAME_LAYOUT = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 GRANITE_HYBRID = "granitemoehybrid"
+FOR_TORCH = {"format": "pt"}  # metadata without which transformers reads no safetensors
 SHARD_GB = 2  # each file is put together in memory
 
 Weights = Mapping[str, mx.array]
@@ -107,8 +108,7 @@ def _save_weights(weights: dict[str, Any], folder: Path) -> None:
     for number in range(1, len(shards) + 1):
         shard = shards.pop(0)
         file = f"model-{number:05d}-of-{number + len(shards):05d}.safetensors"
-        with durable.disk_errors(folder / file):
-            mx.save_safetensors(str(folder / file), shard, metadata={"format": "pt"})
+        models.save_tensors(folder / file, shard, FOR_TORCH)
         index.update(dict.fromkeys(shard, file))
     jsonl.write_json(
         folder / models.INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index}

@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import durable, jsonl, models
 from .config import Config
 from .errors import UserError
-from .export import GRANITE_HYBRID, require_layout
+from .export import FOR_TORCH, GRANITE_HYBRID, require_layout
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 # Linear layers of Granite as (where transformers has them, their place among the layers merged
@@ -53,8 +53,7 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
         for name, (a, b) in modules.items():
             weights[f"base_model.model.{name}.lora_A.weight"] = mx.contiguous(a)
             weights[f"base_model.model.{name}.lora_B.weight"] = mx.contiguous(b)
-        with durable.disk_errors(temporary / PEFT_WEIGHTS):
-            mx.save_safetensors(str(temporary / PEFT_WEIGHTS), weights, metadata={"format": "pt"})
+        models.save_tensors(temporary / PEFT_WEIGHTS, weights, FOR_TORCH)
         jsonl.write_json(
             temporary / models.ADAPTER_CONFIG, _settings(modules, parameters, base_name)
         )

@@ -188,10 +188,12 @@ def copy_adapters(source: Path, folder: Path) -> None:
             shutil.copy(source / name, temporary / name)
 
 
-def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file; the same tensors are the same bytes, whatever order they come in."""
     with disk_errors(path):
-        mx.save_safetensors(str(path), dict(sorted(tensors.items())))
+        mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata)
 
 
 @contextmanager
