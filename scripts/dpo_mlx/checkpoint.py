@@ -60,13 +60,6 @@ class Origin:
     adapters: stamp.Inputs = field(default_factory=dict)
     judgement: stamp.Inputs = field(default_factory=dict)
 
-    def differences(self, other: Origin) -> list[str]:
-        """What changed from this one to the other."""
-        return [
-            *stamp.differences(self.adapters, other.adapters),
-            *stamp.differences(self.judgement, other.judgement),
-        ]
-
 
 class Checkpoints:
     """The checkpoints of a run: the last two, the end of SFT, and the best that each one knows."""

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from . import checkpoint, models, signals
-from .checkpoint import Checkpoints, Origin, State
+from .checkpoint import DPO, SFT, Checkpoints, Origin, State
 from .config import Config, TrainConfig
 from .engine import Engine, PairScore, summarise
 from .errors import UserError
@@ -60,7 +60,7 @@ class Stopped(Exception):
 class Sft:
     """Supervised fine-tuning on the chosen answers, with the rate and epochs of `sft`."""
 
-    name = "sft"
+    name = SFT
 
     def __init__(self, config: Config) -> None:
         self.settings = replace(config.train, **asdict(config.sft))
@@ -81,7 +81,7 @@ class Sft:
 class Dpo:
     """The preference loss on both answers."""
 
-    name = "dpo"
+    name = DPO
 
     def __init__(self, config: Config) -> None:
         self.settings = config.train
