@@ -1,33 +1,83 @@
 #!/usr/bin/env bash
 # From questions and answers to a fused model and its report. Run again, it goes on where it was.
 #
-#   ./train_dpo_run1.sh [CONFIG] [--set section.key=value ...]
+#   ./train_dpo_run1.sh [CONFIG] [--launch "-n 2"] [--set section.key=value ...]
+#
+# --launch takes options of mlx.launch, which then starts the stages that can share their work.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
 
 config=config/mlx_granite-4.0-h-micro_dpo.yaml
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then config=$1; shift; fi
+launch="" options=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --launch) launch=${2:?needs options of mlx.launch}; shift 2 ;;
+    *) options+=("$1"); shift ;;
+  esac
+done
 
-# In the background, so that a signal to this script reaches the stage, which saves and ends; ^C
-# reaches both by itself, and the stage takes the second one as the same wish.
+# stage SCRIPT: in the background, so that a signal to this script reaches the stage, which saves and
+# ends; ^C reaches both by itself, and the stage takes the second one as the same wish.
 stage() {
-  local script=$1; shift
   local started=$SECONDS code=0
-  LD_PRELOAD="$MLX_PRELOAD" python "$script" --config "$config" "$@" & child=$!
+  LD_PRELOAD="$MLX_PRELOAD" python "$1" --config "$config" ${options[@]+"${options[@]}"} & child=$!
+  await || code=$?
+  child=""
+  finish "$1" "$started" "$code"
+}
+
+# shared_stage SCRIPT: by all processes that --launch asks for. mlx.launch tells nobody how they
+# ended, so rank 0 writes its process number and its exit code to a file. Only rank 0 is signalled.
+shared_stage() {
+  if [ -z "$launch" ]; then stage "$1"; return; fi
+  local started=$SECONDS code
+  rank_0=$(mktemp)
+  mlx.launch $launch --env "DPO_RANK_0=$rank_0" --env "LD_PRELOAD=$MLX_PRELOAD" \
+    --env "OPENBLAS_NUM_THREADS=$(blas_threads)" -- \
+    "$(command -v python)" "$1" --config "$config" ${options[@]+"${options[@]}"} < <(keep_awake) & child=$!
+  await || true
+  code=$(sed -n 2p "$rank_0")
+  rm "$rank_0"
+  child="" rank_0=""
+  finish "$1" "$started" "${code:-1}"
+}
+
+# The launcher's threads never rest while a process has not refused what is typed.
+keep_awake() {
+  exec 2> /dev/null
+  while sleep 2; do echo; done
+}
+
+# Processes on one CPU get in each other's way unless they share its cores.
+blas_threads() {
+  local here=1
+  if [[ $launch =~ (-n|--repeat-hosts)[=\ ]*([0-9]+) ]]; then here=${BASH_REMATCH[2]}; fi
+  local each=$(($(getconf _NPROCESSORS_ONLN) / here))
+  echo "${OPENBLAS_NUM_THREADS:-$((each > 0 ? each : 1))}"
+}
+
+await() {
+  local code=0
   wait "$child" || code=$?
   while kill -0 "$child" 2> /dev/null; do wait "$child" || code=$?; done
-  child=""
-  [ -z "$signalled" ] || exit "$signalled"
-  echo "-- $(basename "$script"): $((SECONDS - started)) s" >&2
   return "$code"
 }
 
-child="" signalled=""
+finish() {
+  [ -z "$signalled" ] || exit "$signalled"
+  echo "-- $(basename "$1"): $((SECONDS - $2)) s" >&2
+  return "$3"
+}
+
+child="" signalled="" rank_0=""
 hand_on() {
   signalled=$1
   [ -n "$child" ] || exit "$signalled"
-  kill -TERM "$child" 2> /dev/null || true
+  if [ -z "$rank_0" ]; then kill -TERM "$child" 2> /dev/null || true
+  elif [ -s "$rank_0" ]; then kill -TERM "$(head -n 1 "$rank_0")" 2> /dev/null || true
+  fi
 }
 trap 'hand_on 130' INT
 trap 'hand_on 143' TERM
@@ -37,12 +87,12 @@ use_venv .venv requirements.txt
 find_openblas
 echo "-- set-up: $((SECONDS - started)) s"
 
-stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "$@"
-stage scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py "$@"
+stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py
+shared_stage scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py
 # 3: stopped by a guard. The best adapters before that are fused, and the report tells the story.
 stopped=0
-stage scripts/phase4-fine-tune-model/10_train_dpo.py "$@" || stopped=$?
+shared_stage scripts/phase4-fine-tune-model/10_train_dpo.py || stopped=$?
 [ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"
-stage scripts/phase4-fine-tune-model/11_fuse_adapters.py "$@"
-stage scripts/phase4-fine-tune-model/12_smoke_test.py "$@"
+stage scripts/phase4-fine-tune-model/11_fuse_adapters.py
+stage scripts/phase4-fine-tune-model/12_smoke_test.py
 exit "$stopped"

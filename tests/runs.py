@@ -17,8 +17,10 @@ from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard
 from dpo_mlx.metrics import MEASURED, MetricsFile
 from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.phase import Dpo, Example, Sft
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Dpo, Example, Sft, Trainer
+from dpo_mlx.trainer import Trainer
+from dpo_mlx.worker import Worker
 from dpo_mlx.writing import GREEDY, Measures
 from mlx.utils import tree_flatten
 
@@ -96,7 +98,7 @@ class Run:
         self.watch = Scripted(script)
         self.guard = Guard(wrote(), config.guard)
         self.trainer = Trainer(
-            self.model,
+            Worker(self.model),
             config,
             phase(config),
             self.train,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,27 @@ def test_a_stopped_run_is_told_to_its_end(run: dict[str, Any]) -> None:
     report = json.loads((folder / "stopped" / "report.json").read_text())
     training = report["training"]
     assert training["stopped"] and training["kept_update"] < training["updates"]
+
+
+def test_two_processes_make_the_same_report(run: dict[str, Any], tmp_path: Path) -> None:
+    """--launch: stages 06 and 10 are shared by two processes, and the report's figures are those
+    of one; both processes and the launcher are gone at the end.
+    """
+    moved = {
+        "run_dir": tmp_path / "run",
+        "data.train_pairs": tmp_path / "dpo_train.jsonl",
+        "data.valid_pairs": tmp_path / "dpo_valid.jsonl",
+    }
+    sets = [part for key, value in moved.items() for part in ("--set", f"{key}={value}")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launch = f"-n 2 --starting-port {port}"
+    shared = _start([str(CONFIG), *run["sets"], "--launch", launch, *sets])
+    assert shared.returncode == 0, shared.stdout + shared.stderr
+    assert shared.stdout.count("06: the prompt of the first question") == 1
+    mine, alone = (
+        json.loads((folder / "run/report.json").read_text()) for folder in (tmp_path, run["folder"])
+    )
+    for part in ("voice", "preference"):
+        assert mine[part] == pytest.approx(alone[part], rel=1e-4, abs=1e-4)
+    assert mine["answers"] == alone["answers"]

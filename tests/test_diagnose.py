@@ -14,8 +14,8 @@ from dpo_mlx.diagnose import Facts, Probe, findings, gather, probe
 from dpo_mlx.engine import Engine
 from dpo_mlx.losses import LOSSES
 from dpo_mlx.pairs import LENGTH, EncodedPair, Pair, Sequence
+from dpo_mlx.phase import Example, Sft
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Example, Sft
 from dpo_mlx.voice import FEATURES, VoiceClassifier
 from runs import Run, exit_code, wrote
 
@@ -178,7 +178,7 @@ def first_update(run: Run) -> tuple[Probe, np.ndarray]:
     """What the probe says, and what the real first update at a small rate does to unseen pairs:
     the mean change a token of (chosen, rejected) over the rate.
     """
-    engine, (train, valid) = run.trainer.engine, (run.train, run.valid)
+    engine, (train, valid) = run.trainer.worker.engine, (run.train, run.valid)
     foretold = probe(engine, run.config, [e.pair for e in train], [e.pair for e in valid])
     before = per_token(engine, valid)
     assert len(run.run().updates) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from dpo_mlx import config, jsonl, make_pairs, sampling
+from dpo_mlx import config, jsonl, make_pairs, worker
 from dpo_mlx.errors import UserError
 from dpo_mlx.sampling import Answer
 
@@ -20,13 +20,13 @@ Settings = dict[str, Any]
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of every batch that goes through the model, as it happens."""
     batches: list[int] = []
-    original = sampling.sample_batch
+    original = worker.sample_batch
 
-    def counted(model: Any, tokenizer: Any, prompts: Any, settings: Any, seed: int) -> Any:
-        batches.append(len(prompts))
-        return original(model, tokenizer, prompts, settings, seed)
+    def counted(model: Any, tokenizer: Any, batch: Any, settings: Any) -> Any:
+        batches.append(len(batch.prompts))
+        return original(model, tokenizer, batch, settings)
 
-    monkeypatch.setattr(sampling, "sample_batch", counted)
+    monkeypatch.setattr(worker, "sample_batch", counted)
     return batches
 
 
@@ -105,7 +105,7 @@ def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
     """Stopped in the second batch: the first is kept, and the end is as if never stopped."""
     undisturbed = contents(make(elsewhere(settings, "undisturbed")))
     sampled.clear()
-    counted = sampling.sample_batch
+    counted = worker.sample_batch
 
     def stopped(*arguments: Any) -> list[Answer]:
         if len(sampled) == 1:
@@ -113,7 +113,7 @@ def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
         return counted(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sampling, "sample_batch", stopped)
+        patch.setattr(worker, "sample_batch", stopped)
         make(settings)
     folder = Path(settings["data"]["train_pairs"]).parent
     assert not (folder / "train.jsonl").exists()
@@ -239,7 +239,7 @@ def test_unusable_answers_are_dropped_and_counted(settings, questions, monkeypat
     made[0] = Answer("", "stop", 0)
     made[1] = Answer(questions[1]["answer"], "stop", 9)
     made[2] = Answer("x" * 300, "length", 300)
-    monkeypatch.setattr(make_pairs, "sample_all", lambda *_: made)
+    monkeypatch.setattr(make_pairs, "_sample", lambda *_: made)
     folder = make(settings)
     assert report(folder)["dropped"] == {
         "rejected is empty": 1,
@@ -264,7 +264,7 @@ def test_too_long_chosen_is_dropped_before_sampling(settings, questions, sampled
 def test_percentiles_by_hand(settings, questions, monkeypatch):
     """Lengths in the report are tokens with the end of turn: a byte each here, and one."""
     monkeypatch.setattr(
-        make_pairs, "sample_all", lambda *_: [Answer("x" * (i + 1), "stop", i) for i in range(30)]
+        make_pairs, "_sample", lambda *_: [Answer("x" * (i + 1), "stop", i) for i in range(30)]
     )
     tokens = report(make(settings))["tokens"]
     assert tokens["percentiles"] == [5, 25, 50, 75, 95, 100]
@@ -278,7 +278,7 @@ def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatc
     held = [q for q in questions if make_pairs.questions.is_held_out(q["question"], 0.9)]
     kept = questions if split == "valid" else held
     Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in kept))
-    monkeypatch.setattr(make_pairs, "sample_all", lambda *_: [Answer("no", "stop", 2)] * len(kept))
+    monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("no", "stop", 2)] * len(kept))
     with pytest.raises(UserError, match=f"{split}.jsonl: no pair would be left in it"):
         make(settings, f"data.valid_fraction={fraction}")
     folder = Path(settings["data"]["train_pairs"]).parent

@@ -18,9 +18,11 @@ from dpo_mlx.guard import Guard
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.metrics import Callbacks
 from dpo_mlx.pairs import EncodedPair, Sequence
+from dpo_mlx.phase import Dpo, Example
 from dpo_mlx.reference import Reference
 from dpo_mlx.train_dpo import ALL, train_dpo
-from dpo_mlx.trainer import Dpo, Example, Trainer
+from dpo_mlx.trainer import Trainer
+from dpo_mlx.worker import Worker
 from runs import wrote
 
 WIDE = {
@@ -71,7 +73,9 @@ def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
     reference = Reference(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
     examples = [Example(pair, reference)] * 4
     guard = Guard(wrote(), config.guard)
-    trainer = Trainer(model, config, Dpo(config), examples, examples[:1], Callbacks(), wrote, guard)
+    trainer = Trainer(
+        Worker(model), config, Dpo(config), examples, examples[:1], Callbacks(), wrote, guard
+    )
     gc.collect()  # else what earlier tests left behind may go while this one is measured
     held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
     trainer.run()

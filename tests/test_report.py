@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_mlx import report
+from dpo_mlx import pages, report
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -471,7 +471,7 @@ def test_settings_read_like_the_config() -> None:
     sections = report.sections(REPORT["run"]["config"])
     assert list(sections) == ["run", "train", "lora", "dpo"]
     values = [None, True, 1e-06, "cosine", "", ["q_proj"]]
-    assert [report.setting(v) for v in values] == [
+    assert [pages.setting(v) for v in values] == [
         "null", "true", "1e-06", "cosine", '""', '["q_proj"]'
     ]  # fmt: skip
 

@@ -14,8 +14,8 @@ from dpo_mlx import jsonl
 from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
+from dpo_mlx.phase import Sft, groups
 from dpo_mlx.train_dpo import ALL, PRECOMPUTE, TRAIN_ONLY, train_dpo
-from dpo_mlx.trainer import Sft, groups
 from mlx.utils import tree_flatten, tree_map
 from runs import Scripted, determined, differences, saved, wrote
 
@@ -28,9 +28,9 @@ class Norm(Scripted):
 
     sign = 1.0
 
-    def __init__(self, model, *_):
+    def __init__(self, worker, *_):
         super().__init__()
-        self.model = model
+        self.model = worker.model
 
     def base(self):
         return wrote(voice=0.5)

@@ -9,11 +9,13 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx.config import TrainConfig
-from dpo_mlx.engine import Engine, summarise
+from dpo_mlx.engine import Engine, score_against, summarise
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import Kept
+from dpo_mlx.phase import Example, count_updates, groups, learning_rate
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Example, Stopped, count_updates, groups, learning_rate
+from dpo_mlx.trainer import Stopped
+from dpo_mlx.worker import Worker, log_probs
 from mlx.utils import tree_flatten, tree_map
 from runs import VALID, Adapters, differences, saved, swapped, wrote
 
@@ -326,8 +328,9 @@ def test_dropout_depends_on_the_update_alone(make, monkeypatch):
 def evaluate_folder(run, folder):
     """The loss of the valid pairs under a checkpoint, loaded by mlx-lm."""
     model, *_ = mlx_lm.load(run.config.model, adapter_path=str(folder))
-    engine = Engine(model)
-    scores = [engine.score(e.pair, e.reference, run.config.dpo) for e in run.valid]
+    found = log_probs(Worker(model), [e.pair for e in run.valid])
+    both = zip(found, run.valid, strict=True)
+    scores = [score_against(pi, e.pair, e.reference, run.config.dpo) for pi, e in both]
     return summarise(scores, run.config.dpo.beta)["loss"]
 
 

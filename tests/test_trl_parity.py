@@ -14,13 +14,15 @@ import tiny
 from dpo_mlx import config as config_module
 from dpo_mlx import jsonl, models
 from dpo_mlx.config import DpoConfig, LoraConfig
-from dpo_mlx.engine import Engine, summarise
+from dpo_mlx.engine import Engine, score_against, summarise
 from dpo_mlx.guard import Guard
 from dpo_mlx.losses import Sides, objective
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.phase import Dpo, Example, groups
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Dpo, Example, Trainer, groups
+from dpo_mlx.trainer import Trainer
+from dpo_mlx.worker import Worker, log_probs
 from mlx.utils import tree_flatten, tree_map_with_path
 from runs import wrote
 
@@ -149,7 +151,9 @@ class Ours:
         return dict(tree_flatten(self.model.trainable_parameters()))
 
     def scores(self, settings):
-        return [self.engine.score(e.pair, e.reference, settings) for e in self.examples]
+        found = log_probs(Worker(self.model), [e.pair for e in self.examples])
+        both = zip(found, self.examples, strict=True)
+        return [score_against(pi, e.pair, e.reference, settings) for pi, e in both]
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +395,9 @@ def test_twenty_updates_are_trl_s(kind, schedule, folders, settings, write_confi
     start = ours.adapters
     metrics = MetricsFile(config.run / "metrics.jsonl")
     guard, examples = Guard(wrote(), config.guard), ours.examples
-    Trainer(ours.model, config, Dpo(config), examples, examples, metrics, wrote, guard).run()
+    Trainer(
+        Worker(ours.model), config, Dpo(config), examples, examples, metrics, wrote, guard
+    ).run()
     updates = [r for r in jsonl.read_whole_lines(config.run / "metrics.jsonl") if "loss" in r]
 
     order = [PAIRS[i] for _, indices in groups(config.train, 4, config.seed) for i in indices]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from dpo_mlx import models, voice
-from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
+from dpo_mlx.config import GenerationConfig, LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.models import LORA_LAYERS
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
-from dpo_mlx.sampling import Answer, sample_batch
+from dpo_mlx.sampling import Answer, Batch, sample_batch
+from dpo_mlx.worker import Worker
 from dpo_mlx.writing import GREEDY, Watch, measure
 from runs import differences
 
@@ -38,7 +38,7 @@ def test_measures_by_hand(llama: Path) -> None:
     loaded = models.load(str(llama))
     encoder, engine = Encoder(loaded.tokenizer), Engine(loaded.model)
     answers = [Answer("a b a b", STOP, 4), Answer("c d", LENGTH, 8)]
-    found = measure(answers, ASKED, CLASSIFIER, engine, encoder)
+    found = measure(answers, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder)
     sequences = [
         encoder.sequence(p.prompt, a.text, a.finish) for p, a in zip(ASKED, answers, strict=True)
     ]
@@ -56,24 +56,26 @@ def test_measures_by_hand(llama: Path) -> None:
 def test_nothing_written_is_no_log_prob(llama: Path) -> None:
     """Empty answers cannot pass for natural ones."""
     loaded = models.load(str(llama))
-    encoder, engine = Encoder(loaded.tokenizer), Engine(loaded.model)
-    found = measure([Answer("", LENGTH, 0)] * 2, ASKED, CLASSIFIER, engine, encoder)
+    encoder = Encoder(loaded.tokenizer)
+    found = measure(
+        [Answer("", LENGTH, 0)] * 2, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder
+    )
     assert found["base_logprob_per_token"] == float("-inf")
 
 
 def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
     """The base's measures are those of a model without adapters, and the adapters stay on."""
-    config = Config(
-        model=str(llama),
-        run_dir="r",
-        data=DataConfig(source="s", train_pairs="t", valid_pairs="v"),
-        train=TrainConfig(learning_rate=1e-6),
-        generation=GenerationConfig(max_tokens=8),
-    )
     scales = [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)]
 
     def watch(loaded: models.LoadedModel) -> Watch:
-        return Watch(loaded.model, Encoder(loaded.tokenizer), CLASSIFIER, ASKED, config)
+        return Watch(
+            Worker(loaded.model, loaded.tokenizer),
+            Encoder(loaded.tokenizer),
+            CLASSIFIER,
+            ASKED,
+            GenerationConfig(max_tokens=8),
+            0,
+        )
 
     base = watch(tuned).base()
     assert [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)] == scales
@@ -83,15 +85,17 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
     assert watch(tuned)() != pytest.approx(plain)
 
 
-def test_greedy_and_sampled_in_one_batch(llama: Path) -> None:
-    """A prompt's own temperature is its own: the greedy half is a greedy batch's answers."""
+def test_a_greedy_batch_is_no_matter_of_chance(llama: Path) -> None:
+    """Two seeds answer alike when greedy, and otherwise when sampled."""
     loaded = models.load(str(llama))
     encoder, settings = Encoder(loaded.tokenizer), GenerationConfig(max_tokens=8, temperature=1.0)
     prompts = [encoder.prompt(pair.prompt) for pair in ASKED]
     model, tokenizer = loaded.model, loaded.tokenizer
-    mixed = sample_batch(model, tokenizer, prompts * 2, settings, 0, [1.0] * 2 + [0.0] * 2)
-    greedy = sample_batch(model, tokenizer, prompts, settings, 1, [0.0] * 2)
-    assert mixed[2:] == greedy
+    greedy, again = (
+        sample_batch(model, tokenizer, Batch(prompts, seed, greedy=True), settings)
+        for seed in (0, 1)
+    )
+    assert greedy == again != sample_batch(model, tokenizer, Batch(prompts, 0), settings)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -103,8 +107,9 @@ def test_watching_changes_nothing_that_is_learned(dropout: float, make: Any) -> 
     def adapters(eval_every: int) -> Any:
         off = {"enabled": False}
         run = make(eval_every=eval_every, grad_accumulation=3, lora={"dropout": dropout}, guard=off)
-        short = replace(run.config, generation=GenerationConfig(max_tokens=4, temperature=1.0))
-        run.trainer.watch = Watch(run.model, run.encoder, CLASSIFIER, ASKED, short)
+        short = GenerationConfig(max_tokens=4, temperature=1.0)
+        worker = Worker(run.model, run.encoder.tokenizer)
+        run.trainer.watch = Watch(worker, run.encoder, CLASSIFIER, ASKED, short, 0)
         return run.run().adapters
 
     assert differences(adapters(1), adapters(100)) == 0

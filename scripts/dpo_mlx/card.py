@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from . import jsonl, stamp
+from . import jsonl, pages, stamp
 from .config import Config
 from .make_pairs import PairFiles
 
@@ -24,14 +22,8 @@ def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def render(config: Config, report: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    return pages.render(
+        TEMPLATE,
         config=config,
         name=config.run.name,
         base=Path(config.model).name if Path(config.model).is_dir() else config.model,

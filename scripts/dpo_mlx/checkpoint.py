@@ -21,9 +21,8 @@ from . import durable, jsonl, models, stamp
 from .config import LoraConfig
 from .errors import UserError
 from .guard import Kept
+from .phase import PHASES, SFT
 from .writing import Measures
-
-SFT, DPO = PHASES = ("sft", "dpo")  # in the order of a run
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 VERSION = 1  # of what is in STATE

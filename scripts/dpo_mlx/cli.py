@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import config as configs
-from . import lock, signals
+from . import lock, signals, team
 from .config import Config
 from .errors import UserError
+
+RANK_0 = "DPO_RANK_0"  # in the environment
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
 
@@ -36,21 +39,48 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     """Run a stage in its run's folder and exit: 0, its own code, 1 with one line for a user's
     mistake or a disk's fault, 130 for ^C, 143 for SIGTERM.
+
+    Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
+    exit codes to itself, the process number and the code go to the file that RANK_0 names.
     """
     options = arguments.parse_args()
+    if team.link().size > 1:
+        # The launcher's threads never rest while a process could still read what is typed.
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if team.link().rank:
+        sys.exit(_code_of(team.serve))
+    _tell_runner(os.getpid())
+    code = _code_of(lambda: _run(stage, options))
+    team.dismiss()
+    _tell_runner(code)
+    sys.exit(code)
+
+
+def _tell_runner(number: int) -> None:
+    if path := os.environ.get(RANK_0):
+        with Path(path).open("a", encoding="utf-8") as file:
+            print(number, file=file)
+
+
+def _run(stage: Stage, options: argparse.Namespace) -> int | None:
+    config = configs.load(options.config, options.overrides)
+    with signals.caught(), lock.run_folder(config.run):
+        return stage(config, options)
+
+
+def _code_of(run: Callable[[], int | None]) -> int:
+    """The exit code of what is run; a fault has said its line."""
     try:
-        config = configs.load(options.config, options.overrides)
-        with signals.caught(), lock.run_folder(config.run):
-            sys.exit(stage(config, options))
+        return run() or 0
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except OSError as error:
         print(f"error: {_of_the_disk(error)}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except signals.Interrupted as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        return stop.exit_code
 
 
 def _of_the_disk(error: OSError) -> str:

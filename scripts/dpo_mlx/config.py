@@ -57,7 +57,7 @@ class DataConfig:
 class GenerationConfig:
     temperature: float = _number(0.7, low=0.0, high=5.0)
     top_p: float = _number(0.95, low=0.0, high=1.0)
-    max_tokens: int = _number(512, low=1)
+    max_tokens: int | None = _number(None, low=1)
     batch_size: int = _number(8, low=1)
     restart: bool = False
 
@@ -170,11 +170,20 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     values = _read_yaml(path)
     for override in overrides or []:
         _override(values, override, faults)
+    return _of_values(values, str(path), faults)
+
+
+def of_values(values: dict[str, Any]) -> Config:
+    """The config that `asdict` made these values of."""
+    return _of_values(values, "config", [])
+
+
+def _of_values(values: dict[str, Any], name: str, faults: list[str]) -> Config:
     config = _build(Config, values, "", faults)
     if config is not None:
         faults += _contradictions(config)
     if faults or config is None:
-        raise UserError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
     return config
 
 

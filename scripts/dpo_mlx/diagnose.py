@@ -16,8 +16,8 @@ from .config import Config
 from .engine import Engine, combine, lengths, objective_slopes
 from .losses import Sides
 from .pairs import LENGTH, EncodedPair, Pair, Sequence
+from .phase import Dpo, Sft, count_updates, learning_rate
 from .reference import Reference
-from .trainer import Dpo, Sft, count_updates, learning_rate
 from .voice import VoiceClassifier
 
 # Losses of log-probs averaged over tokens: their log-ratios are some hundred times smaller than
@@ -185,7 +185,7 @@ def _of_data(facts: Facts, config: Config) -> Iterator[Finding]:
     if facts.cut_share > MANY_CUT:
         yield Finding(
             f"{facts.cut_share:.0%} of the rejected answers were cut at the limit and teach "
-            "nothing about ending; raise generation.max_tokens"
+            "nothing about ending; fewer are with a higher generation.max_tokens"
         )
     if facts.classifier_accuracy < voice.LEAST_ACCURACY:
         yield Finding(

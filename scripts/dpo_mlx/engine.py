@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from . import signals
 from .config import DpoConfig
 from .logps import check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Sides, objective, preference_loss, rewards
@@ -52,11 +51,6 @@ class Engine:
         """log p(answer | prompt), the sum over the answer's tokens, in nats."""
         hidden, targets = self._answer(sequence)
         return float(token_log_probs(hidden, targets, self._head).sum())
-
-    def score(self, pair: EncodedPair, reference: Reference, settings: DpoConfig) -> PairScore:
-        """A pair's loss and log-probs, without gradients."""
-        pi = self.log_prob(pair.chosen), self.log_prob(pair.rejected)
-        return score_against(pi, pair, reference, settings)
 
     def nll_gradient(self, sequence: Sequence) -> tuple[float, Any]:
         """An answer's mean negative log-likelihood, in nats a token, and its gradient (a tree)."""
@@ -132,15 +126,6 @@ def combine(slopes: Sides, gradients: Sides) -> Any:
 def lengths(pair: EncodedPair) -> Sides:
     """The answers' lengths in tokens, float32 scalars."""
     return Sides(*(mx.array(float(side.answer_length)) for side in pair.sides))
-
-
-def log_probs(engine: Engine, encoded: Iterable[EncodedPair]) -> list[tuple[float, float]]:
-    """log p of (chosen, rejected) of each pair, in nats."""
-    found = []
-    for pair in encoded:
-        signals.check()
-        found.append((engine.log_prob(pair.chosen), engine.log_prob(pair.rejected)))
-    return found
 
 
 def _constants(pair: EncodedPair, reference: Reference) -> tuple[Sides, Sides]:

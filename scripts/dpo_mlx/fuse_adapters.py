@@ -7,10 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import card, durable, fusing, jsonl, models, pairs, stamp
+from . import card, durable, fusing, jsonl, models, pairs, stamp, worker
 from .config import Config
-from .engine import Engine
-from .engine import log_probs as of_pairs
 from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
@@ -167,7 +165,7 @@ def log_probs(loaded: models.LoadedModel, encoded: list[EncodedPair]) -> Sides:
     that of its weights.
     """
     with fusing.activations_in_float32(loaded.model):
-        chosen, rejected = zip(*of_pairs(Engine(loaded.model), encoded), strict=True)
+        chosen, rejected = zip(*worker.log_probs(worker.Worker(loaded.model), encoded), strict=True)
     return Sides(mx.array(chosen), mx.array(rejected))
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from . import jsonl, memory, models, pairs, reference, scan, stamp, voice
-from .config import Config
-from .engine import Engine
+from . import jsonl, memory, models, pairs, reference, stamp, team, voice
+from .config import Config, GenerationConfig
 from .errors import UserError
 from .pairs import EncodedPair, Encoder, Pair
+from .phase import pairs_per_update
 from .reference import Reference
-from .trainer import pairs_per_update
+from .sampling import limited
 from .voice import VoiceClassifier
+from .worker import Worker
 
 TRAIN, VALID = SPLITS = ("train", "valid")
 BASE, AFTER_SFT = "base", "sft"  # the models a reference is taken of
@@ -24,12 +24,12 @@ BASE, AFTER_SFT = "base", "sft"  # the models a reference is taken of
 
 @dataclass(frozen=True)
 class Job:
-    """All that stage 10 works on: the model with fresh adapters, the pairs of both splits as text
-    and as ids, the classifier of the voice.
+    """All that stage 10 works on: the model with fresh adapters and who computes with it, the pairs
+    of both splits as text and as ids, the classifier of the voice.
     """
 
     config: Config
-    model: nn.Module
+    worker: Worker
     encoder: Encoder
     raw: dict[str, list[Pair]]
     pairs: dict[str, list[EncodedPair]]
@@ -37,13 +37,19 @@ class Job:
     plan: memory.Plan
 
     @property
+    def generation(self) -> GenerationConfig:
+        """How questions are answered."""
+        everything = [pair for split in SPLITS for pair in self.raw[split]]
+        return limited(self.config.generation, pairs.chosen_lengths(everything, self.encoder))
+
+    @property
     def watched(self) -> list[EncodedPair]:
         """The valid pairs that evaluations look at."""
         return self.pairs[VALID][: self.config.train.eval_questions]
 
     @property
-    def engine(self) -> Engine:
-        return Engine(self.model)
+    def model(self) -> nn.Module:
+        return self.worker.model
 
 
 def prepare(config: Config) -> Job:
@@ -52,7 +58,7 @@ def prepare(config: Config) -> Job:
     Raises UserError for pairs, a model or settings that cannot be trained.
     """
     read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
-    loaded = models.load(config.model, lazy=True)
+    loaded, worker = team.load(config, train=True)
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     encoded = {}
     for split in SPLITS:
@@ -69,14 +75,10 @@ def prepare(config: Config) -> Job:
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
     require_valid(config, encoded[VALID])
-    memory.bound()
-    scan.use_chunks(loaded.model, config.train.scan_chunk)
-    mx.random.seed(config.seed)
-    models.attach_lora(loaded.model, config.lora)
     plan = _plan(config, loaded.model, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = voice.fit(chosen, rejected)
-    return Job(config, loaded.model, encoder, read, encoded, classifier, plan)
+    return Job(config, worker, encoder, read, encoded, classifier, plan)
 
 
 def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
@@ -143,7 +145,8 @@ def load_reference(
             split,
             encoded,
             inputs,
-            job.engine.log_prob,
+            job.worker.log_probs,
+            job.worker.size,
             lambda done: bar.update(done - bar.n),
         )
         bar.update(len(encoded) - bar.n)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from . import durable, jsonl, lock, models, questions, stamp
-from .config import Config
+from . import durable, jsonl, lock, models, questions, stamp, team
+from .config import Config, GenerationConfig
 from .errors import UserError
 from .pairs import Encoder, Pair
 from .questions import Question
-from .sampling import Answer, sample_all
+from .sampling import Answer, batches, limited
+from .worker import Worker
 
 # The keys of the report under which the pair files' digests are, and those of the pair files that
 # these replace: a crash may leave either.
@@ -74,18 +75,22 @@ def make_pairs(config: Config) -> None:
     if not restart and inputs["model files"] and _is_current(config, files, inputs):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
         return
-    _refuse_to_overwrite(files, inputs, restart)
-    loaded = models.load(config.model)
+    _refuse_foreign(files, restart)
+    loaded, worker = team.load(config, train=False)
     inputs = _inputs(config, source)
     dropped: Counter[str] = Counter()
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in rows])
+    sampling = _sampling_inputs(inputs, generation)
+    _refuse_other_samples(files, sampling, restart)
     rows = _usable(rows, config, encoder, dropped)
     print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, rows)}")
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
     with lock.held(files.lock, "data.train_pairs"):
-        known = _open_samples(files, inputs, restart)
-        answers = _sample(loaded, rows, config, encoder, files.samples, known)
+        known = _open_samples(files, sampling, restart)
+        settings = replace(config, generation=generation)
+        answers = _sample(worker, rows, settings, encoder, files, known)
         made = _join(rows, answers, config, encoder, dropped)
         _write(files, made, config, encoder, dropped, inputs)
 
@@ -105,13 +110,14 @@ def _inputs(config: Config, source: Path) -> stamp.Inputs:
     }
 
 
-def _sampling_inputs(inputs: stamp.Inputs) -> stamp.Inputs:
+def _sampling_inputs(inputs: stamp.Inputs, generation: GenerationConfig) -> stamp.Inputs:
     """Those that determine the sampled answer to a question."""
-    return {
+    own = {
         name: value
         for name, value in inputs.items()
         if name != "source" and not name.startswith("data.")
     }
+    return own | {"generation.max_tokens": generation.max_tokens}
 
 
 def read_report(config: Config) -> dict[str, Any] | None:
@@ -130,9 +136,9 @@ def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
     )
 
 
-def _refuse_to_overwrite(files: PairFiles, inputs: stamp.Inputs, restart: bool) -> None:
+def _refuse_foreign(files: PairFiles, restart: bool) -> None:
     """Raises UserError for files that were not made here, and, unless they are to be thrown away,
-    for pairs that were edited and for samples of other settings.
+    for pairs that were edited.
     """
     report = stamp.read(files.report) or {}
     for split, path in files.splits.items():
@@ -148,9 +154,14 @@ def _refuse_to_overwrite(files: PairFiles, inputs: stamp.Inputs, restart: bool) 
     for path, ours in ((files.samples, old), (files.report, report.get(FILES))):
         if ours is None and path.exists() and path.stat().st_size:
             raise UserError(f"{path}: was not written by this stage; move it away")
+
+
+def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: bool) -> None:
+    """Raises UserError for samples of other settings, unless they are to be thrown away."""
+    old = stamp.read(files.samples_stamp)
     if restart or old is None:
         return
-    if changed := stamp.differences(old, _sampling_inputs(inputs)):
+    if changed := stamp.differences(old, sampling):
         raise UserError(
             f"{files.samples}: was sampled with other settings ({'; '.join(changed)}); set them "
             "back, name other files in data, or --set generation.restart=true to sample anew"
@@ -189,10 +200,9 @@ def _shown(encoder: Encoder, rows: list[Question]) -> str:
 
 
 def _open_samples(
-    files: PairFiles, inputs: stamp.Inputs, restart: bool
+    files: PairFiles, sampling: stamp.Inputs, restart: bool
 ) -> dict[int, dict[str, Any]]:
     """Finished batches by their number; an empty file when there are none to go on from."""
-    sampling = _sampling_inputs(inputs)
     if restart or not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
@@ -201,46 +211,45 @@ def _open_samples(
 
 
 def _sample(
-    loaded: models.LoadedModel,
+    worker: Worker,
     rows: list[Question],
     config: Config,
     encoder: Encoder,
-    path: Path,
+    files: PairFiles,
     finished: dict[int, dict[str, Any]],
 ) -> list[Answer]:
     """An answer a row; batches whose questions are unchanged are taken from `finished`."""
+    prompts = [encoder.prompt(row.question) for row in rows]
+    every = batches(prompts, config.generation, config.seed)
     size = config.generation.batch_size
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    asked = [[row.question for row in rows[i : i + size]] for i in range(0, len(rows), size)]
     known = {
         number: [Answer(**answer) for answer in finished[number]["answers"]]
-        for number, batch in enumerate(batches)
-        if number in finished and finished[number]["questions"] == [row.question for row in batch]
+        for number, questions_asked in enumerate(asked)
+        if number in finished and finished[number]["questions"] == questions_asked
     }
-    there = sum(len(batches[number]) for number in known)
+    there = sum(len(answers) for answers in known.values())
     print(f"06: {len(rows)} answers to sample, {there} of them are there already")
-    bar = tqdm(total=len(rows), initial=there, desc="06 sample", unit="answer")
-    started = time.perf_counter()
-
-    def done(number: int, answers: list[Answer]) -> None:
-        questions_asked = [row.question for row in batches[number]]
-        row = {
-            "batch": number,
-            "questions": questions_asked,
-            "answers": [asdict(answer) for answer in answers],
-        }
-        jsonl.append(path, [row])
-        if bar.n == bar.initial:
-            seconds = (time.perf_counter() - started) / len(answers)
-            left = seconds * (len(rows) - bar.n - len(answers))
-            bar.write(f"06: {seconds:.1f} s an answer, about {left / 60:.1f} minutes to go")
-        bar.update(len(answers))
-
-    prompts = [encoder.prompt(row.question) for row in rows]
-    answers = sample_all(
-        loaded.model, loaded.tokenizer, prompts, config.generation, config.seed, done, known
-    )
-    bar.close()
-    return answers
+    missing = [number for number in range(len(every)) if number not in known]
+    with tqdm(total=len(rows), initial=there, desc="06 sample", unit="answer") as bar:
+        started = time.perf_counter()
+        for start in range(0, len(missing), worker.size):
+            numbers = missing[start : start + worker.size]
+            made = worker.answers([every[n] for n in numbers], config.generation, plain=True)
+            for number, answers in zip(numbers, made, strict=True):
+                row = {
+                    "batch": number,
+                    "questions": asked[number],
+                    "answers": [asdict(answer) for answer in answers],
+                }
+                jsonl.append(files.samples, [row])
+                known[number] = answers
+            bar.update(sum(map(len, made)))
+            if not start:
+                seconds = (time.perf_counter() - started) / sum(map(len, made))
+                left = seconds * (len(rows) - bar.n)
+                bar.write(f"06: {seconds:.1f} s an answer, about {left / 60:.1f} minutes to go")
+    return [answer for number in range(len(every)) for answer in known[number]]
 
 
 def _join(

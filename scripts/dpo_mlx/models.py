@@ -112,10 +112,11 @@ def folder_of(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else hf_repo_to_path(name)
 
 
-def fingerprint(name: str) -> dict[str, str] | None:
+def fingerprint(name: str, times: bool = True) -> dict[str, str] | None:
     """What tells one model from another, file by file; None when it is not on this machine yet.
 
-    Everything but the weights is told apart by content.
+    Everything but the weights is told apart by content. Copies on several machines differ in the
+    `times` of their files.
     """
     try:
         folder = folder_of(name)
@@ -124,20 +125,21 @@ def fingerprint(name: str) -> dict[str, str] | None:
         return None
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
-            marks[path.name] = _weights_mark(path)
+            marks[path.name] = _weights_mark(path, times)
         elif path.suffix in SETTINGS:
             marks[path.name] = jsonl.digest(path)
     return marks
 
 
-def _weights_mark(path: Path) -> str:
+def _weights_mark(path: Path, times: bool) -> str:
     """Hashing gigabytes at every start would cost minutes. The hub's cache names a file by the
     hash of its content; elsewhere size and time of change must do.
     """
     if path.is_symlink():
         return path.resolve().name
     stat = path.stat()
-    return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}"
+    changed = f", changed at {stat.st_mtime_ns}" if times else ""
+    return f"{stat.st_size} bytes{changed}"
 
 
 def attach_lora(model: nn.Module, lora: LoraConfig) -> None:

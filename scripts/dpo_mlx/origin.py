@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from . import jsonl, models, stamp
-from .checkpoint import SFT, Origin
+from .checkpoint import Origin
 from .config import Config
 from .job import SPLITS, pair_file
+from .phase import SFT
 
 # Keys whose values change neither the adapters nor which of them are kept.
 WITHOUT_EFFECT = {

@@ -148,6 +148,11 @@ def encode_all(
     return fitting, [pair.line for pair in encoded if pair.length > max_length]
 
 
+def chosen_lengths(pairs: list[Pair], encoder: Encoder) -> list[int]:
+    """Of the chosen answers, in tokens with the end of turn."""
+    return [len(encoder.answer(pair.chosen)) for pair in pairs]
+
+
 def sequences(pairs: list[EncodedPair]) -> Iterator[Sequence]:
     """Both sides of every pair, chosen first."""
     for pair in pairs:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import jsonl, signals, stamp
+from . import jsonl, stamp
 from .pairs import EncodedPair, Sequence
 
 
@@ -23,29 +23,28 @@ def load_or_compute(
     name: str,
     pairs: list[EncodedPair],
     inputs: stamp.Inputs,
-    log_prob: Callable[[Sequence], float],
+    log_probs: Callable[[list[Sequence]], list[float]],
+    at_once: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Reference]:
-    """The reference of `pairs`, one each, from `folder`/`name`.jsonl or by `log_prob`.
+    """The reference of `pairs`, one each, from `folder`/`name`.jsonl or by `log_probs`,
+    `at_once` pairs at a time.
 
     `inputs` is everything that determines the values; when it is not what the file was made of,
     the file is made anew. Finished pairs of an interrupted run are taken up again. Calls
-    progress(pairs done) after each pair.
+    progress(pairs done) after each time.
     """
     rows_path, stamp_path = folder / f"{name}.jsonl", folder / f"{name}.inputs.json"
     if not stamp.is_current(stamp_path, inputs, [rows_path]):
         jsonl.write(rows_path, [])
         stamp.write(stamp_path, inputs)
     rows = jsonl.read_whole_lines(rows_path, ("chosen", "rejected"))
-    for pair in pairs[len(rows) :]:
-        signals.check()
-        row = {
-            "line": pair.line,
-            "chosen": log_prob(pair.chosen),
-            "rejected": log_prob(pair.rejected),
-        }
-        jsonl.append(rows_path, [row])
-        rows.append(row)
+    for start in range(len(rows), len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        found = iter(log_probs([side for pair in some for side in pair.sides]))
+        more = [{"line": p.line, "chosen": next(found), "rejected": next(found)} for p in some]
+        jsonl.append(rows_path, more)
+        rows += more
         progress(len(rows))
     return [Reference(row["chosen"], row["rejected"]) for row in rows]
 

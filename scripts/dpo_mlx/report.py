@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from . import jsonl
+from . import jsonl, pages
+from .pages import number
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
@@ -115,17 +113,10 @@ def report_rows(metrics_path: Path) -> list[dict[str, Any]]:
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
     """The page, from what the smoke test found and the rows of metrics.jsonl."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "setting": setting}
     training, pairs = report["training"], report["run"]["pairs"]
     kept = None if training is None else training["kept_update"]
-    return environment.get_template(TEMPLATE).render(
+    return pages.render(
+        TEMPLATE,
         **report,
         charts={name: chart(metrics_rows, name, kept) for name in CURVES},
         cost=cost(metrics_rows),
@@ -255,16 +246,3 @@ def sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The config as {section: {key: value}}, keys outside any section under "run"."""
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
     return {"run": top, **{key: value for key, value in config.items() if isinstance(value, dict)}}
-
-
-def number(value: float | None, spec: str = ".2f") -> str:
-    """A number for reading, a dash for one that is missing or not finite."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return format(value, spec).replace("-", "−")
-
-
-def setting(value: Any) -> str:
-    """A config value as it stands in the YAML file; a text without quotes."""
-    is_text = isinstance(value, str) and value
-    return value if is_text else json.dumps(value, ensure_ascii=False, default=str)

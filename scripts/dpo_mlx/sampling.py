@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from . import signals
 from .config import GenerationConfig
 from .pairs import LENGTH, STOP
+
+# An answer may be as long as this share of the real ones, up to the next multiple of STEP tokens.
+LONGEST, STEP = 95, 64
 
 # Under this, too many draws would fall outside the nucleus.
 LEAST_TOP_P = 0.5
@@ -28,20 +32,28 @@ class Answer:
     tokens: int
 
 
-def sample_batch(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    settings: GenerationConfig,
-    seed: int,
-    temperatures: list[float] | None = None,
-) -> list[Answer]:
-    """One answer a prompt (token ids), all at once; the same seed and prompts give the same.
-
-    `temperatures` are the prompts' own; None is settings.temperature for all. mlx-lm's
-    `batch_generate` does not tell why an answer stopped, so its generator is run here.
+@dataclass(frozen=True)
+class Batch:
+    """Prompts (token ids) that are answered at once, and their seed; `greedy` always takes the
+    likeliest token.
     """
-    mx.random.seed(seed)
+
+    prompts: list[list[int]]
+    seed: int
+    greedy: bool = False
+
+
+def sample_batch(
+    model: nn.Module, tokenizer: Any, batch: Batch, settings: GenerationConfig
+) -> list[Answer]:
+    """One answer a prompt, all at once; the same batch gives the same.
+
+    `settings.max_tokens` is a number (see `limited`). mlx-lm's `batch_generate` does not tell why
+    an answer stopped, so its generator is run here.
+    """
+    assert settings.max_tokens is not None
+    mx.random.seed(batch.seed)
+    prompts = batch.prompts
     generator = BatchGenerator(
         model,
         max_tokens=settings.max_tokens,
@@ -49,9 +61,8 @@ def sample_batch(
         completion_batch_size=len(prompts),
         prefill_batch_size=len(prompts),
     )
-    wanted = temperatures or [settings.temperature] * len(prompts)
-    samplers = {t: sampler(t, settings.top_p) for t in set(wanted)}
-    uids = generator.insert(prompts, samplers=[samplers[t] for t in wanted])
+    choose = sampler(0.0 if batch.greedy else settings.temperature, settings.top_p)
+    uids = generator.insert(prompts, samplers=[choose] * len(prompts))
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}
     finish = dict.fromkeys(uids, LENGTH)
     while responses := generator.next_generated():
@@ -102,26 +113,20 @@ def batch_seed(seed: int, batch: int) -> int:
     return seed * 1_000_003 + batch
 
 
-def sample_all(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    settings: GenerationConfig,
-    seed: int,
-    done: Callable[[int, list[Answer]], None] = lambda batch, answers: None,
-    known: dict[int, list[Answer]] | None = None,
-) -> list[Answer]:
-    """One answer a prompt, in batches of settings.batch_size, in the order given.
-
-    Calls done(batch, answers) after each batch; batches in `known` are taken from there.
+def limited(settings: GenerationConfig, chosen: list[int]) -> GenerationConfig:
+    """The settings with `max_tokens`; where it is null, so that nearly all of the chosen answers,
+    which have these lengths in tokens, would fit. In steps, that a few more answers change nothing.
     """
-    answers: list[Answer] = []
-    for batch, start in enumerate(range(0, len(prompts), settings.batch_size)):
-        chunk = prompts[start : start + settings.batch_size]
-        made = (known or {}).get(batch)
-        if made is None:
-            signals.check()
-            made = sample_batch(model, tokenizer, chunk, settings, batch_seed(seed, batch))
-            done(batch, made)
-        answers += made
-    return answers
+    if settings.max_tokens is not None:
+        return settings
+    steps = math.ceil(np.percentile(chosen, LONGEST) / STEP)
+    return replace(settings, max_tokens=steps * STEP)
+
+
+def batches(prompts: list[list[int]], settings: GenerationConfig, seed: int) -> list[Batch]:
+    """The prompts in batches of settings.batch_size, in the order given."""
+    size = settings.batch_size
+    return [
+        Batch(prompts[start : start + size], batch_seed(seed, number))
+        for number, start in enumerate(range(0, len(prompts), size))
+    ]

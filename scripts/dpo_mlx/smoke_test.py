@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from . import card, durable, jsonl, models, pairs, reference, stamp, voice
 from .config import Config, FuseConfig, SmokeConfig
-from .engine import Engine, log_probs, score_against, summarise
+from .engine import score_against, summarise
 from .errors import UserError
 from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import read_report
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
 from .report import report_rows, write_html
-from .sampling import Answer, sample_all
+from .sampling import Answer, limited
+from .worker import Worker, answer_all, log_probs
 from .writing import measure
 
 Report = dict[str, Any]
@@ -61,19 +62,21 @@ def _report(config: Config) -> Report:
     encoder = Encoder(tuned_loaded.tokenizer, config.system_prompt)
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
     require_valid(config, encoded)
+    lengths = pairs.chosen_lengths([*train, *valid], encoder)
+    config = replace(config, generation=limited(config.generation, lengths))
     tuned = _measure(tuned_loaded, asked, encoded, encoder, config)
     del tuned_loaded
     mx.clear_cache()
     base_loaded = models.load(config.model)
-    base = sample_answers(base_loaded, asked, encoder, config)
-    engine = Engine(base_loaded.model)
+    worker = Worker(base_loaded.model, base_loaded.tokenizer)
     references = reference.load_or_compute(
         config.run / "reference" / BASE,
         VALID,
         encoded,
         reference_inputs(config, VALID, encoded),
-        engine.log_prob,
+        worker.log_probs,
     )
+    base = sample_answers(worker, asked, encoder, config)
     scores = [
         score_against(pi, pair, ref, config.dpo)
         for pi, pair, ref in zip(tuned.pairs, encoded, references, strict=True)
@@ -81,7 +84,7 @@ def _report(config: Config) -> Report:
     preference = summarise(scores, config.dpo.beta)
     answers = {"base": base, "tuned": tuned.answers, "chosen": _real(asked, encoder)}
     report = {
-        **_written({TRAIN: train, VALID: valid}, asked, answers, encoder, engine),
+        **_written({TRAIN: train, VALID: valid}, asked, answers, encoder, worker),
         "preference": {
             "accuracy": preference["rewards/accuracies"],
             "margin": preference["rewards/margins"],
@@ -100,11 +103,11 @@ def _report(config: Config) -> Report:
 
 
 def sample_answers(
-    loaded: models.LoadedModel, asked: list[Pair], encoder: Encoder, config: Config
+    worker: Worker, asked: list[Pair], encoder: Encoder, config: Config
 ) -> list[Answer]:
     """One sampled answer to each question, seeded."""
     prompts = [encoder.prompt(pair.prompt) for pair in asked]
-    return sample_all(loaded.model, loaded.tokenizer, prompts, config.generation, config.seed)
+    return answer_all(worker, prompts, config.generation, config.seed)
 
 
 def _measure(
@@ -114,8 +117,8 @@ def _measure(
     encoder: Encoder,
     config: Config,
 ) -> Measured:
-    answers = sample_answers(loaded, asked, encoder, config)
-    return Measured(answers, log_probs(Engine(loaded.model), encoded))
+    worker = Worker(loaded.model, loaded.tokenizer)
+    return Measured(sample_answers(worker, asked, encoder, config), log_probs(worker, encoded))
 
 
 def _written(
@@ -123,13 +126,14 @@ def _written(
     asked: list[Pair],
     answers: dict[str, list[Answer]],
     encoder: Encoder,
-    engine: Engine,
+    worker: Worker,
 ) -> Report:
     """`voice` and `fluency` of the answers of both models, and of the real ones."""
     train, valid = pairs_by_split[TRAIN], pairs_by_split[VALID]
     classifier = voice.fit([pair.chosen for pair in train], [pair.rejected for pair in train])
     measured = {
-        who: measure(given, asked, classifier, engine, encoder) for who, given in answers.items()
+        who: measure(given, asked, classifier, worker.log_probs, encoder)
+        for who, given in answers.items()
     }
     base, tuned = (
         classifier.score([answer.text for answer in answers[who]]) for who in ("base", "tuned")

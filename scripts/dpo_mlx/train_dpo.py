@@ -11,14 +11,15 @@ import numpy as np
 
 from . import checkpoint, diagnose, durable, jsonl, memory, metrics, models, stamp
 from . import config as configs
-from .checkpoint import DPO, PHASES, SFT, Checkpoints, Origin, State
+from .checkpoint import Checkpoints, Origin, State
 from .config import Config
 from .errors import UserError
 from .guard import Guard
 from .job import AFTER_SFT, BASE, SPLITS, TRAIN, VALID, Job, load_reference, prepare
 from .origin import origin_of, training_inputs
+from .phase import DPO, PHASES, SFT, Dpo, Example, Sft, count_updates, pairs_per_update
 from .reference import Reference
-from .trainer import Dpo, Example, Sft, Stopped, Trainer, count_updates, pairs_per_update
+from .trainer import Stopped, Trainer
 from .writing import Measures, Watch
 
 STAGES = PRECOMPUTE, TRAIN_ONLY, ALL = ("precompute", "train", "all")
@@ -26,6 +27,10 @@ STAGES = PRECOMPUTE, TRAIN_ONLY, ALL = ("precompute", "train", "all")
 # At once on the disk: the last two, one that is written, the end of SFT, and the best of each of
 # these three; the adapters that are kept count as another.
 MOST_CHECKPOINTS = 8
+
+
+class Refused(UserError):
+    """The preflight found what is sure to waste the run."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,14 @@ def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
     config, valid = job.config, job.pairs[VALID]
     base = load_reference(job, BASE, VALID, only_read=only_read)
     with models.gradient_checkpointing(job.model, config.train.grad_checkpoint):
-        probed = diagnose.probe(job.engine, config, job.pairs[TRAIN], valid)
+        probed = diagnose.probe(job.worker.engine, config, job.pairs[TRAIN], valid)
     facts = diagnose.gather(config, job.raw, job.pairs, base, job.classifier, probed)
     _describe(job, facts, probed)
     found = list(diagnose.findings(facts, config))
     for finding in found:
         print(f"10: {'sure to fail: ' if finding.fatal else 'note: '}{finding.text}")
     if any(finding.fatal for finding in found) and not config.train.force:
-        raise UserError(
+        raise Refused(
             "the preflight found what is sure to waste the run, see above; change these settings, "
             "or --set train.force=true to run all the same"
         )
@@ -202,7 +207,9 @@ class Phases:
         self.job = job
         self.inputs = inputs
         asked = job.raw[VALID][: job.config.train.eval_questions]
-        self.watch = Watch(job.model, job.encoder, job.classifier, asked, job.config)
+        self.watch = Watch(
+            job.worker, job.encoder, job.classifier, asked, job.generation, job.config.seed
+        )
         self.sft, self.dpo = Sft(job.config), Dpo(job.config)
         self.first = count_updates(self.sft.settings, len(job.pairs[TRAIN]))
         self.updates = self.first + count_updates(self.dpo.settings, len(job.pairs[TRAIN]))
@@ -269,7 +276,7 @@ class Phases:
             self.checkpoints.clear(phase.name)
             self._found[DPO] = None
         trainer = Trainer(
-            self.job.model,
+            self.job.worker,
             config,
             phase,
             examples[TRAIN],

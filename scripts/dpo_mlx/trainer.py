@@ -1,4 +1,4 @@
-"""The training loop of a phase: gradients of a group of pairs, an update, an evaluation."""
+"""The training loop of a phase: updates and evaluations."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from . import checkpoint, models, signals
-from .checkpoint import DPO, SFT, Checkpoints, Origin, State
-from .config import Config, TrainConfig
-from .engine import Engine, PairScore, summarise
+from . import checkpoint, signals
+from .checkpoint import Checkpoints, Origin, State
+from .config import Config
+from .engine import PairScore, score_against, summarise
 from .errors import UserError
 from .guard import Guard
-from .pairs import EncodedPair
-from .reference import Reference
+from .phase import Dpo, Example, Sft, count_updates, groups, learning_rate
 from .sampling import batch_seed
+from .worker import Worker, log_probs
 from .writing import Measures
 
 # How far the policy's log-prob may be from the reference's before the first update, in nats. The
@@ -40,14 +36,6 @@ EVALUATIONS = 3
 MOST_SKIPPED = 3
 
 
-@dataclass(frozen=True)
-class Example:
-    """A pair with its reference."""
-
-    pair: EncodedPair
-    reference: Reference
-
-
 class Stopped(Exception):
     """Training must not go on after this update, for these reasons."""
 
@@ -57,86 +45,8 @@ class Stopped(Exception):
         self.reasons = reasons
 
 
-class Sft:
-    """Supervised fine-tuning on the chosen answers, with the rate and epochs of `sft`."""
-
-    name = SFT
-
-    def __init__(self, config: Config) -> None:
-        self.settings = replace(config.train, **asdict(config.sft))
-
-    def gradient(self, engine: Engine, example: Example) -> tuple[float, Any]:
-        return engine.nll_gradient(example.pair.chosen)
-
-    def loss(self, score: float) -> float:
-        return score
-
-    def summary(self, scores: list[float]) -> dict[str, float]:
-        return {"nll_loss": float(np.mean(scores))}
-
-    def tokens(self, example: Example) -> int:
-        return len(example.pair.chosen.ids)
-
-
-class Dpo:
-    """The preference loss on both answers."""
-
-    name = DPO
-
-    def __init__(self, config: Config) -> None:
-        self.settings = config.train
-        self._dpo = config.dpo
-
-    def gradient(self, engine: Engine, example: Example) -> tuple[PairScore, Any]:
-        return engine.pair_gradient(example.pair, example.reference, self._dpo)
-
-    def loss(self, score: PairScore) -> float:
-        return score.loss
-
-    def summary(self, scores: list[PairScore]) -> dict[str, float]:
-        return summarise(scores, self._dpo.beta)
-
-    def tokens(self, example: Example) -> int:
-        return len(example.pair.chosen.ids) + len(example.pair.rejected.ids)
-
-
-def pairs_per_update(train: TrainConfig) -> int:
-    return train.batch_size * train.grad_accumulation
-
-
-def count_updates(train: TrainConfig, pairs: int) -> int:
-    """Updates of a whole run; the last one of an epoch may hold fewer pairs."""
-    return train.epochs * math.ceil(pairs / pairs_per_update(train))
-
-
-def groups(train: TrainConfig, pairs: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """(epoch from 0, indices of the pairs of one update): every pair once an epoch, shuffled."""
-    size = pairs_per_update(train)
-    for epoch in range(train.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(pairs).tolist()
-        for start in range(0, pairs, size):
-            yield epoch, order[start : start + size]
-
-
-def learning_rate(train: TrainConfig, updates: int) -> Callable[[mx.array], mx.array]:
-    """The rate at each update from 0: a linear warm-up that starts above zero, then the schedule.
-
-    The cosine reaches zero one update after the last.
-    """
-    warmup = min(round(train.warmup_ratio * updates), updates - 1)
-    peak = train.learning_rate
-    if train.schedule == "cosine":
-        schedule = optim.cosine_decay(peak, updates - warmup)
-    else:
-        schedule = optim.linear_schedule(peak, peak, updates)
-    if warmup == 0:
-        return schedule
-    rise = optim.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optim.join_schedules([rise, schedule], [warmup])
-
-
 class Trainer:
-    """One phase of a run, `Sft` or `Dpo`, over a model that carries LoRA adapters.
+    """One phase of a run, `Sft` or `Dpo`, over a worker's model, which carries LoRA adapters.
 
     At each evaluation `watch` tells what the model writes, `guard` whether that is the best so
     far, and whether to stop. Metrics go to `callback`, and where the run is to
@@ -146,7 +56,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        worker: Worker,
         config: Config,
         phase: Sft | Dpo,
         train: list[Example],
@@ -158,7 +68,8 @@ class Trainer:
         rows: int = 0,
         origin: Origin | None = None,
     ) -> None:
-        self.model = model
+        self.worker = worker
+        self.model = worker.model
         self.config = config
         self.phase = phase
         self.train_examples = train
@@ -170,7 +81,6 @@ class Trainer:
         self.origin = origin or Origin()
         self.state = State(phase.name, first, rows)
         self.checkpoints = Checkpoints(config.run / "checkpoints")
-        self.engine = Engine(model)
         self.updates = count_updates(phase.settings, len(train))
         # MLX's AdamW leaves the bias correction out by default: its first steps are then several
         # times larger than Adam's.
@@ -179,7 +89,7 @@ class Trainer:
             weight_decay=phase.settings.weight_decay,
             bias_correction=True,
         )
-        self.optimizer.init(model.trainable_parameters())
+        self.optimizer.init(self.model.trainable_parameters())
 
     def resume(self, path: Path, state: State) -> None:
         """Go on from a checkpoint of this phase."""
@@ -234,11 +144,9 @@ class Trainer:
         update = self.state.update + 1
         started = time.perf_counter()
         mx.reset_peak_memory()
-        self.model.train()
         # Dropout depends on the update alone, not on what was sampled before it.
-        mx.random.seed(batch_seed(self.config.seed, update))
-        with models.gradient_checkpointing(self.model, self.config.train.grad_checkpoint):
-            scores, gradient, broken = self._mean_gradient(examples)
+        seed = batch_seed(self.config.seed, update)
+        scores, gradient, broken = self.worker.gradient(self.phase, examples, seed)
         if update == self.first + 1:
             self._check_start([score for score in scores if isinstance(score, PairScore)])
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
@@ -288,32 +196,11 @@ class Trainer:
         if done % self.config.train.save_every == 0 or self._is_due() or self.state.stopped:
             self._save()
 
-    def _mean_gradient(self, examples: list[Example]) -> tuple[list[Any], Any, list[int]]:
-        """Scores and the mean gradient of the pairs, summed one after the other, and the lines of
-        those whose loss or gradient is not finite.
-        """
-        scores: list[Any] = []
-        total, broken = None, []
-        for example in examples:
-            signals.check()
-            score: Any
-            score, gradient = self.phase.gradient(self.engine, example)
-            scores.append(score)
-            if not (math.isfinite(self.phase.loss(score)) and _is_finite(gradient)):
-                broken.append(example.pair.line)
-            if total is not None:
-                gradient = tree_map(mx.add, total, gradient)
-                mx.eval(gradient)
-            total = gradient
-        return scores, tree_map(lambda g: g / len(examples), total), broken
-
     def _evaluate(self, written: Measures) -> None:
         """Score the valid pairs, report, and keep the adapters, perhaps as the best."""
-        self.model.eval()
-        scores = []
-        for example in self.valid_examples:
-            signals.check()
-            scores.append(self.engine.score(example.pair, example.reference, self.config.dpo))
+        pairs = [example.pair for example in self.valid_examples]
+        both = zip(self.valid_examples, log_probs(self.worker, pairs), strict=True)
+        scores = [score_against(pi, e.pair, e.reference, self.config.dpo) for e, pi in both]
         update = self.state.update
         if update == self.first:
             self._check_start(scores)
@@ -346,7 +233,3 @@ class Trainer:
                     f"log-prob is {off:.3g} nats off the reference's; delete that folder and run "
                     "10_train_dpo.py again"
                 )
-
-
-def _is_finite(gradient: Any) -> bool:
-    return all(bool(mx.isfinite(g).all()) for g in dict(tree_flatten(gradient)).values())

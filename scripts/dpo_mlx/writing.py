@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import mlx.nn as nn
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-from . import models, voice
-from .config import Config
-from .engine import Engine
-from .pairs import STOP, Encoder, Pair
-from .sampling import Answer, sample_batch
+from . import voice
+from .config import GenerationConfig
+from .pairs import STOP, Encoder, Pair, Sequence
+from .sampling import Answer, Batch
 from .voice import VoiceClassifier
+from .worker import Worker
 
 # Numbers by name: "voice" (mean score 0 to 1), "distinct2", "longest_loop" (words), "self_ended"
 # (share), "base_logprob_per_token" (nats), "median_tokens".
 Measures = dict[str, float]
+
+# Sequences to their log-probs: Worker.log_probs.
+LogProbs = Callable[[list[Sequence]], list[float]]
 
 # Before the names of the measures of greedy answers.
 GREEDY = "greedy_"
@@ -24,31 +29,31 @@ def measure(
     answers: list[Answer],
     asked: list[Pair],
     classifier: VoiceClassifier,
-    base: Engine,
+    log_probs: LogProbs,
     encoder: Encoder,
 ) -> Measures:
-    """The means over the answers to `asked`, one each; `base` scores them as the base model."""
+    """The means over the answers to `asked`, one each; `log_probs` are the base model's."""
     texts = [answer.text for answer in answers]
     return {
         "voice": float(classifier.probability(texts).mean()),
         "distinct2": float(np.mean([voice.distinct_bigrams(text) for text in texts])),
         "longest_loop": float(np.mean([voice.longest_loop(text) for text in texts])),
         "self_ended": float(np.mean([answer.finish == STOP for answer in answers])),
-        "base_logprob_per_token": _log_prob_per_token(answers, asked, base, encoder),
+        "base_logprob_per_token": _log_prob_per_token(answers, asked, log_probs, encoder),
         "median_tokens": float(np.median([answer.tokens for answer in answers])),
     }
 
 
 def _log_prob_per_token(
-    answers: list[Answer], asked: list[Pair], base: Engine, encoder: Encoder
+    answers: list[Answer], asked: list[Pair], log_probs: LogProbs, encoder: Encoder
 ) -> float:
     """Nats a token, the mean of the answers' own means; -inf when nothing was written."""
-    found = []
-    for pair, answer in zip(asked, answers, strict=True):
-        sequence = encoder.sequence(pair.prompt, answer.text, answer.finish)
-        if sequence.answer_length:
-            found.append(base.log_prob(sequence) / sequence.answer_length)
-    return float(np.mean(found)) if found else float("-inf")
+    both = zip(asked, answers, strict=True)
+    sequences = [encoder.sequence(pair.prompt, a.text, a.finish) for pair, a in both]
+    written = [sequence for sequence in sequences if sequence.answer_length]
+    found = zip(log_probs(written), written, strict=True)
+    means = [log_prob / sequence.answer_length for log_prob, sequence in found]
+    return float(np.mean(means)) if means else float("-inf")
 
 
 class Watch:
@@ -60,45 +65,34 @@ class Watch:
 
     def __init__(
         self,
-        model: nn.Module,
+        worker: Worker,
         encoder: Encoder,
         classifier: VoiceClassifier,
         asked: list[Pair],
-        config: Config,
+        generation: GenerationConfig,
+        seed: int,
     ) -> None:
-        self._model = model
+        self._worker = worker
         self._encoder = encoder
         self._classifier = classifier
         self._asked = asked
-        self._generation = config.generation
-        self._seed = config.seed
-        self._engine = Engine(model)
+        self._generation = generation
+        self._seed = seed
 
     def __call__(self) -> Measures:
         """The measures of what the model writes now; those of greedy answers after GREEDY."""
-        self._model.eval()
-        sampled, greedy = self._answers()
-        with models.adapters_off(self._model):
-            own, likeliest = (
-                measure(answers, self._asked, self._classifier, self._engine, self._encoder)
-                for answers in (sampled, greedy)
-            )
-        return own | {f"{GREEDY}{name}": value for name, value in likeliest.items()}
+        return self._measures(plain=False)
 
     def base(self) -> Measures:
         """The same of the model without its adapters."""
-        with models.adapters_off(self._model):
-            return self()
+        return self._measures(plain=True)
 
-    def _answers(self) -> tuple[list[Answer], list[Answer]]:
+    def _measures(self, plain: bool) -> Measures:
         prompts = [self._encoder.prompt(pair.prompt) for pair in self._asked]
-        count = len(prompts)
-        answers = sample_batch(
-            self._model,
-            self._encoder.tokenizer,
-            [*prompts, *prompts],
-            self._generation,
-            self._seed,
-            [self._generation.temperature] * count + [0.0] * count,
+        batches = [Batch(prompts, self._seed, greedy) for greedy in (False, True)]
+        log_probs = partial(self._worker.log_probs, plain=True)
+        own, likeliest = (
+            measure(answers, self._asked, self._classifier, log_probs, self._encoder)
+            for answers in self._worker.answers(batches, self._generation, plain)
         )
-        return answers[:count], answers[count:]
+        return own | {f"{GREEDY}{name}": value for name, value in likeliest.items()}

@@ -37,7 +37,7 @@ from dpo_mlx.config import GenerationConfig, LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.pairs import EncodedPair, Encoder, Pair
 from dpo_mlx.rounding import NEAREST, STOCHASTIC
-from dpo_mlx.sampling import sample_all
+from dpo_mlx.worker import Worker, answer_all
 from mlx.utils import tree_flatten, tree_unflatten
 
 LORA = LoraConfig(rank=16, scale=20.0)  # the shipped Granite config's
@@ -100,7 +100,7 @@ def sampled(task: common.Values, model: Any, tokenizer: Any, encoder: Encoder) -
     lines = Path(task["data"]).read_text().splitlines()[: task["train"] + task["valid"]]
     rows = [json.loads(line) for line in lines]
     prompts = [encoder.prompt(row["question"]) for row in rows]
-    answers = sample_all(model, tokenizer, prompts, GENERATION, seed=0)
+    answers = answer_all(Worker(model, tokenizer), prompts, GENERATION, seed=0)
     return [
         encoder.pair(Pair(row["question"], row["answer"], said.text, said.finish, line))
         for line, (row, said) in enumerate(zip(rows, answers, strict=True), start=1)

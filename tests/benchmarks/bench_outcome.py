@@ -42,16 +42,17 @@ import mlx.optimizers as optim
 import yaml
 from dpo_mlx import config as configs
 from dpo_mlx import jsonl, make_pairs, models, pairs, voice
-from dpo_mlx.checkpoint import DPO, SFT, Checkpoints
+from dpo_mlx.checkpoint import Checkpoints
 from dpo_mlx.config import Config, GenerationConfig
-from dpo_mlx.engine import Engine
 from dpo_mlx.job import TRAIN, VALID, pair_file, prepare
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.origin import training_inputs
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
-from dpo_mlx.sampling import Answer, sample_all
+from dpo_mlx.phase import DPO, SFT, Dpo, Example, Sft, count_updates, groups
+from dpo_mlx.sampling import Answer, limited
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
-from dpo_mlx.trainer import Dpo, Example, Sft, Trainer, count_updates, groups
+from dpo_mlx.trainer import Trainer
+from dpo_mlx.worker import Worker, answer_all
 from dpo_mlx.writing import Measures, measure
 
 DEMO = common.ROOT / "config/smollm2-135m_demo.yaml"
@@ -199,9 +200,11 @@ def sft_alone(config: Config, asked: Asked) -> common.Values:
 # What is written ------------------------------------------------------------------------------
 
 
-def decodings(config: Config) -> dict[str, GenerationConfig]:
-    """How the held-out questions are answered: as the shipped config samples, and greedily."""
-    sampled = replace(configs.load(DEMO).generation, max_tokens=config.generation.max_tokens)
+def decodings(lengths: list[int]) -> dict[str, GenerationConfig]:
+    """How the held-out questions are answered, whose real answers have these lengths: as the
+    shipped config samples, and greedily.
+    """
+    sampled = limited(configs.load(DEMO).generation, lengths)
     return {SAMPLED: sampled, GREEDY: replace(sampled, temperature=0.0)}
 
 
@@ -219,7 +222,8 @@ class Asked:
         self.loaded = models.load(config.model)
         self.encoder = encode(self.loaded.tokenizer, config.system_prompt)
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
-        self.answers = {how: {"base": self.base(how), "chosen": real} for how in decodings(config)}
+        self.decodings = decodings(pairs.chosen_lengths([*train, *valid], self.encoder))
+        self.answers = {how: {"base": self.base(how), "chosen": real} for how in self.decodings}
         self.measured = {
             how: {who: self.measures(given) for who, given in both.items()}
             for how, both in self.answers.items()
@@ -240,14 +244,14 @@ class Asked:
             self.loaded,
             self.encoder,
             self.pairs[VALID],
-            decodings(self.config)[how],
+            self.decodings[how],
             self.config.seed,
         )
 
     def measures(self, answers: list[Answer]) -> Measures:
         """Those of answers, by a model without adapters."""
-        engine = Engine(self.loaded.model)
-        return measure(answers, self.pairs[VALID], self.classifier, engine, self.encoder)
+        log_probs = Worker(self.loaded.model).log_probs
+        return measure(answers, self.pairs[VALID], self.classifier, log_probs, self.encoder)
 
     def outcome(self, run: Path, adapters: Path) -> common.Values:
         """What the model with `adapters` writes, measured beside the base model's and the real
@@ -287,7 +291,7 @@ def answer(
     seed: int,
 ) -> list[Answer]:
     prompts = [encoder.prompt(pair.prompt) for pair in asked]
-    return sample_all(loaded.model, loaded.tokenizer, prompts, settings, seed)
+    return answer_all(Worker(loaded.model, loaded.tokenizer), prompts, settings, seed)
 
 
 def line(row: common.Values) -> common.Values:
@@ -372,7 +376,7 @@ def collapse(changes: list[str]) -> common.Values:
         ordered[index] = example
     file = MetricsFile(config.run / "metrics.jsonl")
     training = Trainer(
-        job.model, config, Dpo(config), ordered, watched, file, phases.watch, phases.guard
+        job.worker, config, Dpo(config), ordered, watched, file, phases.watch, phases.guard
     )
     training.optimizer = optim.AdamW(config.train.learning_rate, weight_decay=0.0)
     started = time.perf_counter()
@@ -405,7 +409,8 @@ def raw_pairs(config: Config) -> Config:
     files = {split: config.run / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
     for split, file in files.items():
         rows = pairs.read(pair_file(config, split))
-        answers = answer(loaded, encoder, rows, config.generation, config.seed)
+        limits = limited(config.generation, pairs.chosen_lengths(rows, encoder))
+        answers = answer(loaded, encoder, rows, limits, config.seed)
         made = [
             {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text}
             for row, a in zip(rows, answers, strict=True)

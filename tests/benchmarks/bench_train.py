@@ -34,9 +34,9 @@ import common
 import hf
 import ours
 from dpo_mlx import models, pairs, questions, reference
-from dpo_mlx.engine import Engine
 from dpo_mlx.pairs import EncodedPair, Encoder, Pair, Sequence
-from dpo_mlx.trainer import Example
+from dpo_mlx.phase import Example
+from dpo_mlx.worker import Worker
 
 TORCH, TRL, PEFT, MLX_LM_LORA = "2.13.0", "1.16.0", "0.21.2", "5.10.2"
 OURS, LORA, LORA_ALONE, TRL_PEFT = "ours", "mlx-lm-lora", "mlx-lm-lora alone", "TRL+PEFT"
@@ -216,10 +216,10 @@ def worker(task: common.Values) -> common.Values:
         return {}
     model = ours.load({"model": task["folder"]})
     encoded = [encoded_pair(row, line) for line, row in enumerate(task["pairs"])]
-    engine = Engine(model)
+    worker = Worker(model)
     since = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        kept = reference.load_or_compute(Path(folder), "train", encoded, {}, engine.log_prob)
+        kept = reference.load_or_compute(Path(folder), "train", encoded, {}, worker.log_probs)
     seconds = time.perf_counter() - since
     examples = [Example(*both) for both in zip(encoded, kept, strict=True)]
     steps = ours.train(model, examples, task["checkpoint"])

@@ -19,8 +19,10 @@ from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfi
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard
 from dpo_mlx.pairs import EncodedPair, Sequence
+from dpo_mlx.phase import Dpo, Example, groups
 from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Dpo, Example, Trainer, groups
+from dpo_mlx.trainer import Trainer
+from dpo_mlx.worker import Worker
 from mlx.utils import tree_flatten
 from mlx_lm.models import granitemoehybrid
 from mlx_lm.tuner.callbacks import TrainingCallback
@@ -147,7 +149,7 @@ def train(
         )
         shortest = min(examples, key=lambda example: example.pair.length)
         trainer = Trainer(
-            model,
+            Worker(model),
             config,
             Dpo(config),
             ordered,

@@ -1,0 +1,237 @@
+"""Stage 14: every combination of some settings as a run of its own, compared in one table.
+
+The runs share the pairs. What a run has in common with one that came before, by the fingerprints of
+what it was made of, is copied from there: the reference, and SFT with its end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, durable, jsonl, lock, origin, pages, stamp
+from . import config as configs
+from .checkpoint import Checkpoints
+from .config import Config
+from .errors import UserError
+from .job import AFTER_SFT, BASE
+from .make_pairs import make_pairs
+from .phase import SFT
+from .report import FRAME, chart, report_rows
+from .train_dpo import ALL, Refused, train_dpo
+
+# Sections that training alone reads; another pairs file would be another comparison.
+VARIED = ("lora", "sft", "dpo", "train", "guard")
+
+RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
+REFERENCE, METRICS = "reference", "metrics.jsonl"
+
+# Of an evaluation, what the table shows: its column, the metric, how it is written.
+COLUMNS = (
+    ("voice", "eval_text/voice", ".2f"),
+    ("distinct pairs", "eval_text/distinct2", ".3f"),
+    ("ended", "eval_text/self_ended", ".2f"),
+    ("base log-prob", "eval_text/base_logprob_per_token", ".2f"),
+    ("tokens", "eval_text/median_tokens", ".0f"),
+    ("margin", "eval_rewards/margins", ".2f"),
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One choice of every varied setting, each `key=value`, and the run it makes."""
+
+    settings: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.settings)
+
+
+def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Combination]:
+    """Every combination of the grid's values, each line of which is `section.key=value,value`.
+
+    Raises UserError for a key that a sweep does not vary, and for what no run would take.
+    """
+    folder = _folder(configs.load(path, overrides))
+    choices = [_choices(line) for line in grid]
+    keys = [line.partition("=")[0] for line in grid]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"--grid: {repeated[0]} is given twice")
+    found = []
+    for settings in itertools.product(*choices):
+        run = f"run_dir={folder / '_'.join(settings)}"
+        found.append(Combination(settings, configs.load(path, [*overrides, *settings, run])))
+    return found
+
+
+def _folder(config: Config) -> Path:
+    """Where the runs of a sweep are, beside the run's own folder."""
+    return config.run.with_name(f"{config.run.name}_sweep")
+
+
+def _choices(line: str) -> list[str]:
+    key, _, values = line.partition("=")
+    if key.partition(".")[0] not in VARIED or not values:
+        raise UserError(
+            f"--grid {line}: write section.key=value,value with a key of "
+            f"{', '.join(VARIED)}; other keys change the pairs, or nothing that is compared"
+        )
+    return [f"{key}={value}" for value in values.split(",")]
+
+
+def sweep(base: Config, runs: list[Combination]) -> list[Row]:
+    """Run all, print and write the table after each; the rows, best first."""
+    make_pairs(base)
+    folder = _folder(base)
+    before = {row["name"]: row for row in _read(folder)}
+    rows: list[Row] = []
+    for number, run in enumerate(runs, start=1):
+        print(f"14: run {number} of {len(runs)}: {run.name}")
+        done = [base.run, *(other.config.run for other in runs[: number - 1])]
+        minutes, refused = _run(run.config, done)
+        if refused is None and minutes is None:
+            minutes = before.get(run.name, {}).get("minutes")
+        rows.append(_row(run, minutes, refused))
+        rows.sort(key=_rank)
+        _write(folder, base, rows)
+    _print(rows, folder)
+    return rows
+
+
+def _read(folder: Path) -> list[Row]:
+    path = folder / RESULTS
+    return jsonl.read_json(path, ("runs",))["runs"] if path.is_file() else []
+
+
+def _run(config: Config, done: list[Path]) -> tuple[float | None, str | None]:
+    """(minutes, None when the run was there already; why the preflight refused it)."""
+    with lock.run_folder(config.run):
+        finished = (config.run / "outcome.json").is_file()
+        if not finished:
+            _take_over(config, done)
+        started = time.perf_counter()
+        try:
+            train_dpo(config, ALL)
+        except Refused as refused:
+            return None, str(refused)
+        return None if finished else (time.perf_counter() - started) / 60, None
+
+
+def _take_over(config: Config, done: list[Path]) -> None:
+    """Copy what other runs have made of the same: the end of SFT with all that led there, or the
+    base model's reference. References say themselves what they are of.
+    """
+    if Checkpoints(config.run / "checkpoints").newest(SFT) is not None:
+        return
+    for other in done:
+        if (end := _end_of_sft(config, other)) is not None:
+            print(f"14: SFT is that of {other}")
+            _copy(other / REFERENCE, config.run / REFERENCE)
+            jsonl.write_text(config.run / METRICS, (other / METRICS).read_text("utf-8"))
+            known_best = checkpoint.read(end)[0].best
+            best = [] if known_best is None else [Checkpoints(end.parent).best(known_best.update)]
+            for path in sorted({*best, end}):
+                _copy(path, config.run / "checkpoints" / path.name)
+            return
+    for other in done:
+        if (other / REFERENCE / BASE).is_dir():
+            _copy(other / REFERENCE / BASE, config.run / REFERENCE / BASE)
+            return
+
+
+def _end_of_sft(config: Config, other: Path) -> Path | None:
+    """That of another run, if it was made of what this run's would be made of."""
+    end = Checkpoints(other / "checkpoints").newest(SFT) if config.sft.epochs else None
+    if end is None or not (other / REFERENCE / AFTER_SFT).is_dir():
+        return None
+    mine = origin.origin_of(origin.training_inputs(config), SFT)
+    theirs = checkpoint.read(end)[1]
+    return None if stamp.differences(theirs.adapters, mine.adapters) else end
+
+
+def _copy(source: Path, folder: Path) -> None:
+    with durable.new_folder(folder) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
+    """What is known of a run at the update that it keeps."""
+    row = {"name": run.name, "run_dir": run.config.run_dir, "minutes": minutes, "refused": refused}
+    if refused is not None:
+        return {**row, "stopped": [], "kept_update": None, "updates": 0, "evaluation": {}}
+    outcome = jsonl.read_json(
+        run.config.run / "outcome.json", ("updates", "kept_update", "stopped")
+    )
+    kept = [
+        row
+        for row in report_rows(run.config.run / METRICS)
+        if row["iteration"] == outcome["kept_update"] and "eval_loss" in row
+    ]
+    evaluation = {metric: kept[-1].get(metric) for _, metric, _ in COLUMNS}
+    return {**row, **{key: outcome[key] for key in ("updates", "kept_update", "stopped")}} | {
+        "evaluation": evaluation
+    }
+
+
+def _rank(row: Row) -> tuple[bool, float]:
+    """Runs that came to their end first, most in the voice first."""
+    voice = row["evaluation"].get("eval_text/voice", -math.inf)
+    return bool(row["refused"] or row["stopped"]), -voice
+
+
+def winner(rows: list[Row]) -> Row | None:
+    """The best run, None when none came to its end."""
+    return rows[0] if not (rows[0]["refused"] or rows[0]["stopped"]) else None
+
+
+def command(row: Row, config: Path) -> str:
+    """What makes the finished model of a run."""
+    sets = " ".join(f"--set {setting}" for setting in row["name"].split())
+    return f"./train_dpo_run1.sh {config} {sets} --set run_dir={row['run_dir']}"
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table as text."""
+    numbers = [pages.number(row["evaluation"].get(metric), spec) for _, metric, spec in COLUMNS]
+    kept = "–" if row["kept_update"] is None else f"{row['kept_update']} of {row['updates']}"
+    how = "refused" if row["refused"] else "stopped" if row["stopped"] else ""
+    return [row["name"], *numbers, kept, pages.number(row["minutes"], ".1f"), how]
+
+
+HEAD = ["settings", *(name for name, *_ in COLUMNS), "kept update", "minutes", ""]
+
+
+def _write(folder: Path, base: Config, rows: list[Row]) -> None:
+    jsonl.write_json(folder / RESULTS, {"runs": rows})
+    drawn = []
+    for row in rows:
+        metrics = Path(row["run_dir"]) / METRICS
+        if row["kept_update"] is not None:
+            read = report_rows(metrics)
+            charts = {name: chart(read, name, row["kept_update"]) for name in ("voice", "fluency")}
+            drawn.append({**row, "charts": charts})
+    page = pages.render(
+        TEMPLATE, base=base, head=HEAD, rows=rows, cells=cells, drawn=drawn, frame=FRAME
+    )
+    jsonl.write_text(folder / PAGE, page)
+
+
+def _print(rows: list[Row], folder: Path) -> None:
+    table = [HEAD, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join([line[0].ljust(len(first)), *rest]).rstrip())
+    for row in rows:
+        for reason in [*row["stopped"], *filter(None, [row["refused"]])]:
+            print(f"14: {row['name']}: {reason}")
+    print(f"14: the table with curves:\n{folder / PAGE}")

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Train every combination of some settings, each as a run of its own, and compare them.
+
+    python scripts/phase4-fine-tune-model/14_sweep.py --config C \
+        --grid dpo.beta=0.05,0.1 --grid train.learning_rate=1e-6,5e-6
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_mlx import cli
+from dpo_mlx.config import Config
+from dpo_mlx.sweep import combinations, command, sweep, winner
+
+
+def stage(config: Config, options: argparse.Namespace) -> int:
+    cli.warn_without_blas()
+    runs = combinations(options.config, options.overrides, options.grid)
+    best = winner(sweep(config, runs))
+    if best is None:
+        print("14: no run came to its end", file=sys.stderr)
+        return 1
+    print(f"14: to fuse and test the best:\n{command(best, options.config)}")
+    return 0
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="SECTION.KEY=VALUE,VALUE",
+        help="values of a setting; several of these are combined",
+    )
+    cli.main(stage, parser)
+
+
+if __name__ == "__main__":
+    main()

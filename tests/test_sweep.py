@@ -1,0 +1,147 @@
+"""Stage 14: a run a combination, nothing computed twice, the best one first."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from dpo_mlx import config as configs
+from dpo_mlx import jsonl, sweep, train_dpo
+from dpo_mlx.errors import UserError
+from dpo_mlx.reference import load_or_compute
+from dpo_mlx.trainer import Trainer
+
+SCRIPT = REPOSITORY / "scripts/phase4-fine-tune-model/14_sweep.py"
+GRID = ["dpo.beta=0.1,0.3", "train.learning_rate=1e-3,2e-3"]
+
+
+@pytest.fixture
+def path(settings: dict[str, Any], write_config: Any, llama: Path) -> Path:
+    """A config with SFT and four updates a phase."""
+    settings["model"] = str(llama)
+    settings["sft"] = {"epochs": 1, "learning_rate": 1e-3}
+    settings["guard"] = {"enabled": False}
+    settings["train"] |= {"grad_accumulation": 6, "eval_questions": 2}
+    return write_config(settings)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often SFT is begun, and how many log-probs of references are computed."""
+    counts = {"sft": 0, "log-probs": 0}
+    run, load = Trainer.run, load_or_compute
+
+    def runs(self: Trainer, *arguments: Any) -> Any:
+        counts["sft"] += self.phase.name == "sft"
+        return run(self, *arguments)
+
+    def loads(folder: Any, name: Any, pairs: Any, inputs: Any, log_probs: Any, *more: Any) -> Any:
+        def count(sequences: Any) -> Any:
+            counts["log-probs"] += len(sequences)
+            return log_probs(sequences)
+
+        return load(folder, name, pairs, inputs, count, *more)
+
+    monkeypatch.setattr(Trainer, "run", runs)
+    monkeypatch.setattr("dpo_mlx.reference.load_or_compute", loads)
+    return counts
+
+
+def run_script(path: Path, *more: str) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", [str(SCRIPT), "--config", str(path), *more])
+        patch.setattr(sys, "path", sys.path[:])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def grid_options(lines: list[str]) -> list[str]:
+    return [word for line in lines for word in ("--grid", line)]
+
+
+def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_path):
+    """SFT is trained once, each log-prob of a reference computed once; the table has four runs,
+    most in the voice first; each run's files are those of the same run made alone.
+    """
+    assert run_script(path, *grid_options(GRID)) == 0
+    said = capsys.readouterr().out
+    folder = tmp_path / "run_sweep"
+    pairs = tmp_path / "run/pairs"
+    train, valid = (len(jsonl.read_whole_lines(pairs / f"{s}.jsonl")) for s in ("train", "valid"))
+    assert counted == {"sft": 1, "log-probs": 2 * (train + valid) + 2 * 2}  # two are watched
+    runs = jsonl.read_json(folder / "sweep.json")["runs"]
+    assert len({row["name"] for row in runs}) == 4
+    voices = [row["evaluation"]["eval_text/voice"] for row in runs]
+    assert voices == sorted(voices, reverse=True)
+    assert all(row["minutes"] > 0 and row["kept_update"] is not None for row in runs)
+    assert said.count("06: ") == said.split("14: run 1")[0].count("06: "), "pairs are made once"
+    last = said.splitlines()[-1]
+    assert last == (
+        f"./train_dpo_run1.sh {path} "
+        + " ".join(f"--set {setting}" for setting in runs[0]["name"].split())
+        + f" --set run_dir={runs[0]['run_dir']}"
+    )
+    page = (folder / "sweep.html").read_text()
+    assert page.count("<section>") == 4 and all(row["name"] in page for row in runs)
+    alone = configs.load(
+        path, [*runs[-1]["name"].split(), f"run_dir={tmp_path / 'alone'}", "train.force=true"]
+    )
+    train_dpo.train_dpo(alone, train_dpo.ALL)
+    for name in ("adapters/adapters.safetensors", "outcome.json"):
+        shared = Path(runs[-1]["run_dir"]) / name
+        assert shared.read_bytes() == (alone.run / name).read_bytes()
+
+
+def test_again_it_trains_nothing(path, counted, tmp_path):
+    """What is there stays; the times it took are those of the first call."""
+    assert run_script(path, *grid_options(GRID[:1])) == 0
+    results = tmp_path / "run_sweep/sweep.json"
+    first = results.read_bytes()
+    counted.update({"sft": 0, "log-probs": 0})
+    assert run_script(path, *grid_options(GRID[:1])) == 0
+    assert results.read_bytes() == first
+    assert counted == {"sft": 0, "log-probs": 0}
+
+
+def test_another_rank_shares_the_base_reference_alone(path, counted, tmp_path):
+    """Adapters of another rank need an SFT of their own; the base model is the same."""
+    assert run_script(path, "--grid", "lora.rank=2,4") == 0
+    pairs = tmp_path / "run/pairs"
+    train, valid = (len(jsonl.read_whole_lines(pairs / f"{s}.jsonl")) for s in ("train", "valid"))
+    assert counted == {"sft": 2, "log-probs": 2 * valid + 2 * (2 * train + 2 * 2)}
+
+
+def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
+    """The preflight refuses a rate that moves nothing; the other run is compared all the same."""
+    grid = ["--grid", "train.learning_rate=1e-12,1e-3", "--set", "sft.epochs=0"]
+    assert run_script(path, *grid) == 0
+    best, refused = jsonl.read_json(tmp_path / "run_sweep/sweep.json")["runs"]
+    assert best["name"] == "train.learning_rate=1e-3" and best["refused"] is None
+    assert "sure to waste the run" in refused["refused"]
+    assert "sure to waste the run" in (tmp_path / "run_sweep/sweep.html").read_text()
+    assert run_script(path, "--grid", "train.learning_rate=1e-12", "--set", "sft.epochs=0") == 1
+    assert "no run came to its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (["data.limit=10,20"], "--grid data.limit=10,20: write section.key=value,value"),
+        (["dpo.beta"], "--grid dpo.beta: write section.key=value,value"),
+        (["dpo.beta=0.1", "dpo.beta=0.2"], "--grid: dpo.beta is given twice"),
+        (["dpo.bta=0.1"], "dpo.bta: unknown key; did you mean dpo.beta?"),
+        (["dpo.beta=0.1,x"], "dpo.beta: expected a number"),
+    ],
+    ids=str,
+)
+def test_a_grid_that_cannot_be_run_is_refused(grid, message, path, tmp_path):
+    """Before anything is made."""
+    with pytest.raises(UserError) as refused:
+        sweep.combinations(path, [], grid)
+    assert message in str(refused.value)
+    assert not (tmp_path / "run_sweep").exists()

@@ -1,0 +1,188 @@
+"""The work of a run shared by several processes on loopback: the same result as by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from dpo_mlx import jsonl
+from dpo_mlx.team import LOST, shares
+from runs import determined
+
+MAKE_PAIRS = "scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py"
+TRAIN = "scripts/phase4-fine-tune-model/10_train_dpo.py"
+# What rank 0 is told by the signal, and the exit code of that.
+STOPPED = 128 + signal.SIGTERM
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def start(folder: Path, count: int, script: str, *more: str) -> list[subprocess.Popen[str]]:
+    """The processes of a stage, by rank, as mlx.launch starts them with its ring; rank 1 is
+    another machine: it works in a folder of its own.
+    """
+    hosts = folder / f"hosts{count}.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    started = []
+    for rank in range(count):
+        ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if count > 1 else {}
+        machine = folder if rank == 0 else folder / "elsewhere"
+        machine.mkdir(exist_ok=True)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(REPOSITORY / script), "--config", "c.yaml", *more],
+                cwd=machine,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **ring},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr by rank."""
+    said = [process.communicate(timeout=120) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def run(folder: Path, count: int, script: str, *more: str) -> None:
+    for rank, (code, out, err) in enumerate(end(start(folder, count, script, *more))):
+        assert code == 0, err
+        assert rank == 0 or out == "", "only rank 0 prints"
+
+
+@pytest.fixture
+def fresh(settings: dict[str, Any], tmp_path: Path, llama: Path, write_config: Any) -> Any:
+    """fresh(name) -> a folder with c.yaml: 7 updates of SFT and 14 of DPO, of 4 pairs and fewer."""
+
+    def made(name: str, **changes: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings["model"] = str(llama)
+        settings["run_dir"] = "run"
+        data = {"train_pairs": "run/pairs/train.jsonl", "valid_pairs": "run/pairs/valid.jsonl"}
+        settings["data"] |= {**data, "valid_fraction": 0.3}
+        settings["generation"]["batch_size"] = 7
+        settings["guard"] = {"enabled": False}
+        settings["sft"] = {"epochs": 1, "learning_rate": 1e-3}
+        settings["train"] |= {"epochs": 2, "eval_every": 5, "eval_questions": 3, **changes}
+        (folder / "c.yaml").write_text(write_config(settings).read_text())
+        return folder
+
+    return made
+
+
+def alike(one: Path, other: Path) -> None:
+    """The same updates and evaluations to float tolerance."""
+    rows, others = (determined(folder / "run/metrics.jsonl") for folder in (one, other))
+    assert len(rows) == len(others)
+    for row, expected in zip(rows, others, strict=True):
+        assert row.keys() == expected.keys() and row["phase"] == expected["phase"]
+        numbers, wanted = ({k: v for k, v in r.items() if k != "phase"} for r in (row, expected))
+        # At the reference margins are differences of equal numbers.
+        assert numbers == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_one_two_and_three_processes_learn_the_same(fresh):
+    """Pairs, reference, 21 updates and their evaluations: sampled to the byte, computed to 1e-5.
+
+    The last update of an epoch holds one pair: fewer than there are processes.
+    """
+    folders = [fresh(f"by{count}") for count in (1, 2, 3)]
+    for count, folder in enumerate(folders, start=1):
+        run(folder, count, MAKE_PAIRS)
+        run(folder, count, TRAIN)
+    alone = folders[0]
+    updates = [row for row in jsonl.read_whole_lines(alone / "run/metrics.jsonl") if "pairs" in row]
+    assert len(updates) == 21 and {row["pairs"] for row in updates} == {4, 1}
+    for folder in folders[1:]:
+        for name in ("train.jsonl", "valid.jsonl", "train.samples.jsonl"):
+            assert (folder / "run/pairs" / name).read_bytes() == (
+                alone / "run/pairs" / name
+            ).read_bytes()
+        alike(folder, alone)
+        assert [p.name for p in (folder / "elsewhere").iterdir()] == []
+
+
+def test_a_run_goes_on_with_another_number_of_processes(fresh):
+    """SIGTERM to rank 0 of two in the middle of training: both end, the run is finished by three
+    and by one, as if never stopped.
+    """
+    undisturbed, stopped = fresh("undisturbed"), fresh("stopped")
+    for folder in (undisturbed, stopped):
+        run(folder, 1, MAKE_PAIRS)
+    run(undisturbed, 1, TRAIN)
+    for count in (2, 3):
+        processes = start(stopped, count, TRAIN)
+        wait_for_update(stopped, {2: 3, 3: 10}[count])
+        for process in processes:  # as ^C in a terminal reaches all
+            process.send_signal(signal.SIGTERM)
+        codes = [code for code, *_ in end(processes)]
+        assert codes == [STOPPED] + [0] * (count - 1)
+    run(stopped, 1, TRAIN)
+    alike(stopped, undisturbed)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh):
+    """SIGKILL to either of two: the other ends with one line that says what to do."""
+    folder = fresh("killed")
+    run(folder, 1, MAKE_PAIRS)
+    processes = start(folder, 2, TRAIN)
+    wait_for_update(folder, 2)
+    processes[victim].kill()
+    code, _, err = end(processes)[1 - victim]
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert LOST in line
+    kept = determined(folder / "run/metrics.jsonl")[:-1]  # the last update may not be saved
+    run(folder, 2, TRAIN)
+    assert determined(folder / "run/metrics.jsonl")[: len(kept)] == kept
+
+
+def test_another_machine_with_another_model_is_refused(fresh, llama, granite):
+    """Rank 1 finds another model under the same name: one line, and nothing is made."""
+    folder = fresh("models")
+    (folder / "elsewhere").mkdir()
+    (folder / "base").symlink_to(llama)
+    (folder / "elsewhere/base").symlink_to(granite)
+    (code, _, err), _ = end(start(folder, 2, MAKE_PAIRS, "--set", "model=base"))
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "error: model: rank 1 has other files under base than rank 0; put the same model folder on "
+        "every machine"
+    )
+    assert not (folder / "run/pairs").exists()
+
+
+def wait_for_update(folder: Path, number: int) -> None:
+    """Until a run has done so many updates."""
+    metrics, give_up = folder / "run/metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and f'"iteration": {number},' in metrics.read_text()):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_shares_by_hand():
+    """The costliest first, each to whom has least; places stay in order; some may have none."""
+    assert shares([5, 1, 4, 3], 2) == [[0, 1], [2, 3]]
+    assert shares([1, 1], 3) == [[0], [1], []]
+    assert shares([2, 9], 1) == [[0, 1]]
