@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import hf
 import mlx_lm
 import pytest
+import rings
 from conftest import REPOSITORY
 from dpo_mlx import jsonl
 
@@ -164,9 +164,7 @@ def test_two_processes_make_the_same_report(run: dict[str, Any], tmp_path: Path)
         "data.valid_pairs": tmp_path / "dpo_valid.jsonl",
     }
     sets = [part for key, value in moved.items() for part in ("--set", f"{key}={value}")]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    launch = f"-n 2 --starting-port {port}"
+    launch = f"-n 2 --starting-port {rings.free_ports(1)[0]}"
     shared = _start([str(CONFIG), *run["sets"], "--launch", launch, *sets])
     assert shared.returncode == 0, shared.stdout + shared.stderr
     assert shared.stdout.count("06: the prompt of the first question") == 1

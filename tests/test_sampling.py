@@ -5,7 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from dpo_mlx.sampling import sampler
+from dpo_mlx.config import GenerationConfig
+from dpo_mlx.sampling import limited, sampler
 from mlx_lm.sample_utils import make_sampler
 
 DRAWS = 40_000
@@ -34,3 +35,11 @@ def test_zero_is_the_likeliest() -> None:
     """Temperature 0 draws nothing."""
     rows = log_probs()[:3]
     assert sampler(0.0, 0.95)(rows).tolist() == mx.argmax(rows, axis=-1).tolist()
+
+
+def test_the_limit_lets_nearly_all_real_answers_fit() -> None:
+    """95 of 100 lengths fit, in steps of 64; a number in the config is taken as it is."""
+    lengths = list(range(1, 101))  # the 95th percentile of 1 to 100 is 95.05
+    assert limited(GenerationConfig(), lengths).max_tokens == 128
+    assert limited(GenerationConfig(), [64] * 99 + [500]).max_tokens == 64
+    assert limited(GenerationConfig(max_tokens=7), lengths).max_tokens == 7

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rings
 from conftest import REPOSITORY
 from dpo_mlx import jsonl
 from dpo_mlx.team import LOST, shares
@@ -24,23 +23,12 @@ TRAIN = "scripts/phase4-fine-tune-model/10_train_dpo.py"
 STOPPED = 128 + signal.SIGTERM
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def start(folder: Path, count: int, script: str, *more: str) -> list[subprocess.Popen[str]]:
     """The processes of a stage, by rank, as mlx.launch starts them with its ring; rank 1 is
     another machine: it works in a folder of its own.
     """
-    hosts = folder / f"hosts{count}.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     started = []
-    for rank in range(count):
-        ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if count > 1 else {}
+    for rank, ring in enumerate(rings.environments(folder, count)):
         machine = folder if rank == 0 else folder / "elsewhere"
         machine.mkdir(exist_ok=True)
         started.append(

@@ -23,10 +23,16 @@ SCHEDULES = ("cosine", "constant")
 REPORTERS = ("wandb", "swanlab")
 
 # Keys of other trainers that would be silently ignored here, and what to use instead.
+FULL = (
+    "only adapters are trained: the weights of chosen layers with Adam's two moments would take "
+    "gigabytes, and the reference a second model; choose layers with lora.num_layers and lora.keys"
+)
 REJECTED = {
     "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
     "lora.lora_alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
-    "lora.use_dora": "DoRA is not supported; remove the key",
+    "lora.use_dora": "DoRA also rescales the frozen weights: the model without its adapters would "
+    "not be the reference; remove the key, and raise lora.rank if LoRA learns too little",
+    **dict.fromkeys(("fine_tune_type", "lora.fine_tune_type", "train.fine_tune_type"), FULL),
 }
 
 

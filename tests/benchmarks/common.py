@@ -45,18 +45,19 @@ def measure(
     python: str = sys.executable,
     mlx: bool = True,
     threads: int | None = None,
+    more: dict[str, str] | None = None,
 ) -> Values:
     """What the worker of `script` returns for `task`, in a fresh process with a peak of its own.
 
-    `threads` are its BLAS's; None is one a core. The process may take what memory is free now, so
-    that one that takes more fails alone: {"failed": why}.
+    `threads` are its BLAS's; None is one a core; `more` is of its environment. The process may take
+    what memory is free now, so that one that takes more fails alone: {"failed": why}.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(task))
         process = subprocess.run(
             [python, str(Path(__file__).parent / script), "--worker", str(asked), str(answer)],
-            env=environment(mlx, threads),
+            env={**environment(mlx, threads), **(more or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
