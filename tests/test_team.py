@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rings
 from conftest import REPOSITORY
-from dpo_mlx import jsonl
+from dpo_mlx import config, jsonl
+from dpo_mlx.config import Config
+from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.team import LOST, shares
+from dpo_mlx.train_dpo import ALL, train_dpo
 from runs import determined
 
 MAKE_PAIRS = "scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py"
@@ -52,9 +57,21 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def run(folder: Path, count: int, script: str, *more: str) -> None:
+    """A stage to its end by several processes."""
     for rank, (code, out, err) in enumerate(end(start(folder, count, script, *more))):
         assert code == 0, err
         assert rank == 0 or out == "", "only rank 0 prints"
+
+
+def run_alone(folder: Path, stage: Callable[[Config], object]) -> None:
+    """A stage to its end by this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stage(config.load(Path("c.yaml")))
+
+
+def train(config: Config) -> None:
+    assert train_dpo(config, ALL)
 
 
 @pytest.fixture
@@ -94,38 +111,38 @@ def test_one_two_and_three_processes_learn_the_same(fresh):
 
     The last update of an epoch holds one pair: fewer than there are processes.
     """
-    folders = [fresh(f"by{count}") for count in (1, 2, 3)]
-    for count, folder in enumerate(folders, start=1):
-        run(folder, count, MAKE_PAIRS)
-        run(folder, count, TRAIN)
-    alone = folders[0]
+    alone, by_two, by_three = (fresh(f"by{count}") for count in (1, 2, 3))
+    run_alone(alone, make_pairs)
+    run_alone(alone, train)
     updates = [row for row in jsonl.read_whole_lines(alone / "run/metrics.jsonl") if "pairs" in row]
     assert len(updates) == 21 and {row["pairs"] for row in updates} == {4, 1}
-    for folder in folders[1:]:
-        for name in ("train.jsonl", "valid.jsonl", "train.samples.jsonl"):
-            assert (folder / "run/pairs" / name).read_bytes() == (
-                alone / "run/pairs" / name
-            ).read_bytes()
+    run(by_two, 2, MAKE_PAIRS)
+    for name in ("train.jsonl", "valid.jsonl", "train.samples.jsonl"):
+        made, expected = (folder / "run/pairs" / name for folder in (by_two, alone))
+        assert made.read_bytes() == expected.read_bytes()
+    shutil.copytree(by_two / "run/pairs", by_three / "run/pairs")
+    (by_three / "run/.lock").touch()
+    for count, folder in ((2, by_two), (3, by_three)):
+        run(folder, count, TRAIN)
         alike(folder, alone)
-        assert [p.name for p in (folder / "elsewhere").iterdir()] == []
+        assert list((folder / "elsewhere").iterdir()) == [], "only rank 0 writes"
 
 
 def test_a_run_goes_on_with_another_number_of_processes(fresh):
-    """SIGTERM to rank 0 of two in the middle of training: both end, the run is finished by three
-    and by one, as if never stopped.
+    """SIGTERM to all of two, then to all of three, in the middle of training, as ^C reaches all:
+    they end, and the run is finished by one as if never stopped.
     """
     undisturbed, stopped = fresh("undisturbed"), fresh("stopped")
     for folder in (undisturbed, stopped):
-        run(folder, 1, MAKE_PAIRS)
-    run(undisturbed, 1, TRAIN)
-    for count in (2, 3):
+        run_alone(folder, make_pairs)
+    run_alone(undisturbed, train)
+    for count, update in ((2, 3), (3, 10)):
         processes = start(stopped, count, TRAIN)
-        wait_for_update(stopped, {2: 3, 3: 10}[count])
-        for process in processes:  # as ^C in a terminal reaches all
+        wait_for_update(stopped, update)
+        for process in processes:
             process.send_signal(signal.SIGTERM)
-        codes = [code for code, *_ in end(processes)]
-        assert codes == [STOPPED] + [0] * (count - 1)
-    run(stopped, 1, TRAIN)
+        assert [code for code, *_ in end(processes)] == [STOPPED] + [0] * (count - 1)
+    run_alone(stopped, train)
     alike(stopped, undisturbed)
 
 
@@ -133,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(fresh):
 def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh):
     """SIGKILL to either of two: the other ends with one line that says what to do."""
     folder = fresh("killed")
-    run(folder, 1, MAKE_PAIRS)
+    run_alone(folder, make_pairs)
     processes = start(folder, 2, TRAIN)
     wait_for_update(folder, 2)
     processes[victim].kill()
@@ -142,7 +159,7 @@ def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert LOST in line
     kept = determined(folder / "run/metrics.jsonl")[:-1]  # the last update may not be saved
-    run(folder, 2, TRAIN)
+    run_alone(folder, train)
     assert determined(folder / "run/metrics.jsonl")[: len(kept)] == kept
 
 

@@ -107,6 +107,7 @@ class Team(Worker):
         self._config = config
         self._link = between
         self._sent: list[mx.array] = []  # the adapters that all ranks hold
+        self._total: Any = None  # of all ranks' gradients, of the last task
 
     def log_probs(self, sequences: list[Sequence], plain: bool = False) -> list[float]:
         costs = [len(sequence.ids) for sequence in sequences]
