@@ -83,13 +83,13 @@ def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_pat
     last = said.splitlines()[-1]
     assert last == (
         f"./train_dpo_run1.sh {path} "
-        + " ".join(f"--set {setting}" for setting in runs[0]["name"].split())
+        + " ".join(f"--set {setting}" for setting in runs[0]["settings"])
         + f" --set run_dir={runs[0]['run_dir']}"
     )
     page = (folder / "sweep.html").read_text()
     assert page.count("<section>") == 4 and all(row["name"] in page for row in runs)
     alone = configs.load(
-        path, [*runs[-1]["name"].split(), f"run_dir={tmp_path / 'alone'}", "train.force=true"]
+        path, [*runs[-1]["settings"], f"run_dir={tmp_path / 'alone'}", "train.force=true"]
     )
     train_dpo.train_dpo(alone, train_dpo.ALL)
     for name in ("adapters/adapters.safetensors", "outcome.json"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -165,21 +166,24 @@ def _copy(source: Path, folder: Path) -> None:
 
 def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
     """What is known of a run at the update that it keeps."""
-    row = {"name": run.name, "run_dir": run.config.run_dir, "minutes": minutes, "refused": refused}
+    row = {
+        "name": run.name,
+        "settings": run.settings,
+        "run_dir": run.config.run_dir,
+        "minutes": minutes,
+        "refused": refused,
+    }
     if refused is not None:
         return {**row, "stopped": [], "kept_update": None, "updates": 0, "evaluation": {}}
-    outcome = jsonl.read_json(
-        run.config.run / "outcome.json", ("updates", "kept_update", "stopped")
+    keys = ("updates", "kept_update", "stopped")
+    outcome = jsonl.read_json(run.config.run / "outcome.json", keys)
+    *_, kept = (
+        found
+        for found in report_rows(run.config.run / METRICS)
+        if found["iteration"] == outcome["kept_update"] and "eval_loss" in found
     )
-    kept = [
-        row
-        for row in report_rows(run.config.run / METRICS)
-        if row["iteration"] == outcome["kept_update"] and "eval_loss" in row
-    ]
-    evaluation = {metric: kept[-1].get(metric) for _, metric, _ in COLUMNS}
-    return {**row, **{key: outcome[key] for key in ("updates", "kept_update", "stopped")}} | {
-        "evaluation": evaluation
-    }
+    evaluation = {metric: kept.get(metric) for _, metric, _ in COLUMNS}
+    return {**row, **{key: outcome[key] for key in keys}, "evaluation": evaluation}
 
 
 def _rank(row: Row) -> tuple[bool, float]:
@@ -193,10 +197,11 @@ def winner(rows: list[Row]) -> Row | None:
     return rows[0] if not (rows[0]["refused"] or rows[0]["stopped"]) else None
 
 
-def command(row: Row, config: Path) -> str:
-    """What makes the finished model of a run."""
-    sets = " ".join(f"--set {setting}" for setting in row["name"].split())
-    return f"./train_dpo_run1.sh {config} {sets} --set run_dir={row['run_dir']}"
+def command(row: Row, config: Path, overrides: list[str]) -> str:
+    """What makes the finished model of a run, all in one line."""
+    sets = [*overrides, *row["settings"], f"run_dir={row['run_dir']}"]
+    options = [word for setting in sets for word in ("--set", setting)]
+    return shlex.join(["./train_dpo_run1.sh", str(config), *options])
 
 
 def cells(row: Row) -> list[str]:

@@ -23,7 +23,7 @@ def stage(config: Config, options: argparse.Namespace) -> int:
     if best is None:
         print("14: no run came to its end", file=sys.stderr)
         return 1
-    print(f"14: to fuse and test the best:\n{command(best, options.config)}")
+    print(f"14: to fuse and test the best:\n{command(best, options.config, options.overrides)}")
     return 0
 
 
