@@ -236,7 +236,12 @@ CASES: dict[str, Case] = {
     ),
     # the model
     "no such model": setting("model=./absent", "./absent: no such folder"),
-    "another model": setting("model=./absent", "model files", "generation.restart", script="06"),
+    "another model": Case(
+        "06",
+        ("model files", "generation.restart"),
+        lambda: other_weights(tiny.folder(Path("other"))),
+        ("--set", "model=other"),
+    ),
     "no weights": model(lambda f: (f / "model.safetensors").unlink(), "model other", "safetensors"),
     "torn weights": model(
         lambda f: os.truncate(f / "model.safetensors", 5000), "model other", "safetensors"

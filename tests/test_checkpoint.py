@@ -118,7 +118,7 @@ def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
 
 def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
     made = Checkpoints(folder)
-    state = State(phase, update, best=Kept(best, 0.5))
+    state = State(phase, update, best=Kept(best, 0.5, 2.0))
     model, optimizer = small(update)
     model.layers = []
     made.save(state, Origin(), model, LoraConfig(num_layers=1), optimizer)
@@ -154,7 +154,15 @@ def test_everything_comes_back(tmp_path):
     model.layers = []
     optimizer.update(model, {"weight": mx.array([[0.3, 0.7]])})
     state = State(
-        "dpo", 7, 20, True, {"voice": 0.1, "p": float("-inf")}, {"voice": 1 / 3}, Kept(7, 0.2), 4, 2
+        "dpo",
+        7,
+        20,
+        True,
+        {"voice": 0.1, "p": float("-inf")},
+        {"voice": 1 / 3},
+        Kept(7, 0.2, 2.0),
+        4,
+        2,
     )
     origin = Origin({"a": [1, None]}, {"b": "x"})
     made = Checkpoints(tmp_path)

@@ -79,7 +79,7 @@ def test_the_first_evaluation_is_kept_whatever_it_writes():
     """There is always something to keep: the start, though it be degenerate."""
     guard = Guard(BASE, LIMITS)
     assert guard.is_best(0, wrote(voice=0.5, distinct2=0.0), math.nan)
-    assert guard.kept == Kept(0, 0.5)
+    assert guard.kept == Kept(0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_more_voiced_but_degenerate_is_never_kept(changes, chosen_change):
         guard = Guard(BASE, limits)
         assert guard.is_best(0, wrote(voice=0.25), 0.0)
         assert not guard.is_best(1, wrote(voice=1.0, **changes), chosen_change)
-        assert guard.kept == Kept(0, 0.25)
+        assert guard.kept == Kept(0, 0.25, 2.0)
 
 
 def test_the_most_voiced_is_kept():
@@ -101,7 +101,24 @@ def test_the_most_voiced_is_kept():
     voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
     best = [guard.is_best(i, wrote(voice=v), 0.0) for i, v in enumerate(voices)]
     assert best == [True, True, False, False, False, True]
-    assert guard.kept == Kept(5, 0.75)
+    assert guard.kept == Kept(5, 0.75, 2.0)
+
+
+def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
+    """Within 0.05 fluency decides, beyond it the voice alone; a little less voice is worth it."""
+    guard = Guard(wrote(), LIMITS)
+    written = [
+        wrote(voice=0.5, self_ended=0.5),
+        wrote(voice=0.53, self_ended=0.5),  # as fluent, and a little more in the voice
+        wrote(voice=0.5, self_ended=0.75),  # more fluent
+        wrote(voice=0.54, self_ended=0.5),  # less fluent
+        wrote(voice=0.4, self_ended=1.0),  # too little of the voice
+        wrote(voice=0.75, self_ended=0.5),
+    ]
+    assert [guard.is_best(i, w, 0.0) for i, w in enumerate(written)] == [
+        True, True, True, False, False, True
+    ]  # fmt: skip
+    assert guard.kept == Kept(5, 0.75, 1.5)
 
 
 # A whole run ------------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ def test_the_best_adapters_are_kept(make):
     voices = script(0.25, 0.75, 0.5, 0.625)
     run = make({"script": voices}, epochs=2, grad_accumulation=2, eval_every=3).run()
     assert [row["iteration"] for row in run.evaluations] == [0, 3, 6, 8]
-    assert run.guard.kept == Kept(3, 0.75)
+    assert run.guard.kept == Kept(3, 0.75, 2.0)
     losses = {row["iteration"]: row["eval_loss"] for row in run.evaluations}
     assert len(set(losses.values())) == 4
     assert evaluate_folder(run, run.best) == pytest.approx(losses[3], rel=1e-5)
@@ -360,14 +360,14 @@ def test_the_loss_has_no_say(make):
     falls = make({"script": script(0.5, 0.5, 0.25)}, eval_every=1, grad_accumulation=4).run()
     losses = [row["eval_loss"] for row in falls.evaluations]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-    assert falls.guard.kept == Kept(0, 0.5)
+    assert falls.guard.kept == Kept(0, 0.5, 2.0)
     assert differences(saved(falls.best), falls.start) == 0
 
     opposite = {"valid": [swapped(pair) for pair in VALID], "script": script(0.25, 0.5, 0.75)}
     rises = make(opposite, eval_every=1, grad_accumulation=4, learning_rate=1e-4).run()
     losses = [row["eval_loss"] for row in rises.evaluations]
     assert losses == sorted(losses) and losses[0] < losses[-1]
-    assert rises.guard.kept == Kept(2, 0.75)
+    assert rises.guard.kept == Kept(2, 0.75, 2.0)
     assert differences(saved(rises.best), rises.adapters) == 0
 
 
@@ -378,7 +378,7 @@ def test_a_degenerate_evaluation_is_not_kept(make):
     voices = [wrote(voice=0.25), wrote(voice=0.9, distinct2=0.25), wrote(voice=0.5)]
     given = {"eval_every": 1, "grad_accumulation": 4, "guard": {"enabled": False}}
     run = make({"script": voices}, **given).run()
-    assert run.guard.kept == Kept(2, 0.5)
+    assert run.guard.kept == Kept(2, 0.5, 2.0)
     assert differences(saved(run.best), run.adapters) == 0
 
 

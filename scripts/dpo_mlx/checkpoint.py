@@ -25,7 +25,7 @@ from .phase import PHASES, SFT
 from .writing import Measures
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-VERSION = 1  # of what is in STATE
+VERSION = 2  # of what is in STATE
 
 LAST = 2  # checkpoints that are kept
 

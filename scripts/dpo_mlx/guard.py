@@ -7,19 +7,36 @@ from dataclasses import dataclass
 from .config import GuardConfig
 from .writing import Measures
 
+# Voice scores so near to each other are alike: the mean of eight answers is no surer than that.
+ALIKE = 0.05
+
 
 @dataclass(frozen=True)
 class Kept:
-    """The update whose adapters are kept, and the voice score of what it wrote."""
+    """The update whose adapters are kept, the voice score of what it wrote, and how fluent that
+    was: distinct word pairs and the share that ends by itself, added.
+    """
 
     update: int
     voice: float
+    fluency: float
+
+    @classmethod
+    def of(cls, update: int, written: Measures) -> Kept:
+        return cls(update, written["voice"], written["distinct2"] + written["self_ended"])
+
+    def is_better_than(self, other: Kept) -> bool:
+        """More in the voice, or about as much and more fluent."""
+        if abs(self.voice - other.voice) > ALIKE:
+            return self.voice > other.voice
+        return (self.fluency, self.voice) > (other.fluency, other.voice)
 
 
 class Guard:
     """Judges every evaluation of a run against the base model.
 
-    The best adapters are those that write most in the voice among those within the limits.
+    The best adapters are, among those within the limits, those that write most in the voice, and of
+    those that do so alike the most fluent.
     """
 
     def __init__(self, base: Measures, limits: GuardConfig, best: Kept | None = None) -> None:
@@ -35,11 +52,12 @@ class Guard:
 
     def is_best(self, update: int, written: Measures, chosen_change: float) -> bool:
         """Whether these are the best adapters so far; the first ones are, whatever they write."""
+        found = Kept.of(update, written)
         better = self.best is None or (
-            written["voice"] > self.best.voice and not self.crossed(written, chosen_change)
+            found.is_better_than(self.best) and not self.crossed(written, chosen_change)
         )
         if better:
-            self.best = Kept(update, written["voice"])
+            self.best = found
         return better
 
     def crossed(self, written: Measures, chosen_change: float) -> list[str]:

@@ -103,7 +103,8 @@ def _say(outcome: Outcome, adapters: Path) -> bool:
         )
     print(
         f"10: {outcome.updates} updates; {adapters} holds those of update {outcome.kept_update}, "
-        f"whose answers are most in the voice (score {outcome.voice:.2f}) and within guard's limits"
+        f"whose answers are most in the voice (score {outcome.voice:.2f}; the more fluent of those "
+        "that are alike) and within guard's limits"
     )
     return not outcome.stopped
 
