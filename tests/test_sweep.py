@@ -95,16 +95,11 @@ def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_pat
     for name in ("adapters/adapters.safetensors", "outcome.json"):
         shared = Path(runs[-1]["run_dir"]) / name
         assert shared.read_bytes() == (alone.run / name).read_bytes()
-
-
-def test_again_it_trains_nothing(path, counted, tmp_path):
-    """What is there stays; the times it took are those of the first call."""
-    assert run_script(path, *grid_options(GRID[:1])) == 0
-    results = tmp_path / "run_sweep/sweep.json"
-    first = results.read_bytes()
+    # Again it trains nothing, and the times are those of the first call.
+    results = (folder / "sweep.json").read_bytes()
     counted.update({"sft": 0, "log-probs": 0})
-    assert run_script(path, *grid_options(GRID[:1])) == 0
-    assert results.read_bytes() == first
+    assert run_script(path, *grid_options(GRID)) == 0
+    assert (folder / "sweep.json").read_bytes() == results
     assert counted == {"sft": 0, "log-probs": 0}
 
 
