@@ -17,8 +17,9 @@ import rings
 from conftest import REPOSITORY
 from dpo_mlx import config, jsonl
 from dpo_mlx.config import Config
+from dpo_mlx.link import LOST
 from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.team import LOST, shares
+from dpo_mlx.team import shares
 from dpo_mlx.train_dpo import ALL, train_dpo
 from runs import determined
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import config as configs
-from . import lock, signals, team
+from . import lock, signals
 from .config import Config
 from .errors import UserError
+from .link import dismiss, link
 
 RANK_0 = "DPO_RANK_0"  # in the environment
 
@@ -44,16 +45,22 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     exit codes to itself, the process number and the code go to the file that RANK_0 names.
     """
     options = arguments.parse_args()
-    if team.link().size > 1:
+    if link().size > 1:
         # The launcher's threads never rest while a process could still read what is typed.
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if team.link().rank:
-        sys.exit(_code_of(team.serve))
+    if link().rank:
+        sys.exit(_code_of(_help))
     _tell_runner(os.getpid())
     code = _code_of(lambda: _run(stage, options))
-    team.dismiss()
+    dismiss()
     _tell_runner(code)
     sys.exit(code)
+
+
+def _help() -> None:
+    from .team import serve  # with all that computes, which not every stage needs
+
+    serve()
 
 
 def _tell_runner(number: int) -> None:

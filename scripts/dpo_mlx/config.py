@@ -22,11 +22,11 @@ from .rounding import DTYPES, ROUNDINGS, STOCHASTIC
 SCHEDULES = ("cosine", "constant")
 REPORTERS = ("wandb", "swanlab")
 
-# Keys of other trainers that would be silently ignored here, and what to use instead.
 FULL = (
     "only adapters are trained: the weights of chosen layers with Adam's two moments would take "
     "gigabytes, and the reference a second model; choose layers with lora.num_layers and lora.keys"
 )
+# Keys of other trainers that would be silently ignored here, and what to use instead.
 REJECTED = {
     "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
     "lora.lora_alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",

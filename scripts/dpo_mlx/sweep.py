@@ -189,12 +189,16 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
 def _rank(row: Row) -> tuple[bool, float]:
     """Runs that came to their end first, most in the voice first."""
     voice = row["evaluation"].get("eval_text/voice", -math.inf)
-    return bool(row["refused"] or row["stopped"]), -voice
+    return not _is_whole(row), -voice
+
+
+def _is_whole(row: Row) -> bool:
+    return not (row["refused"] or row["stopped"])
 
 
 def winner(rows: list[Row]) -> Row | None:
     """The best run, None when none came to its end."""
-    return rows[0] if not (rows[0]["refused"] or rows[0]["stopped"]) else None
+    return rows[0] if _is_whole(rows[0]) else None
 
 
 def command(row: Row, config: Path, overrides: list[str]) -> str:

@@ -33,6 +33,7 @@ import ours
 import rings
 from dpo_mlx import memory, models, team
 from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
+from dpo_mlx.link import dismiss, link
 from dpo_mlx.phase import Dpo, Example
 from dpo_mlx.reference import Reference
 from mlx.utils import tree_flatten
@@ -49,7 +50,7 @@ def main() -> None:
             found.append(measure(args, count))
     table = [row(count, found, rows[1]) for count, found in rows.items()]
     common.table("an update", table)
-    links = [link(name, rate) for name, rate in LINKS.items()]
+    links = [by_link(name, rate) for name, rate in LINKS.items()]
     common.table("seconds of communication an update of two machines, derived", links)
     common.save(args, {"rows": table, "links": links})
 
@@ -84,17 +85,17 @@ def measure(args: Namespace, count: int) -> common.Values:
 
 
 def row(count: int, found: list[common.Values], alone: list[common.Values]) -> common.Values:
-    seconds, link = (median(one[name] for one in found) for name in ("update", "link"))
+    seconds, passed = (median(one[name] for one in found) for name in ("update", "link"))
     return {
         "processes": count,
         "s/update": seconds,
-        "link s": link if count > 1 else None,
-        "link share": link / seconds if count > 1 else None,
+        "link s": passed if count > 1 else None,
+        "link share": passed / seconds if count > 1 else None,
         "speed": median(one["update"] for one in alone) / seconds,
     }
 
 
-def link(name: str, rate: float) -> common.Values:
+def by_link(name: str, rate: float) -> common.Values:
     """Of Granite's adapters and of the demo's, over a link of `rate` bytes a second."""
     granite, demo = adapters_bytes()
     return {
@@ -117,7 +118,7 @@ def adapters_bytes() -> list[int]:
 
 
 def worker(task: common.Values) -> common.Values:
-    if team.link().rank:
+    if link().rank:
         team.serve()
         return {}
     config = Config(
@@ -145,7 +146,7 @@ def worker(task: common.Values) -> common.Values:
             shared.gradient(Dpo(config), [], 0)
             links.append(time.perf_counter() - started)
         found["link"] = median(links)
-    team.dismiss()
+    dismiss()
     return found
 
 
