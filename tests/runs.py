@@ -32,6 +32,20 @@ VALID = [Pair("Why 9 old?", "**old!** Yes.", "It is old, 9 times.", line=1)]
 
 SCRIPT = Path(__file__).parents[1] / "scripts/phase4-fine-tune-model/10_train_dpo.py"
 
+# Settings of a run whose paths are relative to the folder it is made in, so that it can be copied
+# and compared.
+IN_FOLDER: dict[str, Any] = {
+    "run_dir": "run",
+    "data": {
+        "source": "source.jsonl",
+        "train_pairs": "run/pairs/train.jsonl",
+        "valid_pairs": "run/pairs/valid.jsonl",
+        "valid_fraction": 0.25,
+        "max_length": 256,
+    },
+    "lora": {"rank": 4},
+}
+
 Adapters = dict[str, mx.array]
 
 
@@ -169,10 +183,10 @@ def write_pairs(path: Path, count: int) -> None:
     jsonl.write(path, rows)
 
 
-def exit_code(config: Path, *more: str) -> Any:
-    """Stage 10's, as its script gives it."""
+def exit_code(config: Path, *more: str, script: Path = SCRIPT) -> Any:
+    """A stage's, as its script gives it; stage 10's unless said."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", [str(SCRIPT), "--config", str(config), *more])
+        patch.setattr(sys, "argv", [str(script), "--config", str(config), *more])
         patch.setattr(sys, "path", sys.path[:])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     return stopped.value.code

@@ -26,21 +26,13 @@ from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import train_dpo
+from runs import IN_FOLDER
 
 SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
 
-# Paths are relative to the folder that a test runs in, so that a finished run can be copied.
 SETTINGS: dict[str, Any] = {
-    "run_dir": "run",
-    "data": {
-        "source": "source.jsonl",
-        "train_pairs": "run/pairs/train.jsonl",
-        "valid_pairs": "run/pairs/valid.jsonl",
-        "valid_fraction": 0.25,
-        "max_length": 256,
-    },
+    **IN_FOLDER,
     "generation": {"max_tokens": 8, "batch_size": 16},
-    "lora": {"rank": 4},
     "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 9},
     "smoke": {"questions": 2},
 }

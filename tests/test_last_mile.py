@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dpo_mlx.train_dpo import train_dpo
 from test_granite_parity import granite_folder
 
 SCRIPT = REPOSITORY / "scripts/phase5-export/13_export_hf.py"
+exit_code = partial(runs.exit_code, script=SCRIPT)
 # The converter fills the tokens up to a multiple of 8, and llama.cpp wants merges.
 VOCABULARY, MERGE = 264, ("h", "e")
 
@@ -87,15 +88,6 @@ def add_merge(tokenizer: Path) -> None:
     made["model"]["vocab"]["".join(MERGE)] = len(made["model"]["vocab"])
     made["model"]["merges"] = [list(MERGE)]
     tokenizer.write_text(json.dumps(made))
-
-
-def exit_code(config: Path, *more: str) -> Any:
-    """Stage 13's, as its script gives it; 0 when it gives none."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", [str(SCRIPT), "--config", str(config), *more])
-        patch.setattr(sys, "path", sys.path[:])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return stopped.value.code or 0
 
 
 # TRL --------------------------------------------------------------------------------------------

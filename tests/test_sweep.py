@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from dpo_mlx import jsonl, sweep, train_dpo
 from dpo_mlx.errors import UserError
 from dpo_mlx.reference import load_or_compute
 from dpo_mlx.trainer import Trainer
+from runs import exit_code
 
 SCRIPT = REPOSITORY / "scripts/phase4-fine-tune-model/14_sweep.py"
 GRID = ["dpo.beta=0.1,0.3", "train.learning_rate=1e-3,2e-3"]
@@ -52,12 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def run_script(path: Path, *more: str) -> int:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", [str(SCRIPT), "--config", str(path), *more])
-        patch.setattr(sys, "path", sys.path[:])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
+    return exit_code(path, *more, script=SCRIPT)
 
 
 def grid_options(lines: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ import tiny  # noqa: E402
 import yaml  # noqa: E402
 from dpo_mlx import jsonl  # noqa: E402
 from dpo_mlx.lock import LOCK  # noqa: E402
-from runs import determined  # noqa: E402
+from runs import IN_FOLDER, determined  # noqa: E402
 
 SCRIPTS = {
     path.name[:2]: path
@@ -41,18 +41,9 @@ SCRIPTS = {
 }
 TMPFS_BYTES = 100_000_000
 
-# Paths are relative to the folder of a round, so that rounds write the same bytes.
 SETTINGS: dict[str, Any] = {
-    "run_dir": "run",
-    "data": {
-        "source": "source.jsonl",
-        "train_pairs": "run/pairs/train.jsonl",
-        "valid_pairs": "run/pairs/valid.jsonl",
-        "valid_fraction": 0.25,
-        "max_length": 256,
-    },
+    **IN_FOLDER,
     "generation": {"max_tokens": 12, "batch_size": 4},
-    "lora": {"rank": 4},
     "sft": {"epochs": 1, "learning_rate": 1e-3},
     "train": {
         "learning_rate": 1e-3,
