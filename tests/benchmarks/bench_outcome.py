@@ -7,8 +7,8 @@ Stage 06 samples a rejected answer to every question once. For each seed the pai
 cut to --train pairs and --held held-out ones, and every recipe trains on the same ones by stage 10
 with the shipped demo config and the changes in RECIPES. Then the tuned model answers the held-out
 questions, sampled as the config says and greedily, and is measured beside the base model. Results
-stand in FOLDER/SEED/rows.jsonl as soon as they are there. `SFT alone` after another recipe measures
-what that one had before DPO.
+stand in FOLDER/SEED/rows.jsonl as soon as they are there. `SFT alone` and `DPO to its end` after
+another recipe measure what that one had at the end of a phase, whatever it kept.
 
 How to read the table, a row a recipe and seed
   voice       share of questions on which the tuned answer scores above the base's
@@ -40,15 +40,16 @@ from pathlib import Path
 import common
 import mlx.optimizers as optim
 import yaml
+from dpo_mlx import checkpoint, jsonl, make_pairs, models, pairs, voice
 from dpo_mlx import config as configs
-from dpo_mlx import jsonl, make_pairs, models, pairs, voice
 from dpo_mlx.checkpoint import Checkpoints
 from dpo_mlx.config import Config, GenerationConfig
+from dpo_mlx.errors import UserError
 from dpo_mlx.job import TRAIN, VALID, pair_file, prepare
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.origin import training_inputs
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
-from dpo_mlx.phase import DPO, SFT, Dpo, Example, Sft, count_updates, groups
+from dpo_mlx.phase import DPO, SFT, Dpo, Example, groups
 from dpo_mlx.sampling import Answer, limited
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
 from dpo_mlx.trainer import Trainer
@@ -57,7 +58,8 @@ from dpo_mlx.writing import Measures, measure
 
 DEMO = common.ROOT / "config/smollm2-135m_demo.yaml"
 CONTROL = Path(__file__).with_name("control.yaml")
-SHIPPED, SFT_ALONE, COLLAPSED = "shipped", "SFT alone", "control"
+SHIPPED, COLLAPSED = "shipped", "control"
+PHASE_ENDS = {"SFT alone": SFT, "DPO to its end": DPO}
 SAMPLED, GREEDY = "sampled", "greedy"
 
 # Changes to the demo's config.
@@ -97,7 +99,7 @@ def arguments() -> Namespace:
     parser.add_argument("--folder", type=Path, default=common.DATA / "outcome")
     args = parser.parse_args()
     args.recipes = args.recipes.split(",")
-    if unknown := set(args.recipes) - {*RECIPES, SFT_ALONE, COLLAPSED}:
+    if unknown := set(args.recipes) - {*RECIPES, *PHASE_ENDS, COLLAPSED}:
         parser.error(f"--recipes: no {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     return args
 
@@ -164,6 +166,7 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
     folder = Path(task["folder"])
     asked = None
     previous: Path | None = None
+    row: common.Values = {}
     for recipe in task["recipes"]:
         run = folder / recipe.replace(" ", "_")
         if previous is not None:  # what is still valid of it is not computed again
@@ -174,7 +177,10 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
         else:
             config = configs.load(DEMO, [*RECIPES.get(recipe, []), *changes])
             asked = asked or Asked(config)
-            row = sft_alone(config, asked) if recipe == SFT_ALONE else by_recipe(config, asked)
+            if recipe in PHASE_ENDS:
+                row = at_end(PHASE_ENDS[recipe], config, asked, row)
+            else:
+                row = by_recipe(config, asked)
         previous = run
         jsonl.append(folder / "rows.jsonl", [line({**row, "recipe": recipe, "seed": "-"})])
         yield {"recipe": recipe, **row}
@@ -189,12 +195,16 @@ def by_recipe(config: Config, asked: Asked) -> common.Values:
     return {"minutes": minutes, **outcome, **asked.outcome(config.run, config.run / "adapters")}
 
 
-def sft_alone(config: Config, asked: Asked) -> common.Values:
-    """What the recipe before this one had after SFT."""
-    updates = count_updates(Sft(config).settings, len(asked.pairs[TRAIN]))
-    found = {"minutes": 0.0, "updates": updates, "kept_update": updates, "stopped": []}
-    measured = asked.outcome(config.run, Checkpoints(config.run / "checkpoints").path(SFT, updates))
-    return {**found, **measured, "margin": None, "accuracy": None}
+def at_end(phase: str, config: Config, asked: Asked, whole: common.Values) -> common.Values:
+    """What the recipe before this one, whose row is given, had at the end of a phase."""
+    path = Checkpoints(config.run / "checkpoints").newest(phase)
+    if path is None:
+        raise UserError(f"{config.run}: no checkpoint of {phase}; name a recipe before it")
+    update = checkpoint.read(path)[0].update
+    if update == whole["kept_update"]:  # measured already
+        return {**whole, "minutes": 0.0}
+    found = {"minutes": 0.0, "updates": update, "kept_update": update, "stopped": []}
+    return {**found, **asked.outcome(config.run, path)}
 
 
 # What is written ------------------------------------------------------------------------------
