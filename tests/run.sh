@@ -10,4 +10,6 @@ find_openblas
 ruff format --check --config tests/pyproject.toml .
 ruff check --config tests/pyproject.toml .
 mypy --config-file tests/pyproject.toml
-LD_PRELOAD="$MLX_PRELOAD" python -m pytest -c tests/pyproject.toml tests "$@"
+# Two processes, each with one thread: models as tiny as the tests' gain nothing from more.
+OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$MLX_PRELOAD" \
+  python -m pytest -c tests/pyproject.toml -n 2 --dist loadfile tests "$@"

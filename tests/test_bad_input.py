@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,9 @@ from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import train_dpo
-from runs import IN_FOLDER
+from runs import IN_FOLDER, exit_code
 
+CONFIG = Path("c.yaml")
 SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
 
 SETTINGS: dict[str, Any] = {
@@ -48,10 +48,10 @@ def finished(granite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     rows = [{"question": f"Why is {i}?", "answer": f"**So.** It is {i}."} for i in range(16)]
     (folder / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "c.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": str(granite)}))
+    (folder / CONFIG).write_text(yaml.safe_dump({**SETTINGS, "model": str(granite)}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        loaded = config.load(Path("c.yaml"))
+        loaded = config.load(CONFIG)
         make_pairs(loaded)
         train_dpo(loaded, "all")
         fuse_adapters(loaded)
@@ -72,10 +72,6 @@ def digests(folder: Path) -> dict[str, str]:
     """Of every file but the locks, which are empty again when nobody holds them."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path): jsonl.digest(path) for path in files if not path.name.endswith(".lock")}
-
-
-def arguments(script: str, *more: str) -> list[str]:
-    return [str(SCRIPTS[script]), "--config", "c.yaml", *more]
 
 
 @dataclass(frozen=True)
@@ -422,16 +418,12 @@ def error_lines(stderr: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_line_and_loses_nothing(name, work, monkeypatch, capfd):
+def test_bad_input_is_one_line_and_loses_nothing(name, work, capfd):
     """The script fails with one line that names the culprit, and every file is as it was."""
     case = CASES[name]
     case.damage()
     before = digests(work)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", arguments(case.script, *case.more))
-        patch.setattr(sys, "path", sys.path[:])
-        runpy.run_path(str(SCRIPTS[case.script]), run_name="__main__")
-    assert stopped.value.code == 1
+    assert exit_code(CONFIG, *case.more, script=SCRIPTS[case.script]) == 1
     [line] = error_lines(capfd.readouterr().err)
     assert line.startswith("error: ")
     for word in case.says:
@@ -441,7 +433,7 @@ def test_bad_input_is_one_line_and_loses_nothing(name, work, monkeypatch, capfd)
 
 def run(*more: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments(script, *more)],
+        [sys.executable, str(SCRIPTS[script]), "--config", str(CONFIG), *more],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -461,7 +453,7 @@ def test_all_faults_of_a_config_are_lines_of_their_own(work):
 
 def test_library_that_logs_adds_no_line(work):
     """As a process: mlx-lm and transformers print nothing of their own beside the line."""
-    shutil.copytree(Path(yaml.safe_load(Path("c.yaml").read_text())["model"]), "other")
+    shutil.copytree(Path(yaml.safe_load(CONFIG.read_text())["model"]), "other")
     edit(Path("other/config.json"), model_type="nosuch")
     done = run("--set", "model=other", script="10")
     [line] = error_lines(done.stderr)
@@ -487,12 +479,8 @@ def test_reporter_that_is_not_installed_keeps_the_metrics(work, monkeypatch, cap
     """It is found before the earlier run's metrics are written over."""
     monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", None)
     before = digests(work)
-    monkeypatch.setattr(sys, "argv", arguments("10", "--set", "report_to=wandb"))
     # What is reported is no part of what determines the adapters: ask for another run.
-    sys.argv += ["--set", "train.epochs=2"]
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPTS["10"]), run_name="__main__")
-    assert stopped.value.code == 1
+    assert exit_code(CONFIG, "--set", "report_to=wandb", "--set", "train.epochs=2") == 1
     assert "error: report_to: " in capfd.readouterr().err
     changed = {path for path, digest in digests(work).items() if before.get(path) != digest}
     assert changed <= {str(work / "run/config.yaml")}
@@ -519,11 +507,7 @@ def test_a_fault_of_the_disk_is_one_line(number, says, work, monkeypatch, capfd)
 
     before = digests(work)
     monkeypatch.setattr(jsonl, "append", fails)
-    monkeypatch.setattr(sys, "argv", arguments("10", *AGAIN))
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPTS["10"]), run_name="__main__")
-    assert stopped.value.code == 1
+    assert exit_code(CONFIG, *AGAIN) == 1
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert line.startswith("error: run/metrics.jsonl: ") and says in line
     kept = ("adapters", "fused", "pairs", "reference", "report", "fuse.json", "outcome.json")

@@ -8,7 +8,8 @@ cut to --train pairs and --held held-out ones, and every recipe trains on the sa
 with the shipped demo config and the changes in RECIPES. Then the tuned model answers the held-out
 questions, sampled as the config says and greedily, and is measured beside the base model. Results
 stand in FOLDER/SEED/rows.jsonl as soon as they are there. `SFT alone` and `DPO to its end` after
-another recipe measure what that one had at the end of a phase, whatever it kept.
+another recipe measure what that one had at the end of a phase, whatever it kept. The same command
+again goes on where stage 10 was stopped.
 
 How to read the table, a row a recipe and seed
   voice       share of questions on which the tuned answer scores above the base's
@@ -40,7 +41,7 @@ from pathlib import Path
 import common
 import mlx.optimizers as optim
 import yaml
-from dpo_mlx import checkpoint, jsonl, make_pairs, models, pairs, voice
+from dpo_mlx import checkpoint, durable, jsonl, make_pairs, models, pairs, voice
 from dpo_mlx import config as configs
 from dpo_mlx.checkpoint import Checkpoints
 from dpo_mlx.config import Config, GenerationConfig
@@ -127,15 +128,19 @@ def pool(args: Namespace) -> list[common.Values]:
 def of_seed(args: Namespace, rows: list[common.Values], seed: int) -> list[common.Values]:
     """The results of all recipes for a seed."""
     folder = args.folder / f"{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
     shuffled = random.Random(seed).sample(rows, args.train + args.held)
-    jsonl.write(folder / "train.jsonl", shuffled[: args.train])
-    jsonl.write(folder / "valid.jsonl", shuffled[args.train :])
+    files = {"train": folder / "train.jsonl", "valid": folder / "valid.jsonl"}
+    splits = {"train": shuffled[: args.train], "valid": shuffled[args.train :]}
+    for split, file in files.items():
+        if file.exists() and list(jsonl.read_whole_lines(file)) != splits[split]:
+            shutil.rmtree(folder)  # runs on other pairs
+    for split, file in files.items():
+        jsonl.write(file, splits[split])
     sets = {
         "run_dir": folder,
         "seed": seed,
-        "data.train_pairs": folder / "train.jsonl",
-        "data.valid_pairs": folder / "valid.jsonl",
+        "data.train_pairs": files["train"],
+        "data.valid_pairs": files["valid"],
     }
     asked = {**task("seed", args, sets), "recipes": args.recipes, "folder": str(folder)}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -164,26 +169,32 @@ def worker(task: common.Values) -> common.Values:
 def each_recipe(task: common.Values) -> Iterator[common.Values]:
     """What each recipe made, one after the other; rows stand in rows.jsonl as soon as they are."""
     folder = Path(task["folder"])
+    (folder / "rows.jsonl").unlink(missing_ok=True)
     asked = None
     previous: Path | None = None
     row: common.Values = {}
     for recipe in task["recipes"]:
         run = folder / recipe.replace(" ", "_")
-        if previous is not None:  # what is still valid of it is not computed again
-            shutil.copytree(previous, run)
         changes = [*task["changes"], f"run_dir={run}"]
         if recipe == COLLAPSED:
             row = collapse(changes)
+        elif recipe in PHASE_ENDS:
+            row = at_end(PHASE_ENDS[recipe], previous, asked, row)
         else:
-            config = configs.load(DEMO, [*RECIPES.get(recipe, []), *changes])
+            config = configs.load(DEMO, [*RECIPES[recipe], *changes])
             asked = asked or Asked(config)
-            if recipe in PHASE_ENDS:
-                row = at_end(PHASE_ENDS[recipe], config, asked, row)
-            else:
-                row = by_recipe(config, asked)
-        previous = run
+            if previous is not None and not run.exists():
+                copy_run(previous, run)
+            row = by_recipe(config, asked)
+            previous = run
         jsonl.append(folder / "rows.jsonl", [line({**row, "recipe": recipe, "seed": "-"})])
         yield {"recipe": recipe, **row}
+
+
+def copy_run(previous: Path, run: Path) -> None:
+    """What is still valid of an earlier recipe's run is not computed again."""
+    with durable.new_folder(run) as temporary:
+        shutil.copytree(previous, temporary, dirs_exist_ok=True)
 
 
 def by_recipe(config: Config, asked: Asked) -> common.Values:
@@ -195,16 +206,17 @@ def by_recipe(config: Config, asked: Asked) -> common.Values:
     return {"minutes": minutes, **outcome, **asked.outcome(config.run, config.run / "adapters")}
 
 
-def at_end(phase: str, config: Config, asked: Asked, whole: common.Values) -> common.Values:
-    """What the recipe before this one, whose row is given, had at the end of a phase."""
-    path = Checkpoints(config.run / "checkpoints").newest(phase)
-    if path is None:
-        raise UserError(f"{config.run}: no checkpoint of {phase}; name a recipe before it")
+def at_end(
+    phase: str, run: Path | None, asked: Asked | None, whole: common.Values
+) -> common.Values:
+    """What a recipe's run, whose row is given, had at the end of a phase."""
+    path = run and Checkpoints(run / "checkpoints").newest(phase)
+    if not (run and asked and path):
+        raise UserError(f"the end of {phase} of which recipe? name one before it that has {phase}")
     update = checkpoint.read(path)[0].update
-    if update == whole["kept_update"]:  # measured already
-        return {**whole, "minutes": 0.0}
     found = {"minutes": 0.0, "updates": update, "kept_update": update, "stopped": []}
-    return {**found, **asked.outcome(config.run, path)}
+    measured = whole if update == whole["kept_update"] else asked.outcome(run, path)
+    return {**measured, **found, **({"margin": None} if phase == SFT else {})}
 
 
 # What is written ------------------------------------------------------------------------------
@@ -234,8 +246,9 @@ class Asked:
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
         self.decodings = decodings(pairs.chosen_lengths([*train, *valid], self.encoder))
         self.answers = {how: {"base": self.base(how), "chosen": real} for how in self.decodings}
+        chosen = self.measures(real)
         self.measured = {
-            how: {who: self.measures(given) for who, given in both.items()}
+            how: {"base": self.measures(both["base"]), "chosen": chosen}
             for how, both in self.answers.items()
         }
 
