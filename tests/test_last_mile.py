@@ -313,7 +313,7 @@ def test_the_card_says_what_it_is(finished):
         f"Fusing kept {100 * report['fuse']['margin_kept']:.1f}% of the adapters' margin",
         f"| voice, 0 to 1 | {report['voice']['base']:.2f} | {report['voice']['tuned']:.2f} |",
         f"| distinct2 | {report['fluency']['distinct2']['base']:.3g} |",
-        "mlx_lm.generate --model",
+        "mlx_lm.generate --model fused --temp 0.7 --top-p 0.95",
         "AutoModelForCausalLM.from_pretrained",
         "convert_hf_to_gguf.py",
     ):
@@ -327,6 +327,15 @@ def test_the_card_waits_for_what_is_not_measured(finished):
     text = card.render(config, {"fuse": {**fuse, "margin_kept": None, "quantize": 4}})
     assert "not measured yet" in text and "then 4-bit" in text and "Be brief." in text
     assert "no margin" in text
+
+
+def test_the_card_samples_only_where_the_run_did(finished):
+    """transformers refuses a temperature of 0."""
+    fuse = {"fuse": jsonl.read_json(finished.at("fuse.json"))}
+    config = finished.config
+    greedy = replace(config, generation=replace(config.generation, temperature=0.0))
+    assert "do_sample=True,\n    temperature=0.7,\n" in card.render(config, fuse)
+    assert "do_sample" not in card.render(greedy, fuse)
 
 
 def test_unchanged_it_is_not_exported_again(finished, capsys):
