@@ -1,6 +1,7 @@
 """What fusing keeps of the adapters' margin: rounded to nearest, stochastically, quantised again.
 
     python tests/benchmarks/bench_fuse.py [--model FOLDER] [--learning-rate R] [--updates 1,2,...]
+                                          [--bases bfloat16 4-bit]
 
 SmolLM2 learns the shipped sample's voice by the real trainer, one pair an update, at the plan's
 rate. After each of --updates the adapters are fused in every way, and the mean margin (nats, of
@@ -42,14 +43,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 LORA = LoraConfig(rank=16, scale=20.0)  # the shipped Granite config's
 GENERATION = GenerationConfig(max_tokens=64, batch_size=32)
-BFLOAT16, FOUR_BIT = "bfloat16", "4-bit"
+BASES = BFLOAT16, FOUR_BIT = "bfloat16", "4-bit"
 GROUP_SIZE = 64
 
 
 def main() -> None:
     args = arguments()
     results = {}
-    for base in (BFLOAT16, FOUR_BIT):
+    for base in args.bases:
         task = {**vars(args), "base": base, "model": str(args.model), "data": str(args.data)}
         found = common.measure("bench_fuse.py", {k: v for k, v in task.items() if k != "out"})
         if "failed" in found:
@@ -70,6 +71,7 @@ def arguments() -> Namespace:
     parser.add_argument("--train", type=int, default=25, help="pairs")
     parser.add_argument("--valid", type=int, default=8, help="pairs")
     parser.add_argument("--seeds", type=int, default=3, help="of stochastic rounding")
+    parser.add_argument("--bases", nargs="+", choices=(BFLOAT16, FOUR_BIT), default=BASES)
     return parser.parse_args()
 
 
