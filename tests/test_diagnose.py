@@ -13,7 +13,7 @@ from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, SftConfig,
 from dpo_mlx.diagnose import Facts, Probe, findings, gather, probe
 from dpo_mlx.engine import Engine
 from dpo_mlx.losses import LOSSES
-from dpo_mlx.pairs import LENGTH, EncodedPair, Pair, Sequence
+from dpo_mlx.pairs import LENGTH, STOP, EncodedPair, Pair, Sequence
 from dpo_mlx.phase import Example, Sft
 from dpo_mlx.reference import Reference
 from dpo_mlx.voice import FEATURES, VoiceClassifier
@@ -112,38 +112,45 @@ def test_at_the_limit_nothing_is_said(facts: dict[str, Any], sections: dict[str,
 
 
 def test_facts_by_hand() -> None:
-    """From two train and two valid pairs, five updates of DPO and ten of SFT at constant rates.
+    """From three train and two valid pairs, five updates of DPO and ten of SFT at constant rates.
 
-    Log-probs a token of the valid pairs: chosen -8/4 and -9/3, rejected -6/6 and -2/1; median
-    lengths of all four: chosen 2, 3, 4, 5 and rejected 1, 2, 6, 9. One of four rejected answers was
-    cut. A classifier that calls every answer rejected is at chance.
+    Log-probs a token of the valid pairs: chosen -8/4 and -9/3, rejected -6/6 and -2/1; lengths of
+    the train pairs: chosen 2, 5, 6 and rejected 1, 2, 9. Two of their rejected answers were cut,
+    one of them before it was as long as the chosen one. A classifier that calls every answer
+    rejected is at chance.
     """
 
-    def encoded(chosen: int, rejected: int) -> EncodedPair:
+    def encoded(chosen: int, rejected: int, line: int = 1) -> EncodedPair:
         first, second = (Sequence(tuple(range(7 + n)), 7) for n in (chosen, rejected))
-        return EncodedPair(first, second, 1)
+        return EncodedPair(first, second, line)
 
     steady: Any = {"schedule": "constant", "warmup_ratio": 0.0, "grad_accumulation": 1}
-    pair = Pair("q", "chosen", "rejected")
+    pair, finishes = Pair("q", "chosen", "rejected"), [LENGTH, LENGTH, STOP]
     found = gather(
         config(
-            train=TrainConfig(learning_rate=0.1, epochs=5, batch_size=2, **steady),
+            train=TrainConfig(learning_rate=0.1, epochs=5, batch_size=3, **steady),
             sft=SftConfig(epochs=10, learning_rate=0.2),
         ),
-        {"train": [pair, replace(pair, rejected_finish=LENGTH)], "valid": [pair, pair]},
-        {"train": [encoded(2, 2), encoded(5, 9)], "valid": [encoded(4, 6), encoded(3, 1)]},
+        {
+            "train": [replace(pair, rejected_finish=f, line=i) for i, f in enumerate(finishes)],
+            "valid": [pair, pair],
+        },
+        {
+            "train": [encoded(6, 1, line=0), encoded(5, 9, line=1), encoded(2, 2, line=2)],
+            "valid": [encoded(4, 6), encoded(3, 1)],
+        },
         [Reference(-8, -6), Reference(-9, -2)],
         VoiceClassifier(np.zeros(FEATURES), -1.0),
         Probe(sft=0.5, dpo=0.25, seconds=0.0),
     )
     assert asdict(found) == pytest.approx(
         {
-            "train_pairs": 2,
+            "train_pairs": 3,
             "chosen_per_token": -2.5,
             "rejected_per_token": -1.5,
-            "chosen_tokens": 3.5,
-            "rejected_tokens": 4.0,
-            "cut_share": 0.25,
+            "chosen_tokens": 5.0,
+            "rejected_tokens": 2.0,
+            "cut_share": 1 / 3,
             "classifier_accuracy": 0.5,
             "sft_updates": 10,
             "dpo_updates": 5,

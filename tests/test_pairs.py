@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import tiny
-from dpo_mlx import models, pairs
+from dpo_mlx import jsonl, models, pairs
 from dpo_mlx.errors import UserError
+from dpo_mlx.job import prepare
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 
 # The rendered prompt of the question "Why?" and the end-of-turn token, written out by hand.
@@ -165,6 +166,33 @@ def test_pairs_too_long_are_dropped_by_line(kind, encoders):
     assert ([pair.line for pair in fitting], dropped) == ([1, 4], [2, 3])
     assert [pair.length for pair in fitting] == [limit, limit]
     assert [len(s.ids) for s in pairs.sequences(fitting)] == [limit, limit - 2, limit - 2, limit]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rejected_is_cut_where_it_is_as_long_as_chosen(kind, encoders):
+    """With its end of turn chosen has three tokens; a shorter rejected answer keeps its own."""
+    made = [Pair("Why?", "ab", "cdef"), Pair("Why?", "ab", "c"), Pair("Why?", "ab", "cd")]
+    end = encoders[kind].end_of_turn
+    whole, _ = pairs.encode_all(made, encoders[kind], 999)
+    cut, _ = pairs.encode_all(made, encoders[kind], 999, cut=True)
+    answers = [pair.rejected.ids[pair.rejected.prompt_length :] for pair in cut]
+    expected = [by_hand(kind, "cde"), [*by_hand(kind, "c"), end], [*by_hand(kind, "cd"), end]]
+    assert answers == [tuple(ids) for ids in expected]
+    assert [pair.chosen for pair in cut] == [pair.chosen for pair in whole]
+
+
+def test_only_train_pairs_are_cut(job):
+    """dpo.cut_rejected: what is measured on valid pairs is of whole answers."""
+    config, _ = job(dpo={"cut_rejected": True})
+    long = [{"prompt": f"Why {i}?", "chosen": "Yes.", "rejected": "No, never."} for i in range(4)]
+    for file in (config.data.train_pairs, config.data.valid_pairs):
+        jsonl.write(Path(file), long)
+    found = prepare(config).pairs
+    lengths = {
+        split: {(p.chosen.answer_length, p.rejected.answer_length) for p in encoded}
+        for split, encoded in found.items()
+    }
+    assert lengths == {"train": {(5, 5)}, "valid": {(5, 11)}}
 
 
 def test_digest_tells_ids_and_spans_apart(encoders):

@@ -89,16 +89,18 @@ def gather(
     valid, train = encoded["valid"], encoded["train"]
     sft, dpo = Sft(config).settings, Dpo(config).settings
     sft_updates, dpo_updates = (count_updates(s, len(train)) for s in (sft, dpo))
-    everything = train + valid
+    cut = {pair.line for pair in raw["train"] if pair.rejected_finish == LENGTH}
     return Facts(
         train_pairs=len(train),
         chosen_per_token=_mean(r.chosen / p.chosen.answer_length for r, p in _zip(base, valid)),
         rejected_per_token=_mean(
             r.rejected / p.rejected.answer_length for r, p in _zip(base, valid)
         ),
-        chosen_tokens=float(np.median([p.chosen.answer_length for p in everything])),
-        rejected_tokens=float(np.median([p.rejected.answer_length for p in everything])),
-        cut_share=_mean(p.rejected_finish == LENGTH for p in raw["train"] + raw["valid"]),
+        chosen_tokens=float(np.median([p.chosen.answer_length for p in train])),
+        rejected_tokens=float(np.median([p.rejected.answer_length for p in train])),
+        cut_share=_mean(
+            p.line in cut and p.rejected.answer_length < p.chosen.answer_length for p in train
+        ),
         classifier_accuracy=classifier.accuracy(
             [p.chosen for p in raw["valid"]], [p.rejected for p in raw["valid"]]
         ),
@@ -179,13 +181,13 @@ def _of_data(facts: Facts, config: Config) -> Iterator[Finding]:
         yield Finding(
             f"rejected answers are {ratio:.1f} times as long as chosen ones (median "
             f"{facts.rejected_tokens:.0f} against {facts.chosen_tokens:.0f} tokens): length is the "
-            "easiest difference to learn; set generation.max_tokens near the chosen length, or "
-            "dpo.loss: sigmoid_norm with dpo.beta: 5"
+            "easiest difference to learn; set dpo.cut_rejected: true, or dpo.loss: sigmoid_norm "
+            "with dpo.beta: 5"
         )
     if facts.cut_share > MANY_CUT:
         yield Finding(
-            f"{facts.cut_share:.0%} of the rejected answers were cut at the limit and teach "
-            "nothing about ending; fewer are with a higher generation.max_tokens"
+            f"{facts.cut_share:.0%} of the rejected answers were cut before they were as long as "
+            "the chosen ones, and teach to be long; fewer are with a higher generation.max_tokens"
         )
     if facts.classifier_accuracy < voice.LEAST_ACCURACY:
         yield Finding(

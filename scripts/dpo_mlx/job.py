@@ -62,7 +62,11 @@ def prepare(config: Config) -> Job:
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     encoded = {}
     for split in SPLITS:
-        encoded[split], dropped = pairs.encode_all(read[split], encoder, config.data.max_length)
+        # Valid pairs stay as they are: what is measured on them is what others measure on the file.
+        cut = config.dpo.cut_rejected and split == TRAIN
+        encoded[split], dropped = pairs.encode_all(
+            read[split], encoder, config.data.max_length, cut
+        )
         if dropped:
             print(
                 f"10: {len(dropped)} {split} pairs are longer than data.max_length = "

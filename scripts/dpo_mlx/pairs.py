@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class EncodedPair:
     def length(self) -> int:
         """Tokens of the longer side."""
         return max(len(self.chosen.ids), len(self.rejected.ids))
+
+    def cut(self) -> EncodedPair:
+        """The pair with no more tokens in the rejected answer than in the chosen one."""
+        end = self.rejected.prompt_length + self.chosen.answer_length
+        return replace(self, rejected=replace(self.rejected, ids=self.rejected.ids[:end]))
 
 
 class Encoder:
@@ -140,10 +145,14 @@ def _pair(row: dict[str, Any], line: int, path: Path) -> Pair:
 
 
 def encode_all(
-    pairs: list[Pair], encoder: Encoder, max_length: int
+    pairs: list[Pair], encoder: Encoder, max_length: int, cut: bool = False
 ) -> tuple[list[EncodedPair], list[int]]:
-    """(pairs whose longer side fits `max_length` tokens, lines of those dropped)."""
+    """(pairs whose longer side fits `max_length` tokens, lines of those dropped); with `cut`
+    rejected answers are cut to the length of the chosen ones before.
+    """
     encoded = [encoder.pair(pair) for pair in pairs]
+    if cut:
+        encoded = [pair.cut() for pair in encoded]
     fitting = [pair for pair in encoded if pair.length <= max_length]
     return fitting, [pair.line for pair in encoded if pair.length > max_length]
 

@@ -64,10 +64,13 @@ PHASE_ENDS = {"SFT alone": SFT, "DPO to its end": DPO}
 SAMPLED, GREEDY = "sampled", "greedy"
 
 # Changes to the demo's config.
+WHOLE = "dpo.cut_rejected=false"
+NO_SFT = [WHOLE, "sft.epochs=0"]
 RECIPES: dict[str, list[str]] = {
     SHIPPED: [],
-    "plan": ["sft.epochs=0", "dpo.nll_weight=0", "train.learning_rate=1e-6", "train.force=true"],
-    "DPO with NLL": ["sft.epochs=0", "dpo.nll_weight=1", "train.learning_rate=5e-5"],
+    "whole rejected": [WHOLE],
+    "plan": [*NO_SFT, "dpo.nll_weight=0", "train.learning_rate=1e-6", "train.force=true"],
+    "DPO with NLL": [*NO_SFT, "dpo.nll_weight=1", "train.learning_rate=5e-5"],
 }
 
 TARGETS = {"voice": 0.90, "d2": -0.03, "ended": 0.95, "nats": -1.0, "length": 0.25}
