@@ -175,20 +175,20 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
     (folder / "rows.jsonl").unlink(missing_ok=True)
     asked = None
     previous: Path | None = None
-    row: common.Values = {}
+    whole: common.Values = {}
     for recipe in task["recipes"]:
         run = folder / recipe.replace(" ", "_")
         changes = [*task["changes"], f"run_dir={run}"]
         if recipe == COLLAPSED:
             row = collapse(changes)
         elif recipe in PHASE_ENDS:
-            row = at_end(PHASE_ENDS[recipe], previous, asked, row)
+            row = at_end(PHASE_ENDS[recipe], previous, asked, whole)
         else:
             config = configs.load(DEMO, [*RECIPES[recipe], *changes])
             asked = asked or Asked(config)
             if previous is not None and not run.exists():
                 copy_run(previous, run)
-            row = by_recipe(config, asked)
+            row = whole = by_recipe(config, asked)
             previous = run
         jsonl.append(folder / "rows.jsonl", [line({**row, "recipe": recipe, "seed": "-"})])
         yield {"recipe": recipe, **row}
