@@ -169,30 +169,44 @@ def test_pairs_too_long_are_dropped_by_line(kind, encoders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rejected_is_cut_where_it_is_as_long_as_chosen(kind, encoders):
-    """With its end of turn chosen has three tokens; a shorter rejected answer keeps its own."""
-    made = [Pair("Why?", "ab", "cdef"), Pair("Why?", "ab", "c"), Pair("Why?", "ab", "cd")]
-    end = encoders[kind].end_of_turn
-    whole, _ = pairs.encode_all(made, encoders[kind], 999)
-    cut, _ = pairs.encode_all(made, encoders[kind], 999, cut=True)
-    answers = [pair.rejected.ids[pair.rejected.prompt_length :] for pair in cut]
-    expected = [by_hand(kind, "cde"), [*by_hand(kind, "c"), end], [*by_hand(kind, "cd"), end]]
-    assert answers == [tuple(ids) for ids in expected]
-    assert [pair.chosen for pair in cut] == [pair.chosen for pair in whole]
+@pytest.mark.parametrize(
+    ("rejected", "finish", "kept"),
+    [
+        ("cdef", STOP, ("ab", "cd")),  # longer
+        ("cdef", LENGTH, ("ab", "cd")),
+        ("c", LENGTH, ("ab", "c")),  # no end of turn to learn one from
+        ("c", STOP, None),
+        ("cd", STOP, None),
+    ],
+)
+def test_a_matched_pair_tells_nothing_by_length(rejected, finish, kept, kind, encoders):
+    """Chosen is `ab`. Kept are the texts of both sides without end of turn; None is the whole pair,
+    whose rejected answer ends by itself no later.
+    """
+    pair = encoders[kind].pair(Pair("Why?", "ab", rejected, finish, 7))
+    matched = pair.matched()
+    assert matched.line == 7
+    if kept is None:
+        assert matched == pair
+    else:
+        answers = [list(side.ids[side.prompt_length :]) for side in matched.sides]
+        assert answers == [by_hand(kind, text) for text in kept]
 
 
-def test_only_train_pairs_are_cut(job):
-    """dpo.cut_rejected: what is measured on valid pairs is of whole answers."""
-    config, _ = job(dpo={"cut_rejected": True})
+def test_only_what_dpo_trains_on_is_matched(job):
+    """dpo.match_length: SFT learns to end; what is measured on valid pairs is of whole answers."""
+    config, _ = job(dpo={"match_length": True})
     long = [{"prompt": f"Why {i}?", "chosen": "Yes.", "rejected": "No, never."} for i in range(4)]
     for file in (config.data.train_pairs, config.data.valid_pairs):
         jsonl.write(Path(file), long)
-    found = prepare(config).pairs
-    lengths = {
-        split: {(p.chosen.answer_length, p.rejected.answer_length) for p in encoded}
-        for split, encoded in found.items()
-    }
-    assert lengths == {"train": {(5, 5)}, "valid": {(5, 11)}}
+
+    def lengths(encoded: list[pairs.EncodedPair]) -> set[tuple[int, ...]]:
+        return {tuple(side.answer_length for side in pair.sides) for pair in encoded}
+
+    found = prepare(config)
+    whole = {(len("Yes.") + 1, len("No, never.") + 1)}
+    assert lengths(found.pairs["train"]) == lengths(found.preferences["valid"]) == whole
+    assert lengths(found.preferences["train"]) == {(4, 4)}
 
 
 def test_digest_tells_ids_and_spans_apart(encoders):

@@ -89,7 +89,7 @@ class DpoConfig:
     beta: float = _number(0.1, low=1e-6)
     label_smoothing: float = _number(0.0, low=0.0, high=0.499)
     nll_weight: float = _number(0.0, low=0.0)
-    cut_rejected: bool = False
+    match_length: bool = False
     simpo_gamma: float = _number(1.0, low=0.0)
     dpop_lambda: float = _number(50.0, low=0.0)
 

@@ -181,7 +181,7 @@ def _of_data(facts: Facts, config: Config) -> Iterator[Finding]:
         yield Finding(
             f"rejected answers are {ratio:.1f} times as long as chosen ones (median "
             f"{facts.rejected_tokens:.0f} against {facts.chosen_tokens:.0f} tokens): length is the "
-            "easiest difference to learn; set dpo.cut_rejected: true, or dpo.loss: sigmoid_norm "
+            "easiest difference to learn; set dpo.match_length: true, or dpo.loss: sigmoid_norm "
             "with dpo.beta: 5"
         )
     if facts.cut_share > MANY_CUT:

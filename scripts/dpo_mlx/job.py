@@ -43,6 +43,15 @@ class Job:
         return limited(self.config.generation, pairs.chosen_lengths(everything, self.encoder))
 
     @property
+    def preferences(self) -> dict[str, list[EncodedPair]]:
+        """The pairs as DPO sees them. Valid ones stay whole: what is measured on them is what
+        others measure on the file.
+        """
+        if not self.config.dpo.match_length:
+            return self.pairs
+        return {**self.pairs, TRAIN: [pair.matched() for pair in self.pairs[TRAIN]]}
+
+    @property
     def watched(self) -> list[EncodedPair]:
         """The valid pairs that evaluations look at."""
         return self.pairs[VALID][: self.config.train.eval_questions]
@@ -62,11 +71,7 @@ def prepare(config: Config) -> Job:
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
     encoded = {}
     for split in SPLITS:
-        # Valid pairs stay as they are: what is measured on them is what others measure on the file.
-        cut = config.dpo.cut_rejected and split == TRAIN
-        encoded[split], dropped = pairs.encode_all(
-            read[split], encoder, config.data.max_length, cut
-        )
+        encoded[split], dropped = pairs.encode_all(read[split], encoder, config.data.max_length)
         if dropped:
             print(
                 f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
@@ -132,7 +137,7 @@ def load_reference(
     Computed where it is not there, unless `only_read`.
     """
     folder = job.config.run / "reference" / taken_of
-    encoded = job.watched if (taken_of, split) == (AFTER_SFT, VALID) else job.pairs[split]
+    encoded = job.watched if (taken_of, split) == (AFTER_SFT, VALID) else job.preferences[split]
     inputs = reference_inputs(job.config, split, encoded, adapters)
     changes = reference.changes(folder, split, inputs)
     if only_read and not reference.is_complete(folder, split, len(encoded), inputs):

@@ -39,6 +39,10 @@ class Sequence:
     def answer_length(self) -> int:
         return len(self.ids) - self.prompt_length
 
+    def first(self, tokens: int) -> Sequence:
+        """With no more than so many tokens of the answer."""
+        return replace(self, ids=self.ids[: self.prompt_length + tokens])
+
 
 @dataclass(frozen=True)
 class EncodedPair:
@@ -57,10 +61,15 @@ class EncodedPair:
         """Tokens of the longer side."""
         return max(len(self.chosen.ids), len(self.rejected.ids))
 
-    def cut(self) -> EncodedPair:
-        """The pair with no more tokens in the rejected answer than in the chosen one."""
-        end = self.rejected.prompt_length + self.chosen.answer_length
-        return replace(self, rejected=replace(self.rejected, ids=self.rejected.ids[:end]))
+    def matched(self) -> EncodedPair:
+        """The pair as it is when rejected ends its turn before chosen does. Otherwise both answers
+        without an end of turn, and rejected no longer than chosen.
+        """
+        end_of_turn = self.chosen.ids[-1]
+        text = self.chosen.answer_length - 1
+        if self.rejected.ids[-1] == end_of_turn and self.rejected.answer_length <= text + 1:
+            return self
+        return replace(self, chosen=self.chosen.first(text), rejected=self.rejected.first(text))
 
 
 class Encoder:
@@ -145,14 +154,10 @@ def _pair(row: dict[str, Any], line: int, path: Path) -> Pair:
 
 
 def encode_all(
-    pairs: list[Pair], encoder: Encoder, max_length: int, cut: bool = False
+    pairs: list[Pair], encoder: Encoder, max_length: int
 ) -> tuple[list[EncodedPair], list[int]]:
-    """(pairs whose longer side fits `max_length` tokens, lines of those dropped); with `cut`
-    rejected answers are cut to the length of the chosen ones before.
-    """
+    """(pairs whose longer side fits `max_length` tokens, lines of those dropped)."""
     encoded = [encoder.pair(pair) for pair in pairs]
-    if cut:
-        encoded = [pair.cut() for pair in encoded]
     fitting = [pair for pair in encoded if pair.length <= max_length]
     return fitting, [pair.line for pair in encoded if pair.length > max_length]
 

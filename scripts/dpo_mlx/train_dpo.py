@@ -116,11 +116,11 @@ def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
     Raises UserError for what is sure to waste the run, unless `train.force`; with `only_read` also
     when those log-probs are not there yet.
     """
-    config, valid = job.config, job.pairs[VALID]
+    config, encoded = job.config, job.preferences
     base = load_reference(job, BASE, VALID, only_read=only_read)
     with models.gradient_checkpointing(job.model, config.train.grad_checkpoint):
-        probed = diagnose.probe(job.worker.engine, config, job.pairs[TRAIN], valid)
-    facts = diagnose.gather(config, job.raw, job.pairs, base, job.classifier, probed)
+        probed = diagnose.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
+    facts = diagnose.gather(config, job.raw, encoded, base, job.classifier, probed)
     _describe(job, facts, probed)
     found = list(diagnose.findings(facts, config))
     for finding in found:
@@ -169,7 +169,7 @@ def _describe(job: Job, facts: diagnose.Facts, probed: diagnose.Probe) -> None:
 
 def _seconds(job: Job, probed: diagnose.Probe) -> float:
     """Of both phases and the reference, whose forward pass is a third of a gradient's cost."""
-    config, train = job.config, job.pairs[TRAIN]
+    config, train = job.config, job.preferences[TRAIN]
     chosen = sum(len(pair.chosen.ids) for pair in train)
     both = chosen + sum(len(pair.rejected.ids) for pair in train)
     passes = config.sft.epochs * chosen + (config.train.epochs + 1 / 3) * both
@@ -349,5 +349,5 @@ class Phases:
 
 def _examples(job: Job, split: str, references: list[Reference]) -> list[Example]:
     """Of a split's pairs; of the valid ones those that evaluations look at, the first ones."""
-    encoded = job.pairs[TRAIN] if split == TRAIN else job.watched
+    encoded = job.preferences[TRAIN] if split == TRAIN else job.watched
     return [Example(*both) for both in zip(encoded, references[: len(encoded)], strict=True)]

@@ -64,7 +64,7 @@ PHASE_ENDS = {"SFT alone": SFT, "DPO to its end": DPO}
 SAMPLED, GREEDY = "sampled", "greedy"
 
 # Changes to the demo's config.
-WHOLE = "dpo.cut_rejected=false"
+WHOLE = "dpo.match_length=false"
 NO_SFT = [WHOLE, "sft.epochs=0"]
 RECIPES: dict[str, list[str]] = {
     SHIPPED: [],
