@@ -187,7 +187,8 @@ def _of_data(facts: Facts, config: Config) -> Iterator[Finding]:
     if facts.cut_share > MANY_CUT:
         yield Finding(
             f"{facts.cut_share:.0%} of the rejected answers were cut before they were as long as "
-            "the chosen ones, and teach to be long; fewer are with a higher generation.max_tokens"
+            "the chosen ones, and length tells them apart; fewer are with a higher "
+            "generation.max_tokens"
         )
     if facts.classifier_accuracy < voice.LEAST_ACCURACY:
         yield Finding(

@@ -62,13 +62,13 @@ class EncodedPair:
         return max(len(self.chosen.ids), len(self.rejected.ids))
 
     def matched(self) -> EncodedPair:
-        """The pair as it is when rejected ends its turn before chosen does. Otherwise both answers
-        without an end of turn, and rejected no longer than chosen.
+        """The pair as it is when rejected ends its turn no later than chosen does. Otherwise both
+        answers without an end of turn, and rejected no longer than chosen.
         """
-        end_of_turn = self.chosen.ids[-1]
-        text = self.chosen.answer_length - 1
-        if self.rejected.ids[-1] == end_of_turn and self.rejected.answer_length <= text + 1:
+        ended = self.rejected.ids[-1] == self.chosen.ids[-1]
+        if ended and self.rejected.answer_length <= self.chosen.answer_length:
             return self
+        text = self.chosen.answer_length - 1
         return replace(self, chosen=self.chosen.first(text), rejected=self.rejected.first(text))
 
 
