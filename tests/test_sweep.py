@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpo_mlx.trainer import Trainer
 from runs import exit_code
 
 SCRIPT = REPOSITORY / "scripts/phase4-fine-tune-model/14_sweep.py"
+run_script = partial(exit_code, script=SCRIPT)
 GRID = ["dpo.beta=0.1,0.3", "train.learning_rate=1e-3,2e-3"]
 
 
@@ -48,10 +50,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(Trainer, "run", runs)
     monkeypatch.setattr("dpo_mlx.reference.load_or_compute", loads)
     return counts
-
-
-def run_script(path: Path, *more: str) -> int:
-    return exit_code(path, *more, script=SCRIPT)
 
 
 def grid_options(lines: list[str]) -> list[str]:

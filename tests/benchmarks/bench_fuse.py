@@ -71,7 +71,7 @@ def arguments() -> Namespace:
     parser.add_argument("--train", type=int, default=25, help="pairs")
     parser.add_argument("--valid", type=int, default=8, help="pairs")
     parser.add_argument("--seeds", type=int, default=3, help="of stochastic rounding")
-    parser.add_argument("--bases", nargs="+", choices=(BFLOAT16, FOUR_BIT), default=BASES)
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     return parser.parse_args()
 
 

@@ -132,18 +132,17 @@ def of_seed(args: Namespace, rows: list[common.Values], seed: int) -> list[commo
     """The results of all recipes for a seed."""
     folder = args.folder / f"{seed}"
     shuffled = random.Random(seed).sample(rows, args.train + args.held)
-    files = {"train": folder / "train.jsonl", "valid": folder / "valid.jsonl"}
-    splits = {"train": shuffled[: args.train], "valid": shuffled[args.train :]}
-    for split, file in files.items():
-        if file.exists() and list(jsonl.read_whole_lines(file)) != splits[split]:
-            shutil.rmtree(folder)  # runs on other pairs
-    for split, file in files.items():
-        jsonl.write(file, splits[split])
+    train, valid = folder / "train.jsonl", folder / "valid.jsonl"
+    parts = {train: shuffled[: args.train], valid: shuffled[args.train :]}
+    if any(jsonl.read_whole_lines(file) != part for file, part in parts.items() if file.exists()):
+        shutil.rmtree(folder)  # runs on other pairs
+    for file, part in parts.items():
+        jsonl.write(file, part)
     sets = {
         "run_dir": folder,
         "seed": seed,
-        "data.train_pairs": files["train"],
-        "data.valid_pairs": files["valid"],
+        "data.train_pairs": train,
+        "data.valid_pairs": valid,
     }
     asked = {**task("seed", args, sets), "recipes": args.recipes, "folder": str(folder)}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -180,6 +179,7 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
         run = folder / recipe.replace(" ", "_")
         changes = [*task["changes"], f"run_dir={run}"]
         if recipe == COLLAPSED:
+            shutil.rmtree(run, ignore_errors=True)  # it goes on from nothing
             row = collapse(changes)
         elif recipe in PHASE_ENDS:
             row = at_end(PHASE_ENDS[recipe], previous, asked, whole)
@@ -219,7 +219,8 @@ def at_end(
     update = checkpoint.read(path)[0].update
     found = {"minutes": 0.0, "updates": update, "kept_update": update, "stopped": []}
     measured = whole if update == whole["kept_update"] else asked.outcome(run, path)
-    return {**measured, **found, **({"margin": None} if phase == SFT else {})}
+    no_margin = {"margin": None, "accuracy": None} if phase == SFT else {}
+    return {**measured, **found, **no_margin}
 
 
 # What is written ------------------------------------------------------------------------------
