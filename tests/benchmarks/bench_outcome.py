@@ -370,7 +370,7 @@ class RawEncoder(Encoder):
 
 
 def collapse(changes: list[str]) -> common.Values:
-    """The recipe of the run that collapsed, to the end of its pairs, one pair an update.
+    """The recipe of the run that collapsed, one pair an update.
 
     What no config can say is done here: raw prompts, no end of turn, AdamW without bias correction,
     pairs in their order. What its last adapters write is measured, and what the preflight and the
@@ -397,9 +397,12 @@ def collapse(changes: list[str]) -> common.Values:
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
     }
-    ordered, watched = list(examples[TRAIN]), examples[VALID][: config.train.eval_questions]
-    shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
-    for example, index in zip(examples[TRAIN], shuffle, strict=False):  # of the first epoch, undone
+    watched = examples[VALID][: config.train.eval_questions]
+    in_order = examples[TRAIN] * config.train.epochs
+    config = replace(config, train=replace(config.train, epochs=1))  # over all of them
+    shuffle = [i for _, group in groups(config.train, len(in_order), config.seed) for i in group]
+    ordered = list(in_order)
+    for example, index in zip(in_order, shuffle, strict=True):  # undone
         ordered[index] = example
     file = MetricsFile(config.run / "metrics.jsonl")
     training = Trainer(
