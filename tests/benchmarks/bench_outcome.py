@@ -172,20 +172,20 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
     """What each recipe made, one after the other; rows stand in rows.jsonl as soon as they are."""
     folder = Path(task["folder"])
     (folder / "rows.jsonl").unlink(missing_ok=True)
-    asked = None
+    asked: Asked | None = None
     previous: Path | None = None
     whole: common.Values = {}
     for recipe in task["recipes"]:
         run = folder / recipe.replace(" ", "_")
         changes = [*task["changes"], f"run_dir={run}"]
+        config = configs.load(DEMO, [*RECIPES.get(recipe, []), *changes])
+        asked = asked or Asked(config)
         if recipe == COLLAPSED:
             shutil.rmtree(run, ignore_errors=True)  # it goes on from nothing
-            row = collapse(changes)
+            row = collapse(changes, asked)
         elif recipe in PHASE_ENDS:
             row = at_end(PHASE_ENDS[recipe], previous, asked, whole)
         else:
-            config = configs.load(DEMO, [*RECIPES[recipe], *changes])
-            asked = asked or Asked(config)
             if previous is not None and not run.exists():
                 copy_run(previous, run)
             row = whole = by_recipe(config, asked)
@@ -209,12 +209,10 @@ def by_recipe(config: Config, asked: Asked) -> common.Values:
     return {"minutes": minutes, **outcome, **asked.outcome(config.run, config.run / "adapters")}
 
 
-def at_end(
-    phase: str, run: Path | None, asked: Asked | None, whole: common.Values
-) -> common.Values:
+def at_end(phase: str, run: Path | None, asked: Asked, whole: common.Values) -> common.Values:
     """What a recipe's run, whose row is given, had at the end of a phase."""
     path = run and Checkpoints(run / "checkpoints").newest(phase)
-    if not (run and asked and path):
+    if not (run and path):
         raise UserError(f"the end of {phase} of which recipe? name one before it that has {phase}")
     update = checkpoint.read(path)[0].update
     found = {"minutes": 0.0, "updates": update, "kept_update": update, "stopped": []}
@@ -235,59 +233,47 @@ def decodings(lengths: list[int]) -> dict[str, GenerationConfig]:
 
 
 class Asked:
-    """The held-out questions of a run, what the base model and the real answers say to them, and
+    """The held-out questions of a seed, what the base model and the real answers say to them, and
     how they are measured. By decoding and by who answers.
     """
 
-    def __init__(self, config: Config, encode: type[Encoder] = Encoder) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.encode = encode
         self.pairs = {split: pairs.read(pair_file(config, split)) for split in (TRAIN, VALID)}
         train, valid = self.pairs[TRAIN], self.pairs[VALID]
         self.classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
         self.loaded = models.load(config.model)
-        self.encoder = encode(self.loaded.tokenizer, config.system_prompt)
+        self.encoder = Encoder(self.loaded.tokenizer, config.system_prompt)
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
         self.decodings = decodings(pairs.chosen_lengths([*train, *valid], self.encoder))
-        self.answers = {how: {"base": self.base(how), "chosen": real} for how in self.decodings}
+        base = {
+            SAMPLED: [self.as_sampled(p.rejected, p.rejected_finish) for p in valid],
+            GREEDY: self.answer(self.loaded, self.encoder, GREEDY),
+        }
+        self.answers = {how: {"base": base[how], "chosen": real} for how in self.decodings}
         chosen = self.measures(real)
         self.measured = {
             how: {"base": self.measures(both["base"]), "chosen": chosen}
             for how, both in self.answers.items()
         }
 
-    def base(self, how: str) -> list[Answer]:
-        """The base model's answers; under the chat template stage 06 has sampled them already."""
-        if how == SAMPLED and self.encode is Encoder:
-            return [self.as_sampled(p.rejected, p.rejected_finish) for p in self.pairs[VALID]]
-        return self.answer(how)
-
     def as_sampled(self, text: str, finish: str) -> Answer:
         return Answer(text, finish, len(self.encoder.answer(text, LENGTH)))
 
-    def answer(self, how: str) -> list[Answer]:
-        """What the model as it is writes."""
-        return answer(
-            self.loaded,
-            self.encoder,
-            self.pairs[VALID],
-            self.decodings[how],
-            self.config.seed,
-        )
+    def answer(self, loaded: models.LoadedModel, encoder: Encoder, how: str) -> list[Answer]:
+        return answer(loaded, encoder, self.pairs[VALID], self.decodings[how], self.config.seed)
 
     def measures(self, answers: list[Answer]) -> Measures:
-        """Those of answers, by a model without adapters."""
+        """Those of answers, under the base model."""
         log_probs = Worker(self.loaded.model).log_probs
         return measure(answers, self.pairs[VALID], self.classifier, log_probs, self.encoder)
 
-    def outcome(self, run: Path, adapters: Path) -> common.Values:
-        """What the model with `adapters` writes, measured beside the base model's and the real
-        answers, with the margin of the run's last evaluation.
+    def outcome(self, run: Path, adapters: Path, encoder: Encoder | None = None) -> common.Values:
+        """What the model with `adapters` writes to prompts of `encoder`, measured beside the base
+        model's and the real answers, with the margin of the run's last evaluation.
         """
-        plain = self.loaded
-        self.loaded = models.load(self.config.model, adapters)
-        tuned = {how: self.answer(how) for how in self.answers}
-        self.loaded = plain
+        loaded = models.load(self.config.model, adapters)
+        tuned = {how: self.answer(loaded, encoder or self.encoder, how) for how in self.answers}
         texts = {
             how: {
                 who: [a.text for a in given] for who, given in {**both, "tuned": tuned[how]}.items()
@@ -369,7 +355,7 @@ class RawEncoder(Encoder):
         return super().answer(" " + text, LENGTH)
 
 
-def collapse(changes: list[str]) -> common.Values:
+def collapse(changes: list[str], asked: Asked) -> common.Values:
     """The recipe of the run that collapsed, one pair an update.
 
     What no config can say is done here: raw prompts, no end of turn, AdamW without bias correction,
@@ -419,20 +405,19 @@ def collapse(changes: list[str]) -> common.Values:
             found = phases.guard.crossed(written, change)
             caught += [f"update {row['iteration']}: {text}" for text in found]
     kept = phases.guard.kept
-    asked = Asked(config, RawEncoder)
     return {
         "minutes": minutes,
         "updates": training.updates,
         "kept_update": kept.update,
         "stopped": [],
         "caught": caught,
-        **asked.outcome(config.run, training.checkpoints.path(DPO, training.updates)),
+        **asked.outcome(config.run, training.checkpoints.path(DPO, training.updates), encoder),
     }
 
 
 def raw_pairs(config: Config) -> Config:
     """The config on pairs of its own: the same rows, their rejected answers sampled from the raw
-    prompts as the config says.
+    prompts as the config says. Where the base model says nothing to those, the pool's is kept.
     """
     loaded = models.load(config.model)
     encoder = RawEncoder(loaded.tokenizer)
@@ -442,9 +427,8 @@ def raw_pairs(config: Config) -> Config:
         limits = limited(config.generation, pairs.chosen_lengths(rows, encoder))
         answers = answer(loaded, encoder, rows, limits, config.seed)
         made = [
-            {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text}
+            {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text or row.rejected}
             for row, a in zip(rows, answers, strict=True)
-            if a.text
         ]
         jsonl.write(file, [{**row, "rejected_finish": LENGTH} for row in made])
     data = replace(config.data, train_pairs=str(files[TRAIN]), valid_pairs=str(files[VALID]))
