@@ -3,7 +3,8 @@
 #
 #   ./train_dpo_run1.sh [CONFIG] [--launch "-n 2"] [--set section.key=value ...]
 #
-# --launch takes options of mlx.launch, which then starts the stages that can share their work.
+# --launch takes options of mlx.launch, which then starts the stages that can share their work. On a
+# CPU with cores for it, that is "-n 2" unless it is given; --launch none starts one process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
@@ -58,6 +59,12 @@ blas_threads() {
   echo "${OPENBLAS_NUM_THREADS:-$((each > 0 ? each : 1))}"
 }
 
+has_cpu_for_two() {
+  [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && python -c '
+import sys, mlx.core as mx
+sys.exit(mx.default_device() != mx.cpu)'
+}
+
 await() {
   local code=0
   wait "$child" || code=$?
@@ -76,7 +83,9 @@ hand_on() {
   signalled=$1
   [ -n "$child" ] || exit "$signalled"
   if [ -z "$rank_0" ]; then kill -TERM "$child" 2> /dev/null || true
-  elif [ -s "$rank_0" ]; then kill -TERM "$(head -n 1 "$rank_0")" 2> /dev/null || true
+  else
+    while [ ! -s "$rank_0" ] && kill -0 "$child" 2> /dev/null; do sleep 0.1; done
+    kill -TERM "$(head -n 1 "$rank_0")" 2> /dev/null || true
   fi
 }
 trap 'hand_on 130' INT
@@ -85,6 +94,13 @@ trap 'hand_on 143' TERM
 started=$SECONDS
 use_venv .venv requirements.txt
 find_openblas
+# On a CPU two processes with half of the cores each get more done than one with all. Two runs beside
+# each other need ports of their own; Linux gives away none of these by itself.
+if [ -z "$launch" ] && has_cpu_for_two; then
+  launch="-n 2 --starting-port $((20000 + RANDOM % 10000))"
+  echo "-- two processes share stages 06 and 10; --launch none starts one"
+fi
+[ "$launch" != none ] || launch=""
 echo "-- set-up: $((SECONDS - started)) s"
 
 stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import hf
+import mlx.core as mx
 import mlx_lm
 import pytest
-import rings
 from conftest import REPOSITORY
 from dpo_mlx import jsonl
 
@@ -47,7 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, An
         "smoke.max_length_ratio": 1000,
     }
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    first, second = (_start([str(CONFIG), *sets]) for _ in range(2))
+    alone = ["--launch", "none"]
+    first, second = (_start([str(CONFIG), *alone, *sets]) for _ in range(2))
     return {"folder": folder, "first": first, "second": second, "sets": sets}
 
 
@@ -155,8 +156,8 @@ def test_a_stopped_run_is_told_to_its_end(run: dict[str, Any]) -> None:
 
 
 def test_two_processes_make_the_same_report(run: dict[str, Any], tmp_path: Path) -> None:
-    """--launch: stages 06 and 10 are shared by two processes, and the report's figures are those
-    of one; both processes and the launcher are gone at the end.
+    """On a CPU stages 06 and 10 are shared by two processes, and the report's figures are those of
+    one; both processes and the launcher are gone at the end.
     """
     moved = {
         "run_dir": tmp_path / "run",
@@ -164,9 +165,10 @@ def test_two_processes_make_the_same_report(run: dict[str, Any], tmp_path: Path)
         "data.valid_pairs": tmp_path / "dpo_valid.jsonl",
     }
     sets = [part for key, value in moved.items() for part in ("--set", f"{key}={value}")]
-    launch = f"-n 2 --starting-port {rings.free_ports(1)[0]}"
-    shared = _start([str(CONFIG), *run["sets"], "--launch", launch, *sets])
+    shared = _start([str(CONFIG), *run["sets"], *sets])
     assert shared.returncode == 0, shared.stdout + shared.stderr
+    for_two = mx.default_device() == mx.cpu and (os.cpu_count() or 1) >= 2
+    assert ("-- two processes" in shared.stdout) == for_two
     assert shared.stdout.count("06: the prompt of the first question") == 1
     mine, alone = (
         json.loads((folder / "run/report.json").read_text()) for folder in (tmp_path, run["folder"])

@@ -267,10 +267,11 @@ def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):
     assert differences(run.adapters, run.start) == 0
 
 
-def test_a_phase_is_evaluated_at_every_third(make):
-    """Without train.eval_every: at the start, twice on the way, and at the end."""
-    run = make(epochs=2, grad_accumulation=1, eval_every=None).run()
-    assert [row["iteration"] for row in run.evaluations] == [0, 5, 10, 14]
+@pytest.mark.parametrize("epochs, at", [(1, [0, 7]), (3, [0, 11, 21]), (5, [0, 12, 24, 35])])
+def test_a_phase_is_evaluated_at_every_third_of_ten_updates(epochs, at, make):
+    """Without train.eval_every: at the start, at the end, and on the way where ten updates are."""
+    run = make(epochs=epochs, grad_accumulation=1, eval_every=None).run()
+    assert [row["iteration"] for row in run.evaluations] == at
 
 
 def test_runs_repeat_to_the_last_bit(make):

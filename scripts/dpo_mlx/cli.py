@@ -42,7 +42,8 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     mistake or a disk's fault, 130 for ^C, 143 for SIGTERM.
 
     Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
-    exit codes to itself, the process number and the code go to the file that RANK_0 names.
+    exit codes to itself, and adds a line to those that are not 0, the process number and the code
+    go to the file that RANK_0 names, if it does.
     """
     options = arguments.parse_args()
     if link().size > 1:
@@ -53,8 +54,7 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     _tell_runner(os.getpid())
     code = _code_of(lambda: _run(stage, options))
     dismiss()
-    _tell_runner(code)
-    sys.exit(code)
+    sys.exit(0 if _tell_runner(code) else code)
 
 
 def _help() -> None:
@@ -63,10 +63,13 @@ def _help() -> None:
     serve()
 
 
-def _tell_runner(number: int) -> None:
-    if path := os.environ.get(RANK_0):
+def _tell_runner(number: int) -> bool:
+    """Whether there is one that reads it."""
+    path = os.environ.get(RANK_0)
+    if path:
         with Path(path).open("a", encoding="utf-8") as file:
             print(number, file=file)
+    return bool(path)
 
 
 def _run(stage: Stage, options: argparse.Namespace) -> int | None:

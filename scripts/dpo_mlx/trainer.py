@@ -29,11 +29,17 @@ from .writing import Measures
 # same code computes both, and LoRA adds exact zeros: any true fault is far larger.
 START_TOLERANCE = 1e-2
 
-# Of a phase, when the config does not say how far apart.
-EVALUATIONS = 3
+# Of a phase, when the config does not say how far apart: as many as this, but with so many updates
+# between them. Answering the questions takes as long as some five.
+EVALUATIONS, APART = 3, 10
 
 # Updates in a row that may be skipped for numbers that are not finite.
 MOST_SKIPPED = 3
+
+
+def apart(updates: int) -> int:
+    """Updates from one evaluation of a phase to the next, where the config does not say."""
+    return math.ceil(updates / min(max(updates // APART, 1), EVALUATIONS))
 
 
 class Stopped(Exception):
@@ -124,7 +130,7 @@ class Trainer:
     def _is_due(self) -> bool:
         """Whether an evaluation is to come before the next update."""
         done = self.state.update - self.first
-        every = self.config.train.eval_every or math.ceil(self.updates / EVALUATIONS)
+        every = self.config.train.eval_every or apart(self.updates)
         at_one = done % every == 0 or done == self.updates
         return at_one and not self.state.evaluated
 

@@ -383,12 +383,9 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
     }
-    watched = examples[VALID][: config.train.eval_questions]
-    in_order = examples[TRAIN] * config.train.epochs
-    config = replace(config, train=replace(config.train, epochs=1))  # over all of them
-    shuffle = [i for _, group in groups(config.train, len(in_order), config.seed) for i in group]
-    ordered = list(in_order)
-    for example, index in zip(in_order, shuffle, strict=True):  # undone
+    ordered, watched = list(examples[TRAIN]), examples[VALID][: config.train.eval_questions]
+    shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
+    for example, index in zip(examples[TRAIN], shuffle, strict=True):  # undone
         ordered[index] = example
     file = MetricsFile(config.run / "metrics.jsonl")
     training = Trainer(
