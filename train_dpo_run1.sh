@@ -96,11 +96,12 @@ use_venv .venv requirements.txt
 find_openblas
 # On a CPU two processes with half of the cores each get more done than one with all. Two runs beside
 # each other need ports of their own; Linux gives away none of these by itself.
-if [ -z "$launch" ] && has_cpu_for_two; then
+if [ "$launch" = none ]; then
+  launch=""
+elif [ -z "$launch" ] && has_cpu_for_two; then
   launch="-n 2 --starting-port $((20000 + RANDOM % 10000))"
   echo "-- two processes share stages 06 and 10; --launch none starts one"
 fi
-[ "$launch" != none ] || launch=""
 echo "-- set-up: $((SECONDS - started)) s"
 
 stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py

@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):
 
 
 @pytest.mark.parametrize("epochs, at", [(1, [0, 7]), (3, [0, 11, 21]), (5, [0, 12, 24, 35])])
-def test_a_phase_is_evaluated_at_every_third_of_ten_updates(epochs, at, make):
+def test_a_phase_s_evaluations_are_a_third_apart_or_ten_updates(epochs, at, make):
     """Without train.eval_every: at the start, at the end, and on the way where ten updates are."""
     run = make(epochs=epochs, grad_accumulation=1, eval_every=None).run()
     assert [row["iteration"] for row in run.evaluations] == at

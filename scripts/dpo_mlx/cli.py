@@ -54,7 +54,8 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     _tell_runner(os.getpid())
     code = _code_of(lambda: _run(stage, options))
     dismiss()
-    sys.exit(0 if _tell_runner(code) else code)
+    _tell_runner(code)
+    sys.exit(0 if os.environ.get(RANK_0) else code)
 
 
 def _help() -> None:
@@ -63,13 +64,10 @@ def _help() -> None:
     serve()
 
 
-def _tell_runner(number: int) -> bool:
-    """Whether there is one that reads it."""
-    path = os.environ.get(RANK_0)
-    if path:
+def _tell_runner(number: int) -> None:
+    if path := os.environ.get(RANK_0):
         with Path(path).open("a", encoding="utf-8") as file:
             print(number, file=file)
-    return bool(path)
 
 
 def _run(stage: Stage, options: argparse.Namespace) -> int | None:
