@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from dpo_mlx import config, jsonl, make_pairs, worker
 from dpo_mlx.errors import UserError
 from dpo_mlx.sampling import Answer
+from dpo_mlx.signals import Interrupted
 
 Settings = dict[str, Any]
 
@@ -188,7 +190,7 @@ def test_edited_pairs_are_not_overwritten(settings, sampled):
     assert contents(folder) == edited
     sampled.clear()
     make(settings, "data.limit=16", "generation.restart=true")
-    assert sampled == [8, 8]
+    assert sampled == [], "the samples are of these settings"
     assert contents(folder) == original
 
 
@@ -261,6 +263,47 @@ def test_too_long_chosen_is_dropped_before_sampling(settings, questions, sampled
     assert questions[5]["question"] not in {row["prompt"] for row in both}
 
 
+def test_answers_that_do_not_fit_set_no_limit(settings, questions, sampled, monkeypatch):
+    """`max_tokens: null` looks at the answers that can be trained on, and at all of those: a higher
+    data.limit samples nothing again.
+    """
+    settings["generation"]["max_tokens"] = None
+    lengths: list[list[int]] = []
+    original = make_pairs.limited
+
+    def looked_at(generation: Any, chosen: list[int]) -> Any:
+        lengths.append(chosen)
+        return original(generation, chosen)
+
+    monkeypatch.setattr(make_pairs, "limited", looked_at)
+    for question in questions[:10]:
+        question["answer"] = "x" * 300
+    Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in questions))
+    make(settings, "data.limit=26")
+    assert lengths == [[len(q["answer"]) + 1 for q in questions[10:]]]
+    make(settings, "data.limit=null")
+    assert sum(sampled) == 20
+
+
+def test_a_restart_that_was_stopped_goes_on(settings, sampled, monkeypatch):
+    """Batches that `generation.restart` has sampled already are not sampled again."""
+    make(settings, "data.limit=16")
+    again = ["data.limit=16", "seed=1", "generation.restart=true"]
+    sampled.clear()
+    append = jsonl.append
+
+    def stop_after(path: Path, rows: Any) -> None:
+        append(path, rows)
+        raise Interrupted(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl, "append", stop_after)
+        with pytest.raises(Interrupted):
+            make(settings, *again)
+    make(settings, *again)
+    assert sampled == [8, 8]
+
+
 def test_percentiles_by_hand(settings, questions, monkeypatch):
     """Lengths in the report are tokens with the end of turn: a byte each here, and one."""
     monkeypatch.setattr(
@@ -279,10 +322,18 @@ def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatc
     kept = questions if split == "valid" else held
     Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in kept))
     monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("no", "stop", 2)] * len(kept))
-    with pytest.raises(UserError, match=f"{split}.jsonl: no pair would be left in it"):
+    why = rf"{split}.jsonl: no pair would be left in it \({len(kept)} in all\); raise data.limit"
+    with pytest.raises(UserError, match=why):
         make(settings, f"data.valid_fraction={fraction}")
     folder = Path(settings["data"]["train_pairs"]).parent
     assert not (folder / "train.jsonl").exists()
+
+
+def test_when_no_answer_can_be_used_it_says_why(settings, monkeypatch):
+    """A base model that says nothing: the reason is told, not only that no pair is left."""
+    monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("", "stop", 0)] * 30)
+    with pytest.raises(UserError, match=r"\(0 in all; 30 dropped: rejected is empty\)"):
+        make(settings)
 
 
 def test_it_says_how_much_and_how_long(settings, capfd):

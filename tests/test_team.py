@@ -57,11 +57,13 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
 
 
-def run(folder: Path, count: int, script: str, *more: str) -> None:
-    """A stage to its end by several processes."""
-    for rank, (code, out, err) in enumerate(end(start(folder, count, script, *more))):
+def run(folder: Path, count: int, script: str, *more: str) -> str:
+    """A stage to its end by several processes; what it says."""
+    (_, said, _), *others = ended = end(start(folder, count, script, *more))
+    for code, _, err in ended:
         assert code == 0, err
-        assert rank == 0 or out == "", "only rank 0 prints"
+    assert all(out == "" for _, out, _ in others), "only rank 0 prints"
+    return said
 
 
 def run_alone(folder: Path, stage: Callable[[Config], object]) -> None:
@@ -124,7 +126,8 @@ def test_one_two_and_three_processes_learn_the_same(fresh):
     shutil.copytree(by_two / "run/pairs", by_three / "run/pairs")
     (by_three / "run/.lock").touch()
     for count, folder in ((2, by_two), (3, by_three)):
-        run(folder, count, TRAIN)
+        said = run(folder, count, TRAIN)
+        assert f", in each of {count} processes), of" in said, "all share this machine's memory"
         alike(folder, alone)
         assert list((folder / "elsewhere").iterdir()) == [], "only rank 0 writes"
 

@@ -14,7 +14,7 @@ from dpo_mlx.models import LORA_LAYERS
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import Answer, Batch, sample_batch
 from dpo_mlx.worker import Worker
-from dpo_mlx.writing import GREEDY, Watch, measure
+from dpo_mlx.writing import AT_ONCE, GREEDY, Watch, measure
 from runs import differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
@@ -51,6 +51,23 @@ def test_measures_by_hand(llama: Path) -> None:
         "base_logprob_per_token": pytest.approx(sum(own) / 2),
         "median_tokens": 6.0,
     }
+
+
+def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> None:
+    """However many are asked, each of them twice: memory is training's."""
+    loaded = models.load(str(llama))
+    asked = [Pair(f"Why {i}?", "c", "d") for i in range(AT_ONCE + 1)]
+    made: list[tuple[int, bool]] = []
+
+    def answers(_: Any, batches: list[Batch], *__: Any) -> list[list[Answer]]:
+        made.extend((len(batch.prompts), batch.greedy) for batch in batches)
+        return [[Answer("g" if b.greedy else "s s s", STOP, 3)] * len(b.prompts) for b in batches]
+
+    monkeypatch.setattr(Worker, "answers", answers)
+    worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
+    found = Watch(worker, encoder, CLASSIFIER, asked, GenerationConfig(max_tokens=8), 0)()
+    assert made == [(AT_ONCE, False), (1, False), (AT_ONCE, True), (1, True)]
+    assert (found["distinct2"], found[f"{GREEDY}distinct2"]) == (0.5, 1.0)
 
 
 def test_nothing_written_is_no_log_prob(llama: Path) -> None:

@@ -84,7 +84,7 @@ def prepare(config: Config) -> Job:
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
     require_valid(config, encoded[VALID])
-    plan = _plan(config, loaded.model, encoded)
+    plan = _plan(config, worker, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = voice.fit(chosen, rejected)
     return Job(config, worker, encoder, read, encoded, classifier, plan)
@@ -96,18 +96,19 @@ def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
 
 
-def _plan(config: Config, model: nn.Module, encoded: dict[str, list[EncodedPair]]) -> memory.Plan:
+def _plan(config: Config, worker: Worker, encoded: dict[str, list[EncodedPair]]) -> memory.Plan:
     """The memory plan; UserError when the machine does not offer that much."""
     everything = [*pairs.sequences(encoded[TRAIN]), *pairs.sequences(encoded[VALID])]
     longest = max(everything, key=lambda sequence: len(sequence.ids))
-    with models.gradient_checkpointing(model, config.train.grad_checkpoint):
-        plan = memory.plan(model, longest)
+    with models.gradient_checkpointing(worker.model, config.train.grad_checkpoint):
+        plan = memory.plan(worker.model, longest, worker.here)
     if plan.total > memory.available():
+        fewer = "start the runner with --launch none, " if worker.here > 1 else ""
         raise UserError(
             f"{config.model}: training needs {plan}, this machine offers "
-            f"{memory.available() / 1e9:.2f} GB; lower data.max_length (the longest sequence has "
-            f"{len(longest.ids)} tokens), set train.grad_checkpoint: true, or set model to a "
-            "quantised one"
+            f"{memory.available() / 1e9:.2f} GB; {fewer}lower data.max_length (the longest "
+            f"sequence has {len(longest.ids)} tokens), set train.grad_checkpoint: true, or set "
+            "model to a quantised one"
         )
     return plan
 

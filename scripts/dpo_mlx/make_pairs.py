@@ -80,18 +80,20 @@ def make_pairs(config: Config) -> None:
     inputs = _inputs(config, source)
     dropped: Counter[str] = Counter()
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
-    generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in rows])
+    usable = _usable(rows, config, encoder, dropped)
+    # Of all rows that fit, so that a higher data.limit samples no answer again.
+    fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
+    generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
     sampling = _sampling_inputs(inputs, generation)
     _refuse_other_samples(files, sampling, restart)
-    rows = _usable(rows, config, encoder, dropped)
-    print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, rows)}")
+    print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, usable)}")
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
     with lock.held(files.lock, "data.train_pairs"):
-        known = _open_samples(files, sampling, restart)
+        known = _open_samples(files, sampling)
         settings = replace(config, generation=generation)
-        answers = _sample(worker, rows, settings, encoder, files, known)
-        made = _join(rows, answers, config, encoder, dropped)
+        answers = _sample(worker, usable, settings, encoder, files, known)
+        made = _join(usable, answers, config, encoder, dropped)
         _write(files, made, config, encoder, dropped, inputs)
 
 
@@ -199,11 +201,9 @@ def _shown(encoder: Encoder, rows: list[Question]) -> str:
     return "\n".join(f"    {line}" for line in encoder.rendered(rows[0].question).splitlines())
 
 
-def _open_samples(
-    files: PairFiles, sampling: stamp.Inputs, restart: bool
-) -> dict[int, dict[str, Any]]:
-    """Finished batches by their number; an empty file when there are none to go on from."""
-    if restart or not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
+def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, dict[str, Any]]:
+    """Finished batches by their number; an empty file when there are none of these settings."""
+    if not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
     rows = jsonl.read_whole_lines(files.samples, ("batch", "questions", "answers"))
@@ -220,8 +220,8 @@ def _sample(
 ) -> list[Answer]:
     """An answer a row; batches whose questions are unchanged are taken from `finished`."""
     prompts = [encoder.prompt(row.question) for row in rows]
-    every = batches(prompts, config.generation, config.seed)
     size = config.generation.batch_size
+    every = batches(prompts, size, config.seed)
     asked = [[row.question for row in rows[i : i + size]] for i in range(0, len(rows), size)]
     known = {
         number: [Answer(**answer) for answer in finished[number]["answers"]]
@@ -282,22 +282,24 @@ def _write(
     inputs: stamp.Inputs,
 ) -> None:
     splits: dict[str, list[Pair]] = {split: [] for split in files.splits}
+    lost = dict(+dropped)
     for row, answer in made:
         pair = Pair(row.question, row.answer, answer.text, answer.finish)
         held_out = questions.is_held_out(row.question, config.data.valid_fraction)
         splits["valid" if held_out else "train"].append(pair)
     for split, path in files.splits.items():
         if not splits[split]:
+            left_out = "".join(f"; {count} dropped: {why}" for why, count in lost.items())
             raise UserError(
-                f"{path}: no pair would be left in it ({len(made)} in all); raise data.limit or "
-                "change data.valid_fraction"
+                f"{path}: no pair would be left in it ({len(made)} in all{left_out}); raise "
+                "data.limit or data.max_length, or change data.valid_fraction"
             )
     _write_pairs(files, {split: [_row(p) for p in pairs] for split, pairs in splits.items()})
     pairs = splits["train"] + splits["valid"]
     report = {
         "train": len(splits["train"]),
         "valid": len(splits["valid"]),
-        "dropped": {reason: count for reason, count in dropped.items() if count},
+        "dropped": lost,
         "rejected_finish": dict(Counter(pair.rejected_finish for pair in pairs)),
         "tokens": {
             "percentiles": PERCENTILES,

@@ -30,25 +30,27 @@ MEASURED = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak of a training step."""
+    """Bytes at the peak of a training step, in each of the processes on a machine."""
 
     weights: int
     adapters: int
     activations: int
+    processes: int = 1
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.activations
+        return self.processes * (self.weights + self.adapters + self.activations)
 
     def __str__(self) -> str:
+        each = f", in each of {self.processes} processes" if self.processes > 1 else ""
         return (
             f"{self.total / 1e9:.2f} GB (weights {self.weights / 1e9:.2f}, adapters with "
             f"optimizer {self.adapters / 1e9:.2f}, activations of the longest sequence "
-            f"{self.activations / 1e9:.2f})"
+            f"{self.activations / 1e9:.2f}{each})"
         )
 
 
-def plan(model: nn.Module, longest: Sequence) -> Plan:
+def plan(model: nn.Module, longest: Sequence, processes: int = 1) -> Plan:
     """The plan of a model that carries adapters, for its longest sequence.
 
     Call it inside `models.gradient_checkpointing` as training will be. Weights that are not in
@@ -56,7 +58,7 @@ def plan(model: nn.Module, longest: Sequence) -> Plan:
     """
     adapters = nbytes(model.trainable_parameters())
     weights = nbytes(model.parameters()) - adapters
-    return Plan(weights, ADAPTER_COPIES * adapters, _activations(model, longest))
+    return Plan(weights, ADAPTER_COPIES * adapters, _activations(model, longest), processes)
 
 
 def available() -> int:

@@ -123,10 +123,9 @@ def limited(settings: GenerationConfig, chosen: list[int]) -> GenerationConfig:
     return replace(settings, max_tokens=steps * STEP)
 
 
-def batches(prompts: list[list[int]], settings: GenerationConfig, seed: int) -> list[Batch]:
-    """The prompts in batches of settings.batch_size, in the order given."""
-    size = settings.batch_size
+def batches(prompts: list[list[int]], size: int, seed: int, greedy: bool = False) -> list[Batch]:
+    """The prompts in batches of `size`, in the order given."""
     return [
-        Batch(prompts[start : start + size], batch_seed(seed, number))
+        Batch(prompts[start : start + size], batch_seed(seed, number), greedy)
         for number, start in enumerate(range(0, len(prompts), size))
     ]

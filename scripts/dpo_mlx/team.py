@@ -34,9 +34,11 @@ class Team(Worker):
     other ranks `perform` what they are handed.
     """
 
-    def __init__(self, loaded: models.LoadedModel, config: Config, between: Link) -> None:
+    def __init__(
+        self, loaded: models.LoadedModel, config: Config, between: Link, here: int
+    ) -> None:
         super().__init__(loaded.model, loaded.tokenizer)
-        self.size = between.size
+        self.size, self.here = between.size, here
         self._config = config
         self._link = between
         self._sent: list[mx.array] = []  # the adapters that all ranks hold
@@ -173,6 +175,7 @@ def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
         between.busy = True
     loaded = _load(config, train)
     marks = between.gather(models.fingerprint(config.model, times=False))
+    machines = between.gather(platform.node())
     between.busy = False
     differing = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
     if between.rank == 0 and differing:
@@ -180,7 +183,7 @@ def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
             f"model: rank {differing[0]} has other files under {config.model} than rank 0; put the "
             "same model folder on every machine"
         )
-    return loaded, Team(loaded, config, between)
+    return loaded, Team(loaded, config, between, machines.count(machines[between.rank]))
 
 
 def _load(config: Config, train: bool) -> models.LoadedModel:

@@ -37,7 +37,7 @@ class Worker:
     The tokenizer, mlx-lm's wrapper, is for answers. `plain` is the model without its adapters.
     """
 
-    size = 1  # processes
+    size = here = 1  # processes; those on this machine
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
         self.model = model
@@ -116,7 +116,7 @@ def answer_all(
     worker: Worker, prompts: list[list[int]], settings: GenerationConfig, seed: int
 ) -> list[Answer]:
     """One sampled answer a prompt, in batches of settings.batch_size."""
-    made = worker.answers(batches(prompts, settings, seed), settings)
+    made = worker.answers(batches(prompts, settings.batch_size, seed), settings)
     return [answer for answers in made for answer in answers]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from . import voice
 from .config import GenerationConfig
 from .pairs import STOP, Encoder, Pair, Sequence
-from .sampling import Answer, Batch
+from .sampling import Answer, batches
 from .voice import VoiceClassifier
 from .worker import Worker
 
@@ -20,6 +20,9 @@ Measures = dict[str, float]
 
 # Sequences to their log-probs: Worker.log_probs.
 LogProbs = Callable[[list[Sequence]], list[float]]
+
+# Questions answered at once: memory is training's, and how many there are is the user's choice.
+AT_ONCE = 8
 
 # Before the names of the measures of greedy answers.
 GREEDY = "greedy_"
@@ -89,10 +92,12 @@ class Watch:
 
     def _measures(self, plain: bool) -> Measures:
         prompts = [self._encoder.prompt(pair.prompt) for pair in self._asked]
-        batches = [Batch(prompts, self._seed, greedy) for greedy in (False, True)]
+        sampled, greedy = (batches(prompts, AT_ONCE, self._seed, how) for how in (False, True))
+        made = self._worker.answers([*sampled, *greedy], self._generation, plain)
+        answers = [answer for batch in made for answer in batch]
         log_probs = partial(self._worker.log_probs, plain=True)
         own, likeliest = (
-            measure(answers, self._asked, self._classifier, log_probs, self._encoder)
-            for answers in self._worker.answers(batches, self._generation, plain)
+            measure(given, self._asked, self._classifier, log_probs, self._encoder)
+            for given in (answers[: len(prompts)], answers[len(prompts) :])
         )
         return own | {f"{GREEDY}{name}": value for name, value in likeliest.items()}
