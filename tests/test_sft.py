@@ -293,3 +293,14 @@ def test_dpo_s_rows_take_the_place_of_the_earlier_ones(dpo_again):
     """No update and no evaluation is in the metrics twice."""
     (_, metrics), (_, metrics_after) = dpo_again
     assert numbering(metrics_after) == numbering(metrics)
+
+
+def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
+    """The kept adapters are DPO's own, also where an earlier run's SFT ended at that update."""
+    train_dpo(warmed(), ALL)
+    config = warmed(epochs=0)
+    assert train_dpo(config, ALL)
+    assert jsonl.read_json(config.run / "outcome.json")["kept_update"] == 7
+    assert not (config.run / END_OF_SFT).exists()
+    kept, own = (saved(config.run / name) for name in ("adapters", "checkpoints/dpo-000007"))
+    assert differences(kept, own) == 0

@@ -270,11 +270,11 @@ class Phases:
         """A phase to its end, from where the one before left the run, or from what was found."""
         config, found = self.job.config, self._found[phase.name]
         _keep_settings(config)
-        reporters = metrics.reporters(config, asdict(config))
+        reporters = metrics.reporters(config)
         if found:
             self._take_up_guard(found[1])
         else:
-            self.checkpoints.clear(phase.name)
+            self.checkpoints.clear(phase.name if self.first else SFT)
             self._found[DPO] = None
         trainer = Trainer(
             self.job.worker,
@@ -330,7 +330,7 @@ class Phases:
                 f"{path}: an unfinished run was trained otherwise ({'; '.join(changed)}); set that "
                 "back, set run_dir to another folder, or --set train.restart=true to begin anew"
             )
-        print(f"10: {phase} begins anew, {path} was trained otherwise: {'; '.join(changed)}")
+        print(f"10: {path} is not gone on from, it was trained otherwise: {'; '.join(changed)}")
         return None
 
     def _is_sft_s_end(self, state: State) -> bool:
