@@ -27,7 +27,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "voice": {"share": 0.5, "base": 0, "tuned": 0.25, "chosen": 1, "classifier_accuracy": 0.8},
         "fluency": {
             "distinct2": {"base": 1.0, "tuned": 0.75},
-            "base_logprob_per_token": {"base": -1.0, "tuned": -2.0},
+            "base_logprob_per_token": {"base": -1.0, "tuned": -2.0, "chosen": -1.5},
             "self_ended": {"base": 0.5, "tuned": 0.25},
             "median_tokens": {"base": 7, "tuned": 20, "chosen": 10},
         },
@@ -44,6 +44,8 @@ def report(**changes: Any) -> dict[str, Any]:
 
 REPEATS, UNNATURAL = "fluency__distinct2__tuned", "fluency__base_logprob_per_token__tuned"
 ENDED, LENGTH = "fluency__self_ended__tuned", "fluency__median_tokens__tuned"
+VOICE = "fluency__base_logprob_per_token__chosen"
+BASE_ENDED = "fluency__self_ended__base"
 SHARE, TUNED, KEPT = "voice__share", "voice__tuned", "fuse__margin_kept"
 
 
@@ -55,12 +57,15 @@ SHARE, TUNED, KEPT = "voice__share", "voice__tuned", "fuse__margin_kept"
         ({KEPT: None}, "learned", []),  # no margin that fusing could lose
         ({REPEATS: 0.74}, "degenerated", ["max_distinct2_drop"]),
         ({UNNATURAL: -2.1}, "degenerated", ["max_base_logprob_drop"]),
+        ({UNNATURAL: -3.0, VOICE: -3.0}, "learned", []),  # no further than the real answers
+        ({UNNATURAL: -3.1, VOICE: -3.0}, "degenerated", ["max_base_logprob_drop"]),
         ({UNNATURAL: -math.inf}, "degenerated", ["max_base_logprob_drop"]),
         ({UNNATURAL: math.nan}, "degenerated", ["max_base_logprob_drop"]),
         ({LENGTH: 21}, "degenerated", ["max_length_ratio"]),
         ({LENGTH: 4}, "degenerated", ["max_length_ratio"]),
         ({LENGTH: 0}, "degenerated", ["max_length_ratio"]),
         ({ENDED: 0.24}, "degenerated", ["min_self_ended_ratio"]),
+        ({ENDED: 0.0, BASE_ENDED: 0.0}, "learned", []),  # no less than nothing
         ({SHARE: 0.49}, "unmoved", ["min_voice_share"]),
         ({TUNED: 0.24}, "unmoved", ["min_voice_gain"]),
         ({KEPT: 0.49}, "lost in fusing", ["min_margin_kept"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -166,19 +167,17 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
         for name in ("distinct2", "base_logprob_per_token", "self_ended", "median_tokens")
     )
     ratio = max(length["tuned"], 1.0) / length["chosen"]
+    # Where the voice itself is further from the base model, so may be what has learned it.
+    furthest = max(limits.max_base_logprob_drop, natural["base"] - natural["chosen"])
     degenerated = [
         *_at_most(
             "max_distinct2_drop", distinct["base"] - distinct["tuned"], limits.max_distinct2_drop
         ),
-        *_at_most(
-            "max_base_logprob_drop",
-            natural["base"] - natural["tuned"],
-            limits.max_base_logprob_drop,
-        ),
+        *_at_most("max_base_logprob_drop", natural["base"] - natural["tuned"], furthest),
         *_at_most("max_length_ratio", max(ratio, 1 / ratio), limits.max_length_ratio),
         *_at_least(
             "min_self_ended_ratio",
-            ended["tuned"] / max(ended["base"], 1e-9),
+            ended["tuned"] / ended["base"] if ended["base"] else math.inf,
             limits.min_self_ended_ratio,
         ),
     ]
