@@ -111,5 +111,5 @@ stopped=0
 shared_stage scripts/phase4-fine-tune-model/10_train_dpo.py || stopped=$?
 [ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"
 stage scripts/phase4-fine-tune-model/11_fuse_adapters.py
-stage scripts/phase4-fine-tune-model/12_smoke_test.py
+stage scripts/phase4-fine-tune-model/12_smoke_test.py || [ "$stopped" -ne 0 ] || exit 1
 exit "$stopped"
