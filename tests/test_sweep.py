@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dpo_mlx import config as configs
 from dpo_mlx import jsonl, sweep, train_dpo
 from dpo_mlx.errors import UserError
 from dpo_mlx.reference import load_or_compute
+from dpo_mlx.signals import Interrupted
 from dpo_mlx.trainer import Trainer
 from runs import exit_code
 
@@ -101,6 +103,19 @@ def test_another_rank_shares_the_base_reference_alone(path, counted, tmp_path):
     pairs = tmp_path / "run/pairs"
     train, valid = (len(jsonl.read_whole_lines(pairs / f"{s}.jsonl")) for s in ("train", "valid"))
     assert counted == {"sft": 2, "log-probs": 2 * valid + 2 * (2 * train + 2 * 2)}
+
+
+def test_a_stopped_run_keeps_the_reference_that_it_made(path, monkeypatch):
+    """Stopped in its first run, a sweep goes on, also when another run comes first now."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    without_sft = ["--set", "sft.epochs=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", stop)
+        assert run_script(path, "--grid", "dpo.beta=0.1", *without_sft) == 128 + signal.SIGINT
+    assert run_script(path, "--grid", "dpo.beta=0.3,0.1", *without_sft) == 0
 
 
 def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):

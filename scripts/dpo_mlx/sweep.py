@@ -160,6 +160,9 @@ def _end_of_sft(config: Config, other: Path) -> Path | None:
 
 
 def _copy(source: Path, folder: Path) -> None:
+    """Unless the run has made that itself."""
+    if folder.exists():
+        return
     with durable.new_folder(folder) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
