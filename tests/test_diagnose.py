@@ -63,7 +63,9 @@ def test_a_sound_run_has_no_finding() -> None:
         ({"train_pairs": 49}, {}, "49 train pairs", False),
         ({"chosen_per_token": -5.3}, {"sft": NO_SFT}, "4.1 nats a token further", False),
         ({"rejected_tokens": 301}, {}, "2.0 times as long", False),
+        ({"rejected_tokens": 301}, {}, "set dpo.match_length: true, or dpo.loss", False),
         ({"rejected_tokens": 74}, {}, "0.5 times as long", False),
+        ({"rejected_tokens": 74}, {}, "set dpo.loss", False),  # a cut makes none longer
         ({"cut_share": 0.31}, {}, "31% of the rejected answers were cut", False),
         ({"classifier_accuracy": 0.79}, {}, "right on 79%", False),
         ({}, {"dpo": DpoConfig(loss="sigmoid_norm", beta=0.1)}, "dpo.beta 0.1 with", True),

@@ -13,6 +13,7 @@ from dpo_mlx.config import GuardConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard, Kept
 from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.writing import Measures
 from mlx.utils import tree_map
 from runs import differences, exit_code, saved, wrote
 
@@ -75,10 +76,19 @@ def test_lines_carry_both_numbers():
 # What is kept -----------------------------------------------------------------------------------
 
 
+def kept(guard: Guard, written: list[Measures]) -> list[int]:
+    """The update that is kept after each of these evaluations of updates 0, 1, ..."""
+    updates = []
+    for update, measures in enumerate(written):
+        guard.judge(update, measures, 0.0)
+        updates.append(guard.kept.update)
+    return updates
+
+
 def test_the_first_evaluation_is_kept_whatever_it_writes():
     """There is always something to keep: the start, though it be degenerate."""
     guard = Guard(BASE, LIMITS)
-    assert guard.is_best(0, wrote(voice=0.5, distinct2=0.0), math.nan)
+    guard.judge(0, wrote(voice=0.5, distinct2=0.0), math.nan)
     assert guard.kept == Kept(0, 0.5, 1.0)
 
 
@@ -90,8 +100,8 @@ def test_more_voiced_but_degenerate_is_never_kept(changes, chosen_change):
     """Whichever limit is crossed, and whether the guard stops runs or not."""
     for limits in (LIMITS, GuardConfig(enabled=False)):
         guard = Guard(BASE, limits)
-        assert guard.is_best(0, wrote(voice=0.25), 0.0)
-        assert not guard.is_best(1, wrote(voice=1.0, **changes), chosen_change)
+        guard.judge(0, wrote(voice=0.25), 0.0)
+        guard.judge(1, wrote(voice=1.0, **changes), chosen_change)
         assert guard.kept == Kept(0, 0.25, 2.0)
 
 
@@ -99,8 +109,7 @@ def test_the_most_voiced_is_kept():
     """More voice wins, as much does not: of equals the earlier, which has moved less; NaN never."""
     guard = Guard(BASE, LIMITS)
     voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
-    best = [guard.is_best(i, wrote(voice=v), 0.0) for i, v in enumerate(voices)]
-    assert best == [True, True, False, False, False, True]
+    assert kept(guard, [wrote(voice=v) for v in voices]) == [0, 1, 1, 1, 1, 5]
     assert guard.kept == Kept(5, 0.75, 2.0)
 
 
@@ -115,9 +124,7 @@ def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
         wrote(voice=0.4, self_ended=1.0),  # too little of the voice
         wrote(voice=0.75, self_ended=0.5),
     ]
-    assert [guard.is_best(i, w, 0.0) for i, w in enumerate(written)] == [
-        True, True, True, False, False, True
-    ]  # fmt: skip
+    assert kept(guard, written) == [0, 1, 2, 2, 2, 5]
     assert guard.kept == Kept(5, 0.75, 1.5)
 
 

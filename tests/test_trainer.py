@@ -403,7 +403,7 @@ def test_a_degenerate_evaluation_ends_the_run(make):
 def test_what_is_written_is_asked_once_an_evaluation(make):
     """Sampling costs minutes: one call an evaluation, none at the start when that is known."""
     run = make(eval_every=1, grad_accumulation=3)
-    assert run.trainer.run(wrote(voice=0.0)) == wrote()
+    run.trainer.run(wrote(voice=0.0))
     assert run.watch.asked == 3 == len(run.evaluations) - 1
     assert run.evaluations[0]["eval_text/voice"] == 0.0
 

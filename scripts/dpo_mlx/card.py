@@ -8,7 +8,7 @@ from typing import Any
 
 from . import jsonl, pages, stamp
 from .config import Config
-from .make_pairs import PairFiles
+from .make_pairs import read_report
 
 CARD, TEMPLATE = "README.md", "card.md.j2"
 
@@ -27,7 +27,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         config=config,
         name=config.run.name,
         base=Path(config.model).name if Path(config.model).is_dir() else config.model,
-        counts=stamp.read(PairFiles.of(config).report),
+        counts=read_report(config),
         training=stamp.read(config.run / "outcome.json"),
         fuse=report["fuse"],
         voice=report.get("voice"),

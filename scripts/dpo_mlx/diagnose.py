@@ -178,11 +178,11 @@ def _of_data(facts: Facts, config: Config) -> Iterator[Finding]:
         )
     ratio = facts.rejected_tokens / max(facts.chosen_tokens, 1.0)
     if not 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO:
+        cut = "dpo.match_length: true, or " if ratio > 1 else ""
         yield Finding(
             f"rejected answers are {ratio:.1f} times as long as chosen ones (median "
             f"{facts.rejected_tokens:.0f} against {facts.chosen_tokens:.0f} tokens): length is the "
-            "easiest difference to learn; set dpo.match_length: true, or dpo.loss: sigmoid_norm "
-            "with dpo.beta: 5"
+            f"easiest difference to learn; set {cut}dpo.loss: sigmoid_norm with dpo.beta: 5"
         )
     if facts.cut_share > MANY_CUT:
         yield Finding(

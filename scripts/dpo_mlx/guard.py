@@ -50,15 +50,13 @@ class Guard:
         assert self.best is not None
         return self.best
 
-    def is_best(self, update: int, written: Measures, chosen_change: float) -> bool:
-        """Whether these are the best adapters so far; the first ones are, whatever they write."""
+    def judge(self, update: int, written: Measures, chosen_change: float) -> None:
+        """Keep these adapters if they are the best so far; the first are, whatever they write."""
         found = Kept.of(update, written)
-        better = self.best is None or (
+        if self.best is None or (
             found.is_better_than(self.best) and not self.crossed(written, chosen_change)
-        )
-        if better:
+        ):
             self.best = found
-        return better
 
     def crossed(self, written: Measures, chosen_change: float) -> list[str]:
         """A line for each limit crossed: the key, the value found, and what it means.

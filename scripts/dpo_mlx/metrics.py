@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Callbacks(TrainingCallback):
             callback.on_val_loss_report(val_info)
 
 
-def reporters(config: Config, resolved: Metrics) -> list[TrainingCallback]:
+def reporters(config: Config) -> list[TrainingCallback]:
     """The reporters that `report_to` names: mlx-lm's own for W&B and SwanLab.
 
     Raises UserError for an unknown or not installed one.
@@ -98,7 +99,7 @@ def reporters(config: Config, resolved: Metrics) -> list[TrainingCallback]:
             config.report_to,
             project_name="dpo",
             log_dir=config.run_dir,
-            config=resolved,  # type: ignore[arg-type]  # declared str, handed on as a dict
+            config=asdict(config),  # type: ignore[arg-type]  # declared str, handed on as a dict
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"report_to: {error}") from error

@@ -102,9 +102,8 @@ class Trainer:
         checkpoint.restore(path, self.model, self.optimizer)
         self.state = state
 
-    def run(self, written: Measures | None = None) -> Measures:
-        """Train to the end, from a model that writes `written` (None: to be seen); what it writes
-        then.
+    def run(self, written: Measures | None = None) -> None:
+        """Train to the end, from a model that writes `written` (None: to be seen).
 
         Raises Stopped when the guard (unless it is off) or numbers that are not finite end it,
         Interrupted on a signal, with everything saved, and UserError when the run does not start
@@ -121,7 +120,6 @@ class Trainer:
         except signals.Interrupted:
             self._save()
             raise
-        return self.state.written
 
     def _groups_left(self) -> Iterator[tuple[int, list[int]]]:
         steps = groups(self.phase.settings, len(self.train_examples), self.config.seed)
@@ -223,7 +221,7 @@ class Trainer:
         )
         self.state.rows += 1
         self.state.evaluated, self.state.written = True, written
-        self.guard.is_best(update, written, change)
+        self.guard.judge(update, written, change)
         if crossed and self.config.guard.enabled:
             self.state.stopped = crossed
         self._save()
