@@ -105,6 +105,9 @@ def arguments() -> Namespace:
     args.recipes = args.recipes.split(",")
     if unknown := set(args.recipes) - {*RECIPES, *PHASE_ENDS, COLLAPSED}:
         parser.error(f"--recipes: no {', '.join(unknown)}; there are {', '.join(RECIPES)}")
+    first = next((recipe for recipe in args.recipes if recipe != COLLAPSED), "")
+    if first in PHASE_ENDS:
+        parser.error(f"--recipes: {first} measures the run of a recipe before it; name one")
     return args
 
 
