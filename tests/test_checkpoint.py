@@ -204,7 +204,7 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
     assert checkpoint.read(unfinished.run / "checkpoints/dpo-000010") == before
     config = two_phases(epochs=2, restart=True)
     assert train_dpo(config, ALL)
-    assert "dpo begins anew" in capfd.readouterr().out
+    assert "dpo-000010 is not gone on from" in capfd.readouterr().out
     outcome = jsonl.read_json(config.run / "outcome.json")
     assert outcome["updates"] == 7 + 14
     rows = determined(config.run / "metrics.jsonl")
