@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -105,17 +106,20 @@ def test_another_rank_shares_the_base_reference_alone(path, counted, tmp_path):
     assert counted == {"sft": 2, "log-probs": 2 * valid + 2 * (2 * train + 2 * 2)}
 
 
-def test_a_stopped_run_keeps_the_reference_that_it_made(path, monkeypatch):
-    """Stopped in its first run, a sweep goes on, also when another run comes first now."""
+def test_a_stopped_run_keeps_the_reference_that_it_made(path, monkeypatch, tmp_path):
+    """Stopped in its first run, a sweep comes as far again, also when there is another run now
+    whose reference it could have copied.
+    """
 
     def stop(*_: Any) -> None:
         raise Interrupted(signal.SIGINT)
 
     without_sft = ["--set", "sft.epochs=0"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run", stop)
-        assert run_script(path, "--grid", "dpo.beta=0.1", *without_sft) == 128 + signal.SIGINT
-    assert run_script(path, "--grid", "dpo.beta=0.3,0.1", *without_sft) == 0
+    monkeypatch.setattr(Trainer, "run", stop)
+    assert run_script(path, "--grid", "dpo.beta=0.1", *without_sft) == 128 + signal.SIGINT
+    (own,) = tmp_path.glob("run_sweep/*/reference")
+    shutil.copytree(own, tmp_path / "run/reference")
+    assert run_script(path, "--grid", "dpo.beta=0.1", *without_sft) == 128 + signal.SIGINT
 
 
 def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
