@@ -111,5 +111,8 @@ stopped=0
 shared_stage scripts/phase4-fine-tune-model/10_train_dpo.py || stopped=$?
 [ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"
 stage scripts/phase4-fine-tune-model/11_fuse_adapters.py
-stage scripts/phase4-fine-tune-model/12_smoke_test.py || [ "$stopped" -ne 0 ] || exit 1
-exit "$stopped"
+# 1: the report finds a limit crossed, which of a stopped run is no other news.
+found=0
+stage scripts/phase4-fine-tune-model/12_smoke_test.py || found=$?
+[ "$found" -le 1 ] || exit "$found"
+exit "$((stopped > 0 ? stopped : found))"
