@@ -50,13 +50,14 @@ class Guard:
         assert self.best is not None
         return self.best
 
-    def judge(self, update: int, written: Measures, chosen_change: float) -> None:
-        """Keep these adapters if they are the best so far; the first are, whatever they write."""
-        found = Kept.of(update, written)
-        if self.best is None or (
-            found.is_better_than(self.best) and not self.crossed(written, chosen_change)
-        ):
+    def judge(self, update: int, written: Measures, chosen_change: float) -> list[str]:
+        """Keep these adapters if they are the best so far; the first are, whatever they write. What
+        they cross is told as by `crossed`.
+        """
+        found, crossed = Kept.of(update, written), self.crossed(written, chosen_change)
+        if self.best is None or (found.is_better_than(self.best) and not crossed):
             self.best = found
+        return crossed
 
     def crossed(self, written: Measures, chosen_change: float) -> list[str]:
         """A line for each limit crossed: the key, the value found, and what it means.

@@ -210,7 +210,6 @@ class Trainer:
             self._check_start(scores)
         metrics = summarise(scores, self.config.dpo.beta)
         change = metrics["logps/chosen_change_per_token"]
-        crossed = self.guard.crossed(written, change)
         self.callback.on_val_loss_report(
             {
                 "iteration": update,
@@ -221,7 +220,7 @@ class Trainer:
         )
         self.state.rows += 1
         self.state.evaluated, self.state.written = True, written
-        self.guard.judge(update, written, change)
+        crossed = self.guard.judge(update, written, change)
         if crossed and self.config.guard.enabled:
             self.state.stopped = crossed
         self._save()
