@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import memory, models, scan
+from dpo_mlx import device, memory, models, scan
 from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
@@ -57,7 +57,7 @@ def sequence(length: int = 256) -> Sequence:
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
-def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) -> None:
+def test_need_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) -> None:
     """The planned peak of an update of two pairs is within 15% of the measured one."""
     model = loaded(kind)
     pair = EncodedPair(sequence(), sequence(), 1)
@@ -68,7 +68,7 @@ def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
         train=TrainConfig(learning_rate=1e-4, grad_accumulation=2, grad_checkpoint=checkpoint),
     )
     with models.gradient_checkpointing(model, checkpoint):
-        plan = memory.plan(model, pair.chosen)
+        need = memory.training(model, pair.chosen)
     engine = Engine(model)
     reference = Reference(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
     examples = [Example(pair, reference)] * 4
@@ -79,7 +79,7 @@ def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
     gc.collect()  # else what earlier tests left behind may go while this one is measured
     held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
     trainer.run()
-    assert plan.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
+    assert need.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
 
 
 def test_refused_when_it_cannot_fit(
@@ -88,8 +88,8 @@ def test_refused_when_it_cannot_fit(
     """A run larger than the machine stops before training, and says what to change."""
     config = configs.load(write_config(settings))
     make_pairs(config)
-    monkeypatch.setattr(memory, "available", lambda: 1000)
-    with pytest.raises(UserError, match="data.max_length .* train.grad_checkpoint") as error:
+    monkeypatch.setattr(device, "available", lambda: 1000)
+    with pytest.raises(UserError, match="data.max_length.* train.grad_checkpoint") as error:
         train_dpo(config, ALL)
     assert "\n" not in str(error.value)
     assert not (config.run / "adapters").exists()
@@ -98,6 +98,6 @@ def test_refused_when_it_cannot_fit(
 def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the device recommends counts; without it, the machine's memory does."""
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 11})
-    assert memory.available() == 11
+    assert device.available() == 11
     monkeypatch.setattr(mx, "device_info", lambda: {})
-    assert memory.available() > 10**8
+    assert device.available() > 10**8
