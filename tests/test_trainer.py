@@ -153,7 +153,9 @@ def test_a_fresh_run_starts_at_the_reference(kind, checkpoint, make, request):
 def test_a_wrong_reference_stops_the_run(off, make):
     """A reference half a nat off, or none at all, is refused before the first update."""
     run = make({"off": off})
-    with pytest.raises(UserError, match="pair on line .* the stored log-prob is .*; delete that folder"):
+    with pytest.raises(
+        UserError, match="pair on line .* the stored log-prob is .*; delete that folder"
+    ):
         run.run()
     assert differences(run.adapters, run.start) == 0
 

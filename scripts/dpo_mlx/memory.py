@@ -24,7 +24,7 @@ from . import device, fusing
 from .config import Config
 from .engine import Engine
 from .errors import UserError
-from .models import LORA_LAYERS, dtype_name, gradient_checkpointing
+from .models import adapter_bytes, dtype_name, gradient_checkpointing, nbytes
 from .pairs import Sequence
 from .sampling import EVALUATED_AT_ONCE
 
@@ -109,20 +109,26 @@ def sampling(
     empty, kinds = make_prompt_cache(model), _kinds(model.layers)
     growth: dict[str, int] = {}
 
-    def sample() -> None:
+    def read_prompts() -> list[Any]:
         caches = copy.deepcopy(empty)
-        _sample_two_tokens(model, caches, batch, prompt)
+        _read_prompts(model, caches, batch, prompt)
+        return caches
+
+    def write_answers() -> None:
+        caches = read_prompts()
+        mx.reset_peak_memory()
+        _write_two_tokens(model, caches, batch)
         growth.update(
             zip(kinds, _growth(caches[: len(model.layers)], prompt + answer), strict=False)
         )
 
-    work = _work(model, sample)
+    reading, writing = _work(model, read_prompts), _work(model, write_answers)
     return Need(
         f"sampling {batch} answers at once",
         f"lower {key}",
         nbytes(model.parameters()) - adapters,
         HELD_COPIES * adapters,
-        work + sum(growth[kind] for kind in kinds),
+        max(reading, writing + sum(growth[kind] for kind in kinds)),
         processes,
     )
 
@@ -196,23 +202,14 @@ def stage_12(model: nn.Module, config: Config, lengths: Lengths) -> list[Need]:
     ]
 
 
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree of parameters, in memory or not."""
-    return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
-
-
-def adapter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's LoRA adapters, 0 without any."""
-    layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
-    return sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
-
-
-def _sample_two_tokens(model: nn.Module, caches: list[Any], batch: int, prompt: int) -> None:
-    """As mlx-lm's BatchGenerator does: the caches of the prompts first, then token by token."""
-    ids = mx.zeros((batch, prompt), dtype=mx.int32)
-    model.model(ids, caches)
+def _read_prompts(model: nn.Module, caches: list[Any], batch: int, prompt: int) -> None:
+    """Fill the caches with prompts, as mlx-lm's BatchGenerator does."""
+    model.model(mx.zeros((batch, prompt), dtype=mx.int32), caches)
     mx.eval([cache.state for cache in caches if not cache.empty()])
-    token = ids[:, :1]
+
+
+def _write_two_tokens(model: nn.Module, caches: list[Any], batch: int) -> None:
+    token = mx.zeros((batch, 1), dtype=mx.int32)
     for _ in range(2):
         log_probs = nn.log_softmax(model(token, cache=caches)[:, -1].astype(mx.float32), axis=-1)
         token = mx.random.categorical(log_probs)[:, None]

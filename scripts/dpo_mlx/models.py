@@ -245,6 +245,17 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
     return tensors
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree of parameters, in memory or not."""
+    return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """Bytes of a model's LoRA adapters, 0 without any."""
+    layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
+    return sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
+
+
 @contextmanager
 def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Recompute each block in the backward pass instead of keeping its activations.

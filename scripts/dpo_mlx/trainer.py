@@ -15,7 +15,7 @@ from mlx.optimizers import clip_grad_norm
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from . import checkpoint, device, signals
-from .checkpoint import Checkpoints, Origin, State
+from .checkpoint import Checkpoints, Origin, SaveClock, State
 from .config import Config
 from .engine import LEAST_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
 from .errors import UserError
@@ -85,6 +85,7 @@ class Trainer:
         self.origin = origin or Origin()
         self.state = State(phase.name, first, rows)
         self.checkpoints = Checkpoints(config.run / "checkpoints")
+        self.save_clock = SaveClock()
         self.updates = count_updates(phase.settings, len(train))
         # MLX's AdamW leaves the bias correction out by default: its first steps are then several
         # times larger than Adam's.
@@ -133,7 +134,9 @@ class Trainer:
     def _save(self) -> None:
         """Keep where the run is; nothing before the first evaluation, which chooses a best."""
         self.state.base, self.state.best = self.guard.base, self.guard.best
-        if self.state.best is not None:
+        if self.state.best is None:
+            return
+        with self.save_clock.saving(checkpoint.size(self.model)):
             self.checkpoints.save(
                 self.state, self.origin, self.model, self.config.lora, self.optimizer
             )
@@ -194,9 +197,14 @@ class Trainer:
         self.state.rows += 1
         self.state.update += 1
         self.state.evaluated = False
-        done = self.state.update - self.first
-        if done % self.config.train.save_every == 0 or self._is_due() or self.state.stopped:
+        if self._is_save_due() or self._is_due() or self.state.stopped:
             self._save()
+
+    def _is_save_due(self) -> bool:
+        every = self.config.train.save_every
+        if every is None:
+            return self.save_clock.is_due()
+        return (self.state.update - self.first) % every == 0
 
     def _evaluate(self, written: Measures) -> None:
         """Score the valid pairs, report, and keep the adapters, perhaps as the best."""
