@@ -45,11 +45,17 @@ def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
 
 
 def fuse_largest_layer(model: nn.Module, dtype: mx.Dtype) -> None:
-    """What `fuse` does to the largest layer, thrown away: to see what memory it takes."""
+    """What `fuse` does to the largest layer, thrown away: to see what memory and time it takes."""
     layers = [_module(model, name) for name in _layers_to_fuse(model)]
     if layers:
         largest = max(layers, key=get_total_parameters)
         _fused(largest, STOCHASTIC, dtype, mx.random.key(0))
+
+
+def in_largest_layers(model: nn.Module) -> float:
+    """The size of all layers that are fused, in that of the largest one."""
+    sizes = [get_total_parameters(_module(model, name)) for name in _layers_to_fuse(model)]
+    return sum(sizes) / max(sizes, default=1)
 
 
 def _layers_to_fuse(model: nn.Module) -> list[str]:

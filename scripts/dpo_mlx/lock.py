@@ -26,6 +26,7 @@ OWN = {
     "metrics.jsonl",
     "outcome.json",
     "peft",
+    "plan.json",
     "reference",
     "report.html",
     "report.json",

@@ -80,7 +80,7 @@ def make_pairs(config: Config) -> None:
     inputs = _inputs(config, source)
     dropped: Counter[str] = Counter()
     encoder = Encoder(loaded.tokenizer, config.system_prompt)
-    usable = _usable(rows, config, encoder, dropped)
+    usable = usable_rows(rows, config, encoder, dropped)
     # Of all rows that fit, so that a higher data.limit samples no answer again.
     fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
     generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
@@ -190,7 +190,7 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
         )
 
 
-def _usable(
+def usable_rows(
     rows: list[Question], config: Config, encoder: Encoder, dropped: Counter[str]
 ) -> list[Question]:
     """The questions to sample for: the first `data.limit` that are no copies and fit."""

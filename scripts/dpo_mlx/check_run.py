@@ -1,0 +1,279 @@
+"""What a run will take on this machine, told before the night is spent on it: download, disk, the
+memory of each stage, and its minutes, which a probe of a few seconds measures.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import HfApi
+from mlx_lm.utils import get_total_parameters
+
+from . import checkpoint, device, durable, fusing, jsonl, memory, models, questions
+from .config import Config
+from .errors import UserError
+from .make_pairs import usable_rows
+from .models import LoadedModel
+from .pairs import Encoder, Sequence
+from .phase import Dpo, Sft, count_updates
+from .sampling import EVALUATED_AT_ONCE, Batch, limited, sample_batch
+from .train_dpo import MOST_CHECKPOINTS
+from .trainer import apart
+from .worker import Worker
+
+T = TypeVar("T")
+
+# In the run's folder: minutes by script, from which the runner tells what is left.
+PLAN = "plan.json"
+
+MAKE_PAIRS, TRAIN = "06_generate_dpo_pairs.py", "10_train_dpo.py"
+FUSE, SMOKE = "11_fuse_adapters.py", "12_smoke_test.py"
+
+# Tokens that the probe lets each answer have; pairs whose gradients the preflight takes.
+PROBED_TOKENS, PREFLIGHT_PAIRS = 16, 12
+# Writing a model takes about this many times as long as reading it.
+WRITE_OVER_READ = 2.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run works on: prompt and chosen answer of every row as token ids, and how many times
+    the largest layer all fused layers are.
+    """
+
+    train: list[Sequence]
+    valid: list[Sequence]
+    layers: float
+
+    @property
+    def rows(self) -> list[Sequence]:
+        return self.train + self.valid
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on this machine: to read the model, to read a batch of prompts, for one more token of
+    each answer of a batch, for a token of a scored sequence, for one of a gradient, and to fuse the
+    largest layer.
+    """
+
+    model: float
+    prompts: float
+    step: float
+    scored_token: float
+    gradient_token: float
+    layer: float
+
+
+def check_run(config: Config) -> None:
+    """Print what the run takes, and write its minutes to `run_dir/plan.json`.
+
+    Raises UserError for what would stop a stage at its start, and when disk or memory are too
+    small.
+    """
+    rows = questions.read(Path(config.data.source))
+    print(
+        f"check: {device.name()} offers {device.available() / 1e9:.2f} GB to models; "
+        f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"
+    )
+    _tell_download(config.model)
+    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    usable = usable_rows(rows, config, encoder, Counter())
+    lengths = [len(encoder.answer(row.answer)) for row in usable]
+    config = replace(config, generation=limited(config.generation, lengths))
+    splits: tuple[list[Sequence], list[Sequence]] = [], []
+    for row in usable:
+        held_out = questions.is_held_out(row.question, config.data.valid_fraction)
+        splits[held_out].append(encoder.sequence(row.question, row.answer))
+    if not all(splits):
+        raise UserError(
+            f"{config.data.source}: {len(splits[0])} rows to train on and {len(splits[1])} held "
+            "out; raise data.limit or change data.valid_fraction"
+        )
+    _check_memory(config, loaded.model, [*splits[0], *splits[1]])
+    _check_disk(config, loaded.model)
+    workload = Workload(*splits, layers=fusing.in_largest_layers(loaded.model))
+    print(f"check: measuring this machine on {config.model}", flush=True)
+    minutes = minutes_of(config, workload, _probe(config, loaded, workload.rows))
+    _tell_minutes(minutes, workload, config)
+    jsonl.write_json(config.run / PLAN, {"minutes": minutes})
+
+
+def _tell_download(name: str) -> None:
+    """What has to be downloaded first. Raises UserError when the disk has no room for it."""
+    try:
+        print(f"check: download: none, the model is in {models.folder_of(name)}", flush=True)
+    except (OSError, ValueError):
+        size, why = download_size(name)
+        print(f"check: download: {f'{size / 1e9:.2f} GB' if size else why} of {name}", flush=True)
+        durable.require_space(Path.home(), size, "HF_HOME (in the environment)")
+
+
+def download_size(name: str) -> tuple[int, str]:
+    """Bytes of a model on the hub; 0 and the reason when the hub does not tell."""
+    try:
+        files = HfApi().model_info(name, files_metadata=True).siblings or []
+    except Exception as error:  # the hub's client raises errors of several libraries
+        return 0, f"an unknown size (the hub does not answer: {type(error).__name__})"
+    return sum(file.size or 0 for file in files), ""
+
+
+def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> None:
+    """Print each stage's largest need. Attaches adapters to the model on the way, as stages 10 and
+    11 need them. Raises UserError with a line for each stage that does not fit.
+    """
+    prompt = max(sequence.prompt_length for sequence in chosen)
+    answer = config.generation.max_tokens or 0
+    longest = max(prompt + answer, *(len(sequence.ids) for sequence in chosen))
+    longest = min(longest, config.data.max_length)
+    lengths = memory.Lengths(len(chosen), prompt, answer, Sequence((0,) * longest, prompt))
+    needs = {
+        MAKE_PAIRS: memory.stage_06(model, config, lengths),
+        SMOKE: memory.stage_12(model, config, lengths),
+    }
+    mx.random.seed(config.seed)
+    models.attach_lora(model, config.lora)
+    needs[TRAIN] = memory.stage_10(model, config, lengths)
+    needs[FUSE] = memory.stage_11(model, config, lengths.longest)
+    faults = []
+    print(f"check: memory at the peak, of {device.available() / 1e9:.2f} GB")
+    for script in sorted(needs):
+        print(f"    {script}  {memory.largest(needs[script])}", flush=True)
+        try:
+            memory.require(needs[script], f"{script}: {config.model}")
+        except UserError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _check_disk(config: Config, model: nn.Module) -> None:
+    """Print what the run's folder will hold. Raises UserError when the disk has no room for it."""
+    dtype = fusing.target_dtype(model, config.fuse.dtype)
+    fused = get_total_parameters(model) * dtype.size
+    checkpoints = MOST_CHECKPOINTS * checkpoint.size(model)
+    total = fused + checkpoints + durable.SMALL_FILES
+    free = shutil.disk_usage(config.run).free
+    print(
+        f"check: disk: up to {total / 1e9:.2f} GB in {config.run} (fused model {fused / 1e9:.2f}, "
+        f"checkpoints {checkpoints / 1e9:.2f}), {free / 1e9:.0f} GB free"
+    )
+    durable.require_space(config.run, total, "run_dir")
+
+
+def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
+    """Minutes of each stage, by script.
+
+    A rejected answer counts as long as the chosen one, to which training cuts it; a sampled one as
+    long as `generation.max_tokens`, which the longest of a batch mostly reaches.
+    """
+    longest_answer = config.generation.max_tokens or 0
+    chosen, held_out = _tokens(work.train), _tokens(work.valid)
+    sequence = (chosen + held_out) / len(work.rows)
+
+    def answering(questions: int, batch: int) -> float:
+        return math.ceil(questions / batch) * (cost.prompts + longest_answer * cost.step)
+
+    def scoring(tokens: float) -> float:
+        return tokens * cost.scored_token
+
+    watched = min(config.train.eval_questions, len(work.valid))
+    evaluation = 2 * answering(watched, EVALUATED_AT_ONCE) + scoring(4 * watched * sequence)
+    tested = min(config.smoke.questions, len(work.valid))
+    compared = 2 * sequence * min(config.fuse.check_pairs, len(work.valid))
+    roundings = 1 if config.fuse.dtype == "float32" else 2
+    seconds = {
+        MAKE_PAIRS: cost.model + answering(len(work.rows), config.generation.batch_size),
+        TRAIN: cost.model
+        + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
+        + config.train.epochs * 2 * chosen * cost.gradient_token
+        + scoring(2 * chosen + 2 * held_out)
+        + (1 + _evaluations(config, len(work.train))) * evaluation,
+        FUSE: (2 + roundings) * cost.model
+        + (3 + roundings) * scoring(compared)
+        + roundings * work.layers * cost.layer
+        + WRITE_OVER_READ * cost.model,
+        SMOKE: 2 * cost.model
+        + 2 * answering(tested, config.generation.batch_size)
+        + scoring(4 * held_out + 3 * tested * sequence),
+    }
+    return {script: value / 60 for script, value in seconds.items()}
+
+
+def _tokens(sequences: list[Sequence]) -> int:
+    return sum(len(sequence.ids) for sequence in sequences)
+
+
+def _evaluations(config: Config, pairs: int) -> int:
+    """Evaluations of both phases: at the start of each, and at even distances up to its end."""
+    count = 0
+    for phase in (Sft(config), Dpo(config)):
+        if updates := count_updates(phase.settings, pairs):
+            count += 1 + math.ceil(updates / (config.train.eval_every or apart(updates)))
+    return count
+
+
+def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
+    """What the model costs here; each thing is done twice, as the first time compiles kernels."""
+    model = loaded.model
+    started = time.perf_counter()
+    mx.eval(model.parameters())
+    reading = time.perf_counter() - started
+    batch = Batch(
+        [list(row.ids[: row.prompt_length]) for row in rows[: config.generation.batch_size]], seed=0
+    )
+
+    def sample(tokens: int) -> int:
+        """Tokens that the longest answer got."""
+        settings = replace(config.generation, max_tokens=tokens)
+        answers = sample_batch(model, loaded.tokenizer, batch, settings)
+        return max(1, *(answer.tokens for answer in answers))
+
+    sample(2)
+    (_, prompts), (written, answers) = (
+        _timed(lambda: sample(1)),
+        _timed(lambda: sample(PROBED_TOKENS)),
+    )
+    median = sorted(rows, key=lambda row: len(row.ids))[len(rows) // 2]
+    engine = Worker(model).engine
+    engine.log_prob(median)
+    _, scored = _timed(lambda: engine.log_prob(median))
+    with models.gradient_checkpointing(model, config.train.grad_checkpoint):
+        engine.log_prob_and_gradient(median)
+        _, gradient = _timed(lambda: engine.log_prob_and_gradient(median))
+    dtype = fusing.target_dtype(model, config.fuse.dtype)
+    fusing.fuse_largest_layer(model, dtype)
+    _, layer = _timed(lambda: fusing.fuse_largest_layer(model, dtype))
+    length = len(median.ids)
+    step = max(answers - prompts, 0.0) / max(written - 1, 1)
+    return Cost(reading, prompts, step, scored / length, gradient / length, layer)
+
+
+def _timed(run: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return run(), time.perf_counter() - started
+
+
+def _tell_minutes(minutes: dict[str, float], work: Workload, config: Config) -> None:
+    print(
+        f"check: about {_spoken(sum(minutes.values()))} for {len(work.rows)} rows "
+        f"({len(work.valid)} of them held out), answers of up to {config.generation.max_tokens} "
+        "tokens"
+    )
+    for script, value in minutes.items():
+        print(f"    {script}  {_spoken(value)}")
+
+
+def _spoken(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"

@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Say what a whole run will take on this machine, before anything is sampled or trained.
+
+Download, disk, memory of each stage, and minutes of each stage from a measured probe. Exits 1 when
+something does not fit.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_mlx import cli
+from dpo_mlx.check_run import check_run
+from dpo_mlx.config import Config
+
+
+def stage(config: Config, options: argparse.Namespace) -> None:
+    cli.warn_without_blas()
+    check_run(config)
+
+
+if __name__ == "__main__":
+    cli.main(stage, cli.parser(__doc__))
