@@ -116,6 +116,12 @@ def folder(path: Path, kind: str = "granite", seed: int = 0, **changes: Any) -> 
     weights = dict(tree_flatten(model(settings, seed).parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     (path / "config.json").write_text(json.dumps(settings))
+    save_tokenizer(path, kind)
+    return path
+
+
+def save_tokenizer(path: Path, kind: str) -> None:
+    """The tokenizer's two files, with the chat template, into a folder."""
     tokenizer(kind).save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
         json.dumps(
@@ -127,4 +133,3 @@ def folder(path: Path, kind: str = "granite", seed: int = 0, **changes: Any) -> 
             }
         )
     )
-    return path

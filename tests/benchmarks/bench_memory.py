@@ -89,13 +89,12 @@ def worker(task: common.Values) -> common.Values:
     model = ours.granite(task["model"], task["dtype"])
     models.attach_lora(model, ours.LORA)
     pair = ours.random_pair(model, task["length"] - ours.PROMPT)
-    with models.gradient_checkpointing(model, True):
-        plan = memory.training(model, pair.chosen)
+    plan = ours.planned(model, pair, checkpoint=True)
     ours.materialise(model)
     steps = ours.train(model, ours.examples(model, [pair]), checkpoint=True, epochs=2)
     return {
         "peak": max(step.peak for step in steps),
-        "plan": plan.total,
+        "plan": plan,
         "seconds": steps[-1].seconds,
         **sizes(model),
     }

@@ -46,29 +46,47 @@ def measure(
     mlx: bool = True,
     threads: int | None = None,
     more: dict[str, str] | None = None,
+    limit: float | None = None,
+    log: Path | None = None,
 ) -> Values:
     """What the worker of `script` returns for `task`, in a fresh process with a peak of its own.
 
     `threads` are its BLAS's; None is one a core; `more` is of its environment. The process may take
-    what memory is free now, so that one that takes more fails alone: {"failed": why}.
+    what memory is free now, so that one that takes more fails alone: {"failed": why}. It is killed
+    after `limit` seconds. What it prints is appended to the file `log`.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(task))
-        process = subprocess.run(
-            [python, str(Path(__file__).parent / script), "--worker", str(asked), str(answer)],
-            env={**environment(mlx, threads), **(more or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=limit_memory,
-        )
+        output = Path(folder, "output.txt")
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                [python, str(Path(__file__).parent / script), "--worker", str(asked), str(answer)],
+                env={**environment(mlx, threads), **(more or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=limit_memory,
+            )
+            end = _end_of(process, limit)
+        text = output.read_text(errors="replace")
+        if log is not None:
+            with log.open("a") as file:
+                file.write(text)
         if answer.is_file():
             return json.loads(answer.read_text())
-    lines = process.stdout.splitlines()
+    lines = text.splitlines()
     print("\n".join(lines[-12:]), file=sys.stderr)
-    return {"failed": f"exit code {process.returncode}: {lines[-1][:200] if lines else ''}"}
+    return {"failed": f"{end}: {lines[-1][:200] if lines else ''}"}
+
+
+def _end_of(process: subprocess.Popen[bytes], limit: float | None) -> str:
+    """How a process ended, which is killed after `limit` seconds."""
+    try:
+        return f"exit code {process.wait(limit)}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f"killed after {limit:.0f} s"
 
 
 def environment(mlx: bool, threads: int | None = None) -> dict[str, str]:
@@ -170,7 +188,12 @@ def _plain(value: Any) -> str:
 
 
 def save(args: argparse.Namespace, results: Values) -> None:
-    """Write what was measured, with the options and the versions behind it."""
+    """Write what was measured, with the options and the versions behind it, and say where."""
+    write(args, results)
+    print(f"\nwritten: {args.out.name}")
+
+
+def write(args: argparse.Namespace, results: Values) -> None:
     about = {
         "options": {k: _plain(v) for k, v in vars(args).items() if k != "out"},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -179,4 +202,3 @@ def save(args: argparse.Namespace, results: Values) -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**about, **results}, indent=2) + "\n")
-    print(f"\nwritten: {args.out.name}")

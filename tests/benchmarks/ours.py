@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import common
 import mlx.core as mx
 import numpy as np
 import tiny
-from dpo_mlx import models, scan
+from dpo_mlx import memory, models, scan
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard
@@ -26,6 +28,7 @@ from dpo_mlx.worker import Worker
 from mlx.utils import tree_flatten
 from mlx_lm.models import granitemoehybrid
 from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.utils import save_model
 
 PROMPT = 32  # tokens of a random pair's prompt
 SCAN_CHUNK = TrainConfig(learning_rate=0.0).scan_chunk
@@ -64,9 +67,10 @@ def granite_config(layers: int, dtype: str = "float32", **changes: Any) -> dict[
     return tiny.config("granite", **{**geometry, **changes})
 
 
-def granite(layers: int, dtype: str = "float32") -> Any:
+def granite(layers: int, dtype: str = "float32", **changes: Any) -> Any:
     """A random model of that geometry; nothing is in memory until it is evaluated."""
-    made = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(granite_config(layers)))
+    settings = granite_config(layers, dtype, **changes)
+    made = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(settings))
     made.set_dtype(getattr(mx, dtype))
     scan.use_chunks(made, SCAN_CHUNK)
     return made.eval()
@@ -102,6 +106,13 @@ def random_pair(model: Any, answer: int, seed: int = 0, prompt: int = PROMPT) ->
     ids = np.random.default_rng(seed).integers(vocabulary, size=(2, answer)).tolist()
     chosen, rejected = (Sequence((*range(prompt), *side), prompt) for side in ids)
     return EncodedPair(chosen, rejected, seed)
+
+
+def planned(model: Any, pair: EncodedPair, checkpoint: bool) -> int:
+    """Bytes at the peak of training on this pair, by the project's own plan."""
+    longest = max(pair.sides, key=lambda side: len(side.ids))
+    with models.gradient_checkpointing(model, checkpoint):
+        return memory.training(model, longest).total
 
 
 def examples(model: Any, pairs: list[EncodedPair]) -> list[Example]:
@@ -194,16 +205,43 @@ def summary(model: Any, steps: list[Step]) -> common.Values:
     }
 
 
-def granite_folder(path: Path, layers: int, tokenizer: Path) -> None:
-    """A random model of Granite's width as an MLX folder, with the tokenizer files of another."""
+def granite_folder(
+    path: Path,
+    layers: int,
+    tokenizer: Path | None = None,
+    dtype: str = "float32",
+    **changes: Any,
+) -> None:
+    """A random model of Granite's width as an MLX folder, in shards.
+
+    It gets the tokenizer files of the folder `tokenizer`, or a byte-level tokenizer that can decode
+    every id of the vocabulary, so that answers can be sampled.
+    """
     path.mkdir(parents=True)
     mx.random.seed(0)
-    model = granite(layers)
+    model = granite(layers, dtype, **changes)
     materialise(model)
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
-    known = json.loads((tokenizer / "config.json").read_text())
-    ends = {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (path / "config.json").write_text(json.dumps(granite_config(layers, **ends)))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (path / name).write_bytes((tokenizer / name).read_bytes())
+    save_model(path, model)
+    settings = granite_config(layers, dtype, **changes)
+    if tokenizer is None:
+        tiny.save_tokenizer(path, "granite")
+        _fill_vocabulary(path / "tokenizer.json", settings["vocab_size"])
+    else:
+        known = json.loads((tokenizer / "config.json").read_text())
+        settings |= {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (path / name).write_bytes((tokenizer / name).read_bytes())
+    (path / "config.json").write_text(json.dumps(settings))
+
+
+def _fill_vocabulary(file: Path, size: int) -> None:
+    """Give every id below `size` that has no token a word of its own.
+
+    No merge leads to these words: texts are still encoded byte by byte.
+    """
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    words = map("".join, itertools.product(ascii_lowercase, repeat=4))
+    for word in itertools.islice(words, size - len(vocabulary)):
+        vocabulary[f"\u0120{word}"] = len(vocabulary)  # ByteLevel's letter for a space
+    file.write_text(json.dumps(content))

@@ -44,10 +44,12 @@ class Clock(TrainingCallback):
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self.seconds: list[float] = []
+        self.peaks: list[int] = []
         self._since = time.perf_counter()
 
     def on_train_loss_report(self, train_info: Any) -> None:
         self.seconds.append(time.perf_counter() - self._since)
+        self.peaks.append(mx.get_peak_memory())
         self._rows.position += 1
         self._since = time.perf_counter()
 
@@ -87,6 +89,7 @@ def worker(task: common.Values) -> common.Values:
     return {
         "seconds": sum(steps) / len(steps),
         "steps": steps,
+        "peaks": clock.peaks[1:],
         "peak_mlx": mx.get_peak_memory(),
         "adapters": sum(array.size for array in adapters),
     }

@@ -11,7 +11,7 @@ import peft
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
 class Timed(trl.DPOTrainer):
@@ -29,10 +29,12 @@ class Timed(trl.DPOTrainer):
 class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.peaks: list[int] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            self.peaks.append(torch.cuda.max_memory_allocated())
         self.ends.append(time.perf_counter())
 
 
@@ -40,7 +42,7 @@ def worker(task: common.Values) -> common.Values:
     clock, pairs = Clock(), task["pairs"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Timed(
-            model=AutoModelForCausalLM.from_pretrained(task["folder"], dtype=torch.float32),
+            model=model_of(task),
             args=trl.DPOConfig(**settings(task, folder)),
             train_dataset=Dataset.from_list(
                 [{side: pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs]
@@ -61,6 +63,7 @@ def worker(task: common.Values) -> common.Values:
     return {
         "seconds": sum(steps) / len(steps),
         "steps": steps,
+        "peaks": clock.peaks[1:],
         "reference_seconds": trainer.reference_seconds / len(pairs),
         "peak_cuda": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "same_ids": same_ids(trainer.train_dataset, pairs),
@@ -68,10 +71,21 @@ def worker(task: common.Values) -> common.Values:
     }
 
 
+def model_of(task: common.Values) -> Any:
+    """The model of a folder, or with `random` its geometry alone, made where it will train."""
+    dtype = getattr(torch, task.get("dtype", "float32"))
+    if not task.get("random"):
+        return AutoModelForCausalLM.from_pretrained(task["folder"], dtype=dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        geometry = AutoConfig.from_pretrained(task["folder"])
+        return AutoModelForCausalLM.from_config(geometry, dtype=dtype)
+
+
 def settings(task: common.Values, folder: str) -> common.Values:
     return {
         "output_dir": folder,
-        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": task.get("dtype") == "bfloat16",
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "num_train_epochs": 1,
