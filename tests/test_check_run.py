@@ -1,0 +1,118 @@
+"""What a run will take, told before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from dpo_mlx import check_run as checks
+from dpo_mlx import config as configs
+from dpo_mlx import device, jsonl
+from dpo_mlx.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
+from dpo_mlx.errors import UserError
+from dpo_mlx.pairs import Sequence
+from runs import exit_code
+
+CHECK = REPOSITORY / "scripts/phase1-check-machine/02_check_run.py"
+
+
+def sequences(count: int) -> list[Sequence]:
+    """Sequences of ten tokens."""
+    return [Sequence((0,) * 10, 4)] * count
+
+
+def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
+    """Powers of ten tell the parts of a sum apart: a second for each thing, in its own place.
+
+    8 rows to train on and 2 held out, of 10 tokens; answers of 5 tokens, 4 at once. One update of
+    SFT and two of DPO, each phase evaluated at its start and end, and once the base model: 5
+    evaluations, each answering 2 questions twice and scoring 4 sequences for either question.
+    """
+    settings["sft"] = {"epochs": 1}
+    settings["train"] |= {"grad_accumulation": 8, "eval_every": None, "epochs": 2}
+    settings["generation"] = {"max_tokens": 5, "batch_size": 4}
+    settings["fuse"] = {"check_pairs": 1}
+    config = configs.load(write_config(settings))
+    work = Workload(sequences(8), sequences(2), layers=3.0)
+
+    def seconds(**cost: float) -> dict[str, float]:
+        none = Cost(0, 0, 0, 0, 0, 0)
+        minutes = minutes_of(config, work, replace(none, **cost))
+        return {script: round(60 * value, 6) for script, value in minutes.items()}
+
+    def by_stage(pairs: float, train: float, fuse: float, smoke: float) -> dict[str, float]:
+        return {MAKE_PAIRS: pairs, TRAIN: train, FUSE: fuse, SMOKE: smoke}
+
+    # Read once by 06 and 10, by 11 to measure, for both roundings, and for what was written (which
+    # takes two more), by 12 twice.
+    assert seconds(model=1) == by_stage(1, 1, 4 + 2, 2)
+    assert seconds(prompts=1) == by_stage(3, 5 * 2, 0, 2)
+    assert seconds(step=1) == by_stage(3 * 5, 5 * 2 * 5, 0, 2 * 5)
+    # Of the train pairs 2 x 80 and of the valid 2 x 20 once, and 8 x 10 an evaluation; the pair
+    # that is compared (20 tokens) five times; valid pairs under both models, three answers a
+    # question.
+    assert seconds(scored_token=1) == by_stage(0, 200 + 5 * 80, 5 * 20, 80 + 60)
+    # The preflight's 12 pairs of 20, a pass of 80 and two of 160.
+    assert seconds(gradient_token=1) == by_stage(0, 240 + 80 + 320, 0, 0)
+    assert seconds(layer=1) == by_stage(0, 0, 2 * 3, 0)
+
+
+def test_everything_is_told(
+    settings: dict[str, Any], write_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Device, download, disk, memory and minutes of each stage; the minutes go to plan.json; no
+    pair is sampled.
+    """
+    config = write_config(settings)
+    assert exit_code(config, script=CHECK) == 0
+    said = capsys.readouterr().out
+    for words in ("offers", "download: none", "disk: up to", "memory at the peak", "check: about"):
+        assert words in said
+    run = configs.load(config).run
+    minutes = jsonl.read_json(run / checks.PLAN)["minutes"]
+    assert list(minutes) == [MAKE_PAIRS, TRAIN, FUSE, SMOKE]
+    for script, value in minutes.items():
+        assert value > 0
+        assert said.count(f"    {script}  ") == 2, "its memory and its minutes"
+    assert not (run / "pairs").exists()
+
+
+def test_what_does_not_fit_is_told_for_each_stage(
+    settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for each stage that needs more than there is, with what to change, and no probe."""
+    config = configs.load(write_config(settings))
+    config.run.mkdir()
+    monkeypatch.setattr(device, "available", lambda: 1000)
+    monkeypatch.setattr(checks, "_probe", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError) as error:
+        checks.check_run(config)
+    lines = str(error.value).splitlines()
+    for script, line in zip(sorted([MAKE_PAIRS, TRAIN, FUSE, SMOKE]), sorted(lines), strict=True):
+        assert line.startswith(f"{script}: ") and "; lower" in line or "; set fuse" in line
+
+
+def test_a_hub_that_does_not_answer_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The size of a download is told where the hub tells it; otherwise that it is unknown."""
+
+    class Hub:
+        def model_info(self, name: str, files_metadata: bool) -> Any:
+            raise ConnectionError
+
+    monkeypatch.setattr(checks, "HfApi", Hub)
+    checks._tell_download("owner/no-such-model")
+    assert "an unknown size (the hub does not answer: ConnectionError)" in capsys.readouterr().out
+
+
+def test_a_download_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it begins, with its size."""
+    monkeypatch.setattr(checks, "download_size", lambda name: (10**18, ""))
+    with pytest.raises(UserError, match="the disk has .* needed"):
+        checks._tell_download("owner/no-such-model")
+    assert "1000000000.00 GB of owner/no-such-model" in capsys.readouterr().out
