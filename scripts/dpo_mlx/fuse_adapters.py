@@ -8,12 +8,11 @@ from typing import Any
 import mlx.core as mx
 
 from . import card, durable, fusing, jsonl, models, pairs, stamp, worker
-from .config import Config
+from .config import NEAREST, ROUNDINGS, Config
 from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
-from .rounding import NEAREST, ROUNDINGS
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3

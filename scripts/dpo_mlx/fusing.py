@@ -27,7 +27,7 @@ def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
     """Put a plain layer of `dtype` in the place of each adapter and each quantised layer.
 
     In place, one layer after the other, so that memory holds the model and what one layer takes.
-    `how` is one of rounding.ROUNDINGS; the same seed draws the same weights. What carries no
+    `how` is one of config.ROUNDINGS; the same seed draws the same weights. What carries no
     adapter is rounded to nearest.
 
     Raises UserError when a fused weight is no number that `dtype` holds.
