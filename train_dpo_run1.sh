@@ -19,7 +19,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 config="" launch=auto retries=3 only="" options=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --set=* | --launch=* | --retries=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    --set=* | --launch=* | --retries=*)
+      option=${1%%=*} value=${1#*=}; shift
+      set -- "$option" "$value" "$@" ;;
     --set | --launch | --retries)
       [ $# -ge 2 ] || fail "$1 needs a value; --help says which"
       case $1 in --set) options+=(--set "$2") ;; *) printf -v "${1#--}" %s "$2" ;; esac

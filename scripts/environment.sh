@@ -3,7 +3,7 @@
 
 # mlx 0.32 has wheels for Macs from macosx_14_0_arm64 on, and for Python up to 3.15.
 OLDEST_MACOS=14 OLDEST_PYTHON=11 NEWEST_PYTHON=15
-PYTHON_IS_AT="python.org has an installer, or: brew install python@3.12"
+PYTHONS="Python 3.$OLDEST_PYTHON to 3.$NEWEST_PYTHON"
 
 fail() {
   echo "error: $*" >&2
@@ -23,8 +23,7 @@ use_venv() {
   fi
   PATH="$VIRTUAL_ENV/bin:$PATH"
   local fault; fault=$(python_fault python)
-  [ -z "$fault" ] ||
-    fail "$VIRTUAL_ENV: its $fault, and MLX needs 3.$OLDEST_PYTHON to 3.$NEWEST_PYTHON; leave or delete it"
+  [ -z "$fault" ] || fail "$VIRTUAL_ENV: its $fault, and MLX needs $PYTHONS; leave or delete it"
   local stamp="$VIRTUAL_ENV/.installed-$(basename "$folder")"
   if ! cat "$@" | cmp -s - "$stamp"; then
     echo "setting up $VIRTUAL_ENV from $*"
@@ -74,8 +73,8 @@ find_python() {
     if [ -z "$fault" ]; then echo "$name"; return; fi
     faults="${faults:+$faults; }$fault"
   done
-  ! is_mac || remedy="macOS brings none: $PYTHON_IS_AT"
-  fail "no Python from 3.$OLDEST_PYTHON to 3.$NEWEST_PYTHON found${faults:+ ($faults)}; $remedy"
+  ! is_mac || remedy="macOS brings none: get it from python.org, or: brew install python@3.12"
+  fail "no $PYTHONS found${faults:+ ($faults)}; $remedy"
 }
 
 # python_fault PYTHON: why MLX has no wheel for it; nothing when it has one.
@@ -85,7 +84,7 @@ python_fault() {
     "$1" -c 'import os, sys; print(*sys.version_info[:2], os.uname().machine)' 2> /dev/null
   ) || true
   if [ -z "$machine" ]; then echo "$1 does not run"
-  elif [ "$major" != 3 ] || [ "$minor" -lt "$OLDEST_PYTHON" ] || [ "$minor" -gt "$NEWEST_PYTHON" ]; then
+  elif ((major != 3 || minor < OLDEST_PYTHON || minor > NEWEST_PYTHON)); then
     echo "$1 is Python $major.$minor"
   elif is_mac && [ "$machine" != arm64 ]; then
     echo "$1 is an Intel Python, or Rosetta runs it as one"
