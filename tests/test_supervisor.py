@@ -146,7 +146,7 @@ def test_a_stage_that_aborts_after_progress_is_started_again_to_its_end(staged):
     """
     code, said = staged.run(["checkpoint abort", "rows killed", "0"])
     assert (code, staged.starts) == (0, 3)
-    first, second, seconds = said.splitlines()
+    first, second, seconds = filter(None, said.splitlines())
     assert first.startswith("-- 10_train_dpo.py aborted (exit 134): ") and "(1 of 3)" in first
     assert second.startswith("-- 10_train_dpo.py aborted (exit 137): most likely memory ran out")
     assert "lower data.max_length" in second and "(2 of 3)" in second

@@ -151,6 +151,7 @@ class Supervisor:
             code = self._run_once()
             if self._signalled is not None or code not in aborts.CODES:
                 return code
+            _say("")  # the stage may have left a progress bar
             fault = f"{self._name} aborted (exit {code}): {aborts.explain(code)}"
             retry += 1
             if retry > self._retries:
@@ -201,8 +202,8 @@ def minutes_to_go(plan: Path, name: str) -> float | None:
 
 
 def _preload() -> str:
-    """The libraries that go before MLX's own, as scripts/environment.sh found them."""
-    return os.environ.get("MLX_PRELOAD", "")
+    """The stage's LD_PRELOAD: OpenBLAS where scripts/environment.sh found it."""
+    return os.environ.get("MLX_PRELOAD") or os.environ.get("LD_PRELOAD", "")
 
 
 def _ignore_terminal() -> None:
