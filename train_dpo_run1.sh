@@ -47,8 +47,8 @@ options=(--config "$config" ${options[@]+"${options[@]}"})
 child="" signalled=""
 stage() {
   local code=0
-  PYTHONPATH=scripts python -m dpo_mlx.supervisor --launch="$1" --retries "$retries" "$2" \
-    "${options[@]}" & child=$!
+  PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" python -m dpo_mlx.supervisor \
+    --launch="$1" --retries "$retries" "$2" "${options[@]}" & child=$!
   wait "$child" || code=$?
   while kill -0 "$child" 2> /dev/null; do code=0; wait "$child" || code=$?; done
   child=""
