@@ -1,118 +1,96 @@
 #!/usr/bin/env bash
 # From questions and answers to a fused model and its report. Run again, it goes on where it was.
 #
-#   ./train_dpo_run1.sh [CONFIG] [--launch "-n 2"] [--set section.key=value ...]
+#   ./train_dpo_run1.sh [CONFIG] [--set section.key=value ...] [--launch "-n 2"] [--retries 3]
 #
-# --launch takes options of mlx.launch, which then starts the stages that can share their work. On a
-# CPU with cores for it, that is "-n 2" unless it is given; --launch none starts one process.
+# CONFIG               the run's YAML file; config/mlx_granite-4.0-h-micro_dpo.yaml if none is given
+# --set KEY=VALUE      wins over the file; may be repeated
+# --launch OPTIONS     options of mlx.launch, which starts the stages that can share their work. On a
+#                      CPU with cores for it that is "-n 2"; none starts one process
+# --retries N          how often a stage that the system aborts is started again (3)
+# --check              say what the run will need on this machine, in minutes and memory, and stop
+# --selftest           check the chain on this machine with a tiny model, about 2 minutes, and stop
+# --help               this text
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
 
-config=config/mlx_granite-4.0-h-micro_dpo.yaml
-if [ $# -gt 0 ] && [[ $1 != -* ]]; then config=$1; shift; fi
-launch="" options=()
+config="" launch=auto retries=3 only="" options=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --launch) launch=${2:?needs options of mlx.launch}; shift 2 ;;
-    *) options+=("$1"); shift ;;
+    --set=* | --launch=* | --retries=*)
+      option=${1%%=*} value=${1#*=}; shift
+      set -- "$option" "$value" "$@" ;;
+    --set | --launch | --retries)
+      [ $# -ge 2 ] || fail "$1 needs a value; --help says which"
+      case $1 in --set) options+=(--set "$2") ;; *) printf -v "${1#--}" %s "$2" ;; esac
+      shift 2 ;;
+    --check) only=02_check_run.py; shift ;;
+    --selftest) only=01_selftest.py; shift ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"; exit ;;
+    -*) fail "unknown option $1; --help lists all" ;;
+    *) [ -z "$config" ] || fail "two config files, $config and $1"; config=$1; shift ;;
   esac
 done
+[[ $retries =~ ^[0-9]+$ ]] || fail "--retries $retries: not a whole number"
+case $config in
+  "") config=$PWD/config/mlx_granite-4.0-h-micro_dpo.yaml ;;
+  /*) ;;
+  *) config=$caller/$config ;;
+esac
+[ -f "$config" ] || fail "$config: no such file; name the run's YAML file"
+options=(--config "$config" ${options[@]+"${options[@]}"})
 
-# stage SCRIPT: in the background, so that a signal to this script reaches the stage, which saves and
-# ends; ^C reaches both by itself, and the stage takes the second one as the same wish.
+# stage LAUNCH SCRIPT: in the background, so that a signal to this script reaches the stage, which
+# saves and ends.
+child="" signalled=""
 stage() {
-  local started=$SECONDS code=0
-  LD_PRELOAD="$MLX_PRELOAD" python "$1" --config "$config" ${options[@]+"${options[@]}"} & child=$!
-  await || code=$?
-  child=""
-  finish "$1" "$started" "$code"
-}
-
-# shared_stage SCRIPT: by all processes that --launch asks for. mlx.launch tells nobody how they
-# ended, so rank 0 writes its process number and its exit code to a file. Only rank 0 is signalled.
-shared_stage() {
-  if [ -z "$launch" ]; then stage "$1"; return; fi
-  local started=$SECONDS code
-  rank_0=$(mktemp)
-  mlx.launch $launch --env "DPO_RANK_0=$rank_0" --env "LD_PRELOAD=$MLX_PRELOAD" \
-    --env "OPENBLAS_NUM_THREADS=$(blas_threads)" -- \
-    "$(command -v python)" "$1" --config "$config" ${options[@]+"${options[@]}"} < <(keep_awake) & child=$!
-  await || true
-  code=$(sed -n 2p "$rank_0")
-  rm "$rank_0"
-  child="" rank_0=""
-  finish "$1" "$started" "${code:-1}"
-}
-
-# The launcher's threads never rest while a process has not refused what is typed.
-keep_awake() {
-  exec 2> /dev/null
-  while sleep 2; do echo; done
-}
-
-# Processes on one CPU get in each other's way unless they share its cores.
-blas_threads() {
-  local here=1
-  if [[ $launch =~ (-n|--repeat-hosts)[=\ ]*([0-9]+) ]]; then here=${BASH_REMATCH[2]}; fi
-  local each=$(($(getconf _NPROCESSORS_ONLN) / here))
-  echo "${OPENBLAS_NUM_THREADS:-$((each > 0 ? each : 1))}"
-}
-
-has_cpu_for_two() {
-  [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && python -c '
-import sys, mlx.core as mx
-sys.exit(mx.default_device() != mx.cpu)'
-}
-
-await() {
   local code=0
+  PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" python -m dpo_mlx.supervisor \
+    --launch="$1" --retries "$retries" "$2" "${options[@]}" & child=$!
   wait "$child" || code=$?
-  while kill -0 "$child" 2> /dev/null; do wait "$child" || code=$?; done
+  while kill -0 "$child" 2> /dev/null; do code=0; wait "$child" || code=$?; done
+  child=""
+  [ -z "$signalled" ] || exit "$signalled"
   return "$code"
 }
 
-finish() {
-  [ -z "$signalled" ] || exit "$signalled"
-  echo "-- $(basename "$1"): $((SECONDS - $2)) s" >&2
-  return "$3"
-}
-
-child="" signalled="" rank_0=""
 hand_on() {
   signalled=$1
   [ -n "$child" ] || exit "$signalled"
-  if [ -z "$rank_0" ]; then kill -TERM "$child" 2> /dev/null || true
-  else
-    while [ ! -s "$rank_0" ] && kill -0 "$child" 2> /dev/null; do sleep 0.1; done
-    kill -TERM "$(head -n 1 "$rank_0")" 2> /dev/null || true
-  fi
+  kill -TERM "$child" 2> /dev/null || true
 }
+trap 'hand_on 129' HUP
 trap 'hand_on 130' INT
 trap 'hand_on 143' TERM
 
 started=$SECONDS
 use_venv .venv requirements.txt
 find_openblas
-# On a CPU two processes with half of the cores each get more done than one with all. Two runs beside
-# each other need ports of their own; Linux gives away none of these by itself.
-if [ "$launch" = none ]; then
-  launch=""
-elif [ -z "$launch" ] && has_cpu_for_two; then
-  launch="-n 2 --starting-port $((20000 + RANDOM % 10000))"
-  echo "-- two processes share stages 06 and 10; --launch none starts one"
+if [ -n "$only" ]; then
+  [ "$only" = 02_check_run.py ] || options=()
+  export LD_PRELOAD=$MLX_PRELOAD
+  exec python "scripts/phase1-check-machine/$only" ${options[@]+"${options[@]}"}
 fi
+if is_mac && command -v caffeinate > /dev/null; then
+  caffeinate -is -w $$ &
+  export DPO_KEPT_AWAKE=1
+  echo "-- the system stays awake until this ends; the display may sleep"
+fi
+[ -e data/.selftest.json ] || grep -q '^demo_model: true' "$config" ||
+  echo "-- new machine? ./train_dpo_run1.sh --selftest checks it in about 2 minutes"
 echo "-- set-up: $((SECONDS - started)) s"
 
-stage scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py
-shared_stage scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py
+stage none scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py
+stage "$launch" scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py
 # 3: stopped by a guard. The best adapters before that are fused, and the report tells the story.
 stopped=0
-shared_stage scripts/phase4-fine-tune-model/10_train_dpo.py || stopped=$?
+stage "$launch" scripts/phase4-fine-tune-model/10_train_dpo.py || stopped=$?
 [ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"
-stage scripts/phase4-fine-tune-model/11_fuse_adapters.py
-# 1: the report finds a limit crossed, which of a stopped run is no other news.
-found=0
-stage scripts/phase4-fine-tune-model/12_smoke_test.py || found=$?
-[ "$found" -le 1 ] || exit "$found"
-exit "$((stopped > 0 ? stopped : found))"
+stage none scripts/phase4-fine-tune-model/11_fuse_adapters.py
+# 1: the smoke test failed. If a guard had stopped the run already, its exit code stands.
+smoke=0
+stage none scripts/phase4-fine-tune-model/12_smoke_test.py || smoke=$?
+[ "$smoke" -le 1 ] || exit "$smoke"
+exit "$((stopped > 0 ? stopped : smoke))"

@@ -1,15 +1,29 @@
 # Sourced by train_dpo_run1.sh and tests/run.sh, in the repository's root: a virtual environment
 # with what a requirements file names, and OpenBLAS for MLX on Linux CPUs.
 
+# mlx 0.32 has wheels for Macs from macosx_14_0_arm64 on, and for Python up to 3.15.
+OLDEST_MACOS=14 OLDEST_PYTHON=11 NEWEST_PYTHON=15
+PYTHONS="Python 3.$OLDEST_PYTHON to 3.$NEWEST_PYTHON"
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+is_mac() { [ "$(uname -s)" = Darwin ]; }
+
 # use_venv FOLDER REQUIREMENTS...: activates FOLDER (made if missing) unless a virtual environment
 # is active already, and installs the files again only when their text has changed.
 use_venv() {
   local folder=$1; shift
+  require_machine
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x "$folder/bin/pip" ] || make_venv "$folder"
     . "$folder/bin/activate"
   fi
   PATH="$VIRTUAL_ENV/bin:$PATH"
+  local fault; fault=$(python_fault python)
+  [ -z "$fault" ] || fail "$VIRTUAL_ENV: its $fault, and MLX needs $PYTHONS; leave or delete it"
   local stamp="$VIRTUAL_ENV/.installed-$(basename "$folder")"
   if ! cat "$@" | cmp -s - "$stamp"; then
     echo "setting up $VIRTUAL_ENV from $*"
@@ -19,6 +33,17 @@ use_venv() {
   fi
 }
 
+# Ends with one line on a Mac that MLX has no wheel for.
+require_machine() {
+  is_mac || return 0
+  # Also 1 under Rosetta, where uname says x86_64.
+  [ "$(sysctl -n hw.optional.arm64 2> /dev/null)" = 1 ] ||
+    fail "MLX needs Apple silicon (M1 or later); this Mac has an Intel processor"
+  local version; version=$(sw_vers -productVersion)
+  [ "${version%%.*}" -ge "$OLDEST_MACOS" ] ||
+    fail "MLX needs macOS $OLDEST_MACOS or later, this is macOS $version; update it and run again"
+}
+
 # Debian keeps what `python -m venv` needs in a package of its own.
 make_venv() {
   local python; python=$(find_python)
@@ -26,8 +51,7 @@ make_venv() {
     if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
       apt_install python3-venv
     else
-      echo "error: $python cannot make virtual environments; install python3-venv" >&2
-      return 1
+      fail "$python cannot make virtual environments; install python3-venv"
     fi
   fi
   "$python" -m venv "$1"
@@ -38,22 +62,39 @@ apt_install() {
   apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$1" > /dev/null
 }
 
+# The name of a Python that MLX has a wheel for; ends with one line when there is none.
 find_python() {
-  local name
-  for name in python3.11 python3.12 python3.13 python3; do
-    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
-      echo "$name"
-      return
-    fi
+  local name fault faults="" remedy="install one"
+  for name in python3.11 python3.12 python3.13 python3.14 python3.15 python3; do
+    command -v "$name" > /dev/null || continue
+    # Apple's own is too old, and only asks for its developer tools when these are missing.
+    [ "$(command -v "$name")" != /usr/bin/python3 ] || ! is_mac || continue
+    fault=$(python_fault "$name")
+    if [ -z "$fault" ]; then echo "$name"; return; fi
+    faults="${faults:+$faults; }$fault"
   done
-  echo "error: no Python 3.11 or later found; install one" >&2
-  return 1
+  ! is_mac || remedy="macOS brings none: get it from python.org, or: brew install python@3.12"
+  fail "no $PYTHONS found${faults:+ ($faults)}; $remedy"
+}
+
+# python_fault PYTHON: why MLX has no wheel for it; nothing when it has one.
+python_fault() {
+  local major="" minor="" machine=""
+  read -r major minor machine < <(
+    "$1" -c 'import os, sys; print(*sys.version_info[:2], os.uname().machine)' 2> /dev/null
+  ) || true
+  if [ -z "$machine" ]; then echo "$1 does not run"
+  elif ((major != 3 || minor < OLDEST_PYTHON || minor > NEWEST_PYTHON)); then
+    echo "$1 is Python $major.$minor"
+  elif is_mac && [ "$machine" != arm64 ]; then
+    echo "$1 is an Intel Python, or Rosetta runs it as one"
+  fi
 }
 
 # MLX's Linux wheel brings a reference BLAS that is some 60 times slower than OpenBLAS at float32
 # matrix products. Sets MLX_PRELOAD, which goes before MLX processes as LD_PRELOAD.
 find_openblas() {
-  MLX_PRELOAD=""
+  export MLX_PRELOAD=""
   [ "$(uname -s)" = Linux ] || return 0
   if ! has_openblas && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
     apt_install libopenblas0-pthread || echo "note: apt-get could not install it" >&2

@@ -21,7 +21,9 @@ from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
+from runs import determined
 
+TRAIN = REPOSITORY / "scripts/phase4-fine-tune-model/10_train_dpo.py"
 MOMENTS = 5
 
 
@@ -112,3 +114,32 @@ def test_sigterm_to_the_runner_ends_its_stage_which_goes_on_later(tmp_path, sett
     assert 0 < kept.count(b"\n") < 15 and kept.endswith(b"\n")
     make_pairs(config.load(path))
     assert samples.read_bytes().startswith(kept) and samples.read_bytes().count(b"\n") == 15
+
+
+def test_training_that_the_system_kills_is_started_again_to_the_same_end(tmp_path, llama):
+    """SIGKILL to stage 10 after a checkpoint, as for want of memory: the supervisor starts it again
+    from there, and the run's rows are those of an undisturbed one.
+    """
+    calm, killed = (chaos.make_round(tmp_path / name, llama) for name in ("calm", "killed"))
+    for folder in (calm, killed):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            make_pairs(config.load(Path("c.yaml")))
+            if folder == calm:
+                assert train_dpo(config.load(Path("c.yaml")), ALL)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dpo_mlx.supervisor", str(TRAIN), "--config", "c.yaml"],
+        cwd=killed,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as supervisor:
+        while supervisor.poll() is None and not [*killed.glob("run/checkpoints/sft-*")]:
+            time.sleep(0.01)
+        holder = (killed / "run" / lock.LOCK).read_text()  # "process 123 on ..."
+        os.kill(int(holder.split()[1]), signal.SIGKILL)
+        _, said = supervisor.communicate()
+    assert supervisor.returncode == 0, said
+    assert said.count("Starting it again from where it was") == 1
+    assert determined(killed / "run/metrics.jsonl") == determined(calm / "run/metrics.jsonl")

@@ -176,6 +176,21 @@ def test_everything_comes_back(tmp_path):
         assert mx.array_equal(fresh.state["weight"][key], optimizer.state["weight"][key])
 
 
+def test_what_a_failed_gpu_command_left_is_not_saved(tmp_path, monkeypatch):
+    """Metal tells of a failed command at a later one, when its arrays look finished: the GPU is
+    asked before anything is written, and the checkpoint before stays the newest.
+    """
+    made = keep(tmp_path, "dpo", 1, 1)
+
+    def fail() -> None:
+        raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
+
+    monkeypatch.setattr(mx, "synchronize", fail)
+    with pytest.raises(RuntimeError, match="METAL"):
+        keep(tmp_path, "dpo", 2, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [made.path("dpo", 1).name]
+
+
 # Which are taken up -----------------------------------------------------------------------------
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config
+from dpo_mlx import config, losses
 from dpo_mlx.errors import UserError
 
 SHIPPED = sorted((REPOSITORY / "config").glob("*.yaml"))
@@ -293,3 +296,23 @@ def test_keys_are_those_of_the_dataclasses():
     sections = [hints[f.name] for f in fields(config.Config) if is_dataclass(hints[f.name])]
     leaves = sum(len(fields(section)) for section in sections)
     assert len(list(config.keys())) == leaves + len(fields(config.Config)) - len(sections)
+
+
+def test_reading_a_config_imports_no_mlx():
+    """The runner's supervisor reads one with every stage, and MLX takes its time to load."""
+    program = (
+        "import sys; import dpo_mlx.config; print(any(m.startswith('mlx') for m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
+
+
+def test_the_config_names_the_losses_that_there_are():
+    """`dpo.loss` takes exactly the names that losses.py implements."""
+    assert set(config.LOSSES) == set(losses.LOSSES)

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from dpo_mlx import engine as engine_module
 from dpo_mlx import fusing, models
-from dpo_mlx.config import DpoConfig, LoraConfig
+from dpo_mlx.config import NEAREST, DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, PairScore, summarise
 from dpo_mlx.errors import UserError
 from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss
 from dpo_mlx.pairs import Encoder, Pair, Sequence
 from dpo_mlx.reference import Reference
-from dpo_mlx.rounding import NEAREST
 from mlx.utils import tree_flatten, tree_map_with_path
 
 KINDS = ["granite", "llama"]

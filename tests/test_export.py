@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tiny
 from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, models
-from dpo_mlx.config import LoraConfig
+from dpo_mlx.config import NEAREST, STOCHASTIC, LoraConfig
 from dpo_mlx.errors import UserError
-from dpo_mlx.rounding import NEAREST, STOCHASTIC
 from mlx.utils import tree_flatten
 from runs import differences
 from test_adapters import adapted

@@ -14,12 +14,11 @@ import pytest
 import runs
 import tiny
 from dpo_mlx import fusing, jsonl, models, pairs
-from dpo_mlx.config import Config, LoraConfig
+from dpo_mlx.config import NEAREST, ROUNDINGS, STOCHASTIC, Config, LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters, require_kept
 from dpo_mlx.pairs import Encoder
-from dpo_mlx.rounding import NEAREST, ROUNDINGS, STOCHASTIC
 from dpo_mlx.train_dpo import train_dpo
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from test_engine import perturb

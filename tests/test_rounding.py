@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from dpo_mlx.rounding import NEAREST, ROUNDINGS, STOCHASTIC, rounded
+from dpo_mlx.config import NEAREST, ROUNDINGS, STOCHASTIC
+from dpo_mlx.rounding import rounded
 
 TYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
 DRAWS = 4000

@@ -124,7 +124,13 @@ class Checkpoints:
         lora: LoraConfig,
         optimizer: Optimizer,
     ) -> None:
-        """Write everything, then remove what need not be kept any more."""
+        """Write everything, then remove what need not be kept any more.
+
+        Raises MLX's RuntimeError, and writes nothing, when a GPU command has failed.
+        """
+        # Metal tells a failed command late; until then its arrays hold what happened to be there.
+        mx.eval(model.trainable_parameters(), optimizer.state)
+        mx.synchronize()
         with durable.new_folder(self.path(state.phase, state.update)) as temporary:
             models.save_adapters(model, lora, temporary)
             tensors: Any = tree_flatten(optimizer.state)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from . import aborts, awake, lock, signals
 from . import config as configs
-from . import lock, signals
 from .config import Config
 from .errors import UserError
 from .link import dismiss, link
-
-RANK_0 = "DPO_RANK_0"  # in the environment
+from .supervisor import RANK_0
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
 
@@ -39,13 +38,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
     """Run a stage in its run's folder and exit: 0, its own code, 1 with one line for a user's
-    mistake or a disk's fault, 130 for ^C, 143 for SIGTERM.
+    mistake or a disk's fault, 130 for ^C, 143 for SIGTERM, one of aborts.CODES for a GPU's fault.
 
     Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
     exit codes to itself, and adds a line to those that are not 0, the process number and the code
     go to the file that RANK_0 names, if it does.
     """
     options = arguments.parse_args()
+    awake.keep()
     if link().size > 1:
         # The launcher's threads never rest while a process could still read what is typed.
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -86,6 +86,12 @@ def _code_of(run: Callable[[], int | None]) -> int:
     except OSError as error:
         print(f"error: {_of_the_disk(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        code = aborts.of_gpu_error(error)
+        if code is None:
+            raise
+        print(f"error: {error} {aborts.explain(code)}", file=sys.stderr)
+        return code
     except signals.Interrupted as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
         return stop.exit_code

@@ -16,9 +16,21 @@ import yaml
 from .errors import UserError
 from .jsonl import read_bytes
 from .lock import OWN
-from .losses import LOSSES
-from .rounding import DTYPES, ROUNDINGS, STOCHASTIC
 
+# Reading a config imports no MLX, so the names that losses.py and rounding.py implement stand here.
+LOSSES = (
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "simpo",
+    "apo_zero",
+    "apo_down",
+    "dpop",
+)
+STOCHASTIC, NEAREST = ROUNDINGS = ("stochastic", "nearest")
+DTYPES = ("bfloat16", "float16", "float32")
 SCHEDULES = ("cosine", "constant")
 REPORTERS = ("wandb", "swanlab")
 
@@ -85,7 +97,7 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig:
-    loss: str = _choice("sigmoid", of=tuple(LOSSES))
+    loss: str = _choice("sigmoid", of=LOSSES)
     beta: float = _number(0.1, low=1e-6)
     label_smoothing: float = _number(0.0, low=0.0, high=0.499)
     nll_weight: float = _number(0.0, low=0.0)

@@ -9,12 +9,11 @@ import mlx.core as mx
 from mlx_lm.utils import get_total_parameters
 
 from . import card, device, durable, fusing, jsonl, memory, models, pairs, stamp, worker
-from .config import Config
+from .config import NEAREST, ROUNDINGS, STOCHASTIC, Config
 from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
-from .rounding import NEAREST, ROUNDINGS, STOCHASTIC
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3

@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters, quantize_model
 
+from .config import STOCHASTIC
 from .errors import UserError
 from .models import LORA_LAYERS, dtype_name
-from .rounding import STOCHASTIC, rounded
+from .rounding import rounded
 
 GROUP_SIZE = 64  # weights that share a scale in what is quantised here
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -27,7 +28,7 @@ def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
     """Put a plain layer of `dtype` in the place of each adapter and each quantised layer.
 
     In place, one layer after the other, so that memory holds the model and what one layer takes.
-    `how` is one of rounding.ROUNDINGS; the same seed draws the same weights. What carries no
+    `how` is one of config.ROUNDINGS; the same seed draws the same weights. What carries no
     adapter is rounded to nearest.
 
     Raises UserError when a fused weight is no number that `dtype` holds.

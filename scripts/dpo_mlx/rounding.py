@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-STOCHASTIC, NEAREST = ROUNDINGS = ("stochastic", "nearest")
-DTYPES = ("bfloat16", "float16", "float32")
+from .config import NEAREST
 
 # Bits of the mantissa, and the exponent below which the steps get no smaller. That of bfloat16 is
 # not its true one, -126: there its steps would be numbers that some devices flush to zero.
@@ -21,7 +20,7 @@ EXPONENT_MASK = 0x7F800000  # of the bits of a float32
 
 
 def rounded(x: mx.array, dtype: mx.Dtype, how: str, key: mx.array) -> mx.array:
-    """Float32 `x` as `dtype`, by one of ROUNDINGS; `key` is what chance is drawn from.
+    """Float32 `x` as `dtype`, by one of config.ROUNDINGS; `key` is what chance is drawn from.
 
     Values that `dtype` holds stay what they are, whichever way.
     """

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 CAUGHT = signal.SIGINT, signal.SIGTERM
@@ -53,9 +53,10 @@ def _receive(number: int, frame: FrameType | None) -> None:
             os._exit(128 + number)
         return
     _received = signal.Signals(number)
-    print(
-        f"\n{_received.name}: stopping as soon as what is being made is saved; once more ^C leaves "
-        "at once and loses only that",
-        file=sys.stderr,
-        flush=True,
-    )
+    with suppress(OSError):  # the terminal may be gone
+        print(
+            f"\n{_received.name}: stopping as soon as what is being made is saved; once more ^C "
+            "leaves at once and loses only that",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -34,10 +34,9 @@ import mlx.nn as nn
 import numpy as np
 import ours
 from dpo_mlx import fusing, models
-from dpo_mlx.config import GenerationConfig, LoraConfig
+from dpo_mlx.config import NEAREST, STOCHASTIC, GenerationConfig, LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.pairs import EncodedPair, Encoder, Pair
-from dpo_mlx.rounding import NEAREST, STOCHASTIC
 from dpo_mlx.worker import Worker, answer_all
 from mlx.utils import tree_flatten, tree_unflatten
 

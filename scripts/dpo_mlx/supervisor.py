@@ -1,0 +1,292 @@
+"""Run one stage in processes of its own, hand signals on to it, and start it again when it aborts.
+
+    python -m dpo_mlx.supervisor SCRIPT --config FILE [--set section.key=value ...]
+        [--launch none|auto|OPTIONS] [--retries N]
+
+The runner starts every stage like this. The exit code is the stage's: 130, 143 or 129 after ^C,
+SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted once too often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from . import aborts
+from . import config as configs
+from .config import Config
+from .errors import UserError
+
+# mlx.launch reports no exit codes. `cli.main` appends rank 0's process number, then its exit code,
+# to the file that this variable names.
+RANK_0 = "DPO_RANK_0"
+
+STOPPED_BY_GUARD = 3  # stage 10: a finding, the chain goes on
+SECONDS_BETWEEN_NEWLINES = 2
+
+
+class Process:
+    """A stage in one process."""
+
+    def __init__(self, command: list[str]) -> None:
+        environment = {**os.environ, "LD_PRELOAD": _preload()}
+        self._process = subprocess.Popen(command, env=environment, preexec_fn=_ignore_terminal)
+
+    def stop(self) -> None:
+        """Ask the stage to save and end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """The exit code, as a shell tells it."""
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+
+class SharedProcess:
+    """A stage in the processes that `mlx.launch` starts; rank 0 stands for all of them."""
+
+    def __init__(self, command: list[str], launch: str) -> None:
+        self._stopping = False
+        descriptor, name = tempfile.mkstemp(prefix="rank-0-")
+        os.close(descriptor)
+        self._rank_0 = Path(name)
+        variables = {
+            RANK_0: name,
+            "LD_PRELOAD": _preload(),
+            "OPENBLAS_NUM_THREADS": _blas_threads(launch),
+        }
+        sets = [part for pair in variables.items() for part in ("--env", "=".join(pair))]
+        self._launcher = subprocess.Popen(
+            ["mlx.launch", *shlex.split(launch), *sets, "--", *command],
+            stdin=subprocess.PIPE,
+            bufsize=0,
+            preexec_fn=_ignore_terminal,
+        )
+
+    def stop(self) -> None:
+        """Ask rank 0 to save and end, and the others with it; as soon as it has started."""
+        self._stopping = True
+        if numbers := self._numbers():
+            with suppress(ProcessLookupError):
+                os.kill(numbers[0], signal.SIGTERM)
+            self._stopping = False
+
+    def wait(self) -> int:
+        """Rank 0's exit code; KILLED when it started and left none, 1 when it never started."""
+        while self._is_running():
+            if self._stopping:
+                self.stop()
+            self._type_newline()
+        numbers = self._numbers()
+        self._rank_0.unlink()
+        if len(numbers) == 1:
+            return aborts.KILLED
+        return numbers[1] if numbers else 1
+
+    def _is_running(self) -> bool:
+        try:
+            self._launcher.wait(SECONDS_BETWEEN_NEWLINES)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def _type_newline(self) -> None:
+        """The launcher's threads never rest until each process has refused what is typed."""
+        assert self._launcher.stdin is not None
+        with suppress(BrokenPipeError):
+            self._launcher.stdin.write(b"\n")
+
+    def _numbers(self) -> list[int]:
+        """What rank 0 has written so far: its process number, its exit code."""
+        return [int(word) for word in self._rank_0.read_text().split()]
+
+
+class Supervisor:
+    """Runs a stage to its end: by itself, by a signal, or by one abort too many.
+
+    `start` starts it, `kept_work` tells what a new start finds of its work, `name` is its script's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Process | SharedProcess],
+        kept_work: Callable[[], dict[Path, int]],
+        retries: int,
+    ) -> None:
+        self._name, self._start, self._kept_work = name, start, kept_work
+        self._retries = retries
+        self._process: Process | SharedProcess | None = None
+        self._signalled: signal.Signals | None = None
+
+    def run(self) -> int:
+        """The stage's exit code, or 128 + the first signal that came."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._hand_on)
+        started = time.monotonic()
+        code = self._run_with_retries()
+        if self._signalled is not None:
+            return 128 + self._signalled
+        _say(f"-- {self._name}: {time.monotonic() - started:.0f} s")
+        return code
+
+    def _run_with_retries(self) -> int:
+        retry = 0
+        while True:
+            before = self._kept_work()
+            code = self._run_once()
+            if self._signalled is not None or code not in aborts.CODES:
+                return code
+            _say("")  # the stage may have left a progress bar
+            fault = f"{self._name} aborted (exit {code}): {aborts.explain(code)}"
+            retry += 1
+            if retry > self._retries:
+                _say(f"error: {fault}. Not started again (--retries {self._retries})")
+                return code
+            if retry > 1 and not has_grown(before, self._kept_work()):
+                _say(f"error: {fault}. Not started again, as it made no progress the last time")
+                return code
+            _say(f"-- {fault}. Starting it again from where it was ({retry} of {self._retries})")
+
+    def _run_once(self) -> int:
+        process = self._start()
+        self._process = process
+        if self._signalled is not None:  # while it was starting
+            process.stop()
+        code = process.wait()
+        self._process = None
+        return code
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        """^C reaches the stage by itself too, which takes both signals as one wish."""
+        self._signalled = self._signalled or signal.Signals(number)
+        if self._process is not None:
+            self._process.stop()
+
+
+def kept_work(config: Config) -> dict[Path, int]:
+    """What stages leave for their next start: checkpoints, and files of rows with their bytes."""
+    pairs = Path(config.data.train_pairs)
+    rows = (pairs.with_suffix(".samples.jsonl"), *config.run.glob("reference/**/*.jsonl"))
+    checkpoints = config.run.glob("checkpoints/[!.]*")
+    sizes = {path: path.stat().st_size for path in rows if path.exists()}
+    return sizes | dict.fromkeys(checkpoints, 0)
+
+
+def has_grown(before: dict[Path, int], after: dict[Path, int]) -> bool:
+    """Whether a checkpoint is new, or a file has more rows."""
+    return any(size > before.get(path, 0) or path not in before for path, size in after.items())
+
+
+def minutes_to_go(plan: Path, name: str) -> float | None:
+    """By the plan that `--check` wrote, of the stages after `name`; None without such a plan."""
+    try:
+        minutes = json.loads(plan.read_text(encoding="utf-8"))["minutes"]
+        return sum(float(value) for stage, value in minutes.items() if stage > name)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _preload() -> str:
+    """The stage's LD_PRELOAD: OpenBLAS where scripts/environment.sh found it."""
+    return os.environ.get("MLX_PRELOAD") or os.environ.get("LD_PRELOAD", "")
+
+
+def _ignore_terminal() -> None:
+    """In the child: stages set handlers of their own, and mlx.launch must outlive ^C."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _blas_threads(launch: str) -> str:
+    """Processes on one CPU get in each other's way unless they share its cores."""
+    match = re.search(r"(?:-n|--repeat-hosts)[= ]*(\d+)", launch)
+    processes = int(match[1]) if match else 1
+    cores = os.cpu_count() or 1
+    return os.environ.get("OPENBLAS_NUM_THREADS") or str(max(1, cores // max(1, processes)))
+
+
+def _has_cpu_for_two() -> bool:
+    """On a CPU two processes with half of the cores each get more done than one with all."""
+    if (os.cpu_count() or 1) < 2:
+        return False
+    import mlx.core as mx  # takes its time to load, and only this question needs it
+
+    return mx.default_device() == mx.cpu
+
+
+def _starter(command: list[str], launch: str) -> Callable[[], Process | SharedProcess]:
+    """How `--launch` wants a stage started."""
+    if launch == "none" or (launch == "auto" and not _has_cpu_for_two()):
+        return lambda: Process(command)
+    if launch == "auto":
+        script = Path(command[1]).name
+        print(f"-- two processes share {script}; --launch none starts one", flush=True)
+        # Two runs beside each other need ports of their own; Linux gives away none of these.
+        return lambda: SharedProcess(
+            command, f"-n 2 --starting-port {20000 + random.randrange(10000)}"
+        )
+    return lambda: SharedProcess(command, launch)
+
+
+def _load(path: Path, overrides: list[str]) -> Config | None:
+    """The run's config; None for one that the stage itself will refuse."""
+    try:
+        return configs.load(path, overrides)
+    except UserError:
+        return None
+
+
+def _say_minutes_to_go(minutes: float | None) -> None:
+    if minutes:
+        _say(f"-- about {max(1, round(minutes))} minutes to go")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("script", type=Path)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--launch", default="none")
+    parser.add_argument("--retries", type=int, default=3)
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    name = options.script.name
+    config = _load(options.config, options.overrides)
+    sets = [part for override in options.overrides for part in ("--set", override)]
+    command = [sys.executable, str(options.script), "--config", str(options.config), *sets]
+    supervisor = Supervisor(
+        name,
+        _starter(command, options.launch),
+        lambda: {} if config is None else kept_work(config),
+        options.retries,
+    )
+    code = supervisor.run()
+    if config is not None and code in (0, STOPPED_BY_GUARD):
+        _say_minutes_to_go(minutes_to_go(config.run / "plan.json", name))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

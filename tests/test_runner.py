@@ -1,0 +1,378 @@
+"""The runner as a user starts it, on machines that stand-ins for uname, sw_vers, sysctl, caffeinate
+and Python play; its stages are stand-ins too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from test_supervisor import stand_in
+
+STAGES = (
+    "phase3-prepare-data-mlx/05_fetch_demo_model.py",
+    "phase3-prepare-data-mlx/06_generate_dpo_pairs.py",
+    "phase4-fine-tune-model/10_train_dpo.py",
+    "phase4-fine-tune-model/11_fuse_adapters.py",
+    "phase4-fine-tune-model/12_smoke_test.py",
+)
+CHECKS = ("phase1-check-machine/01_selftest.py", "phase1-check-machine/02_check_run.py")
+
+# Notes its name and arguments, then ends with the code that codes.json has for it; "wait" is until
+# it is told to stop.
+FAKE_STAGE = """
+import json, os, pathlib, signal, sys, time
+
+home = pathlib.Path(os.environ["HOME"])
+name = pathlib.Path(sys.argv[0]).name[:2]
+
+def stop(number, frame):
+    with open(home / "told.txt", "a") as file:
+        file.write(signal.Signals(number).name + "\\n")
+    sys.exit(128 + number)
+
+code = json.loads((home / "codes.json").read_text()).get(name, 0)
+if code == "wait":
+    signal.signal(signal.SIGTERM, stop)
+with open(home / "stages.txt", "a") as file:
+    awake = "DPO_KEPT_AWAKE" in os.environ
+    file.write(json.dumps({"stage": name, "arguments": sys.argv[1:], "awake": awake}) + "\\n")
+while code == "wait":
+    time.sleep(0.01)
+sys.exit(code)
+"""
+
+# Says which version it is on which processor; what pip and venv are asked for is only noted.
+FAKE_PYTHON = """
+case "$*" in
+  *os.uname*) echo "{version}" ;;
+  "-m pip"* | "-m venv"* | "-c import ensurepip") echo "$0 $*" >> "$HOME/installed.txt" ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
+TOOLS = ("bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mv", "sed", "uname")
+
+
+class Sandbox:
+    """A copy of the repository with stand-ins, and the only folder of programs that it sees."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.repository, self.programs = home, home / "repository", home / "programs"
+        for name in (*STAGES, *CHECKS):
+            path = self.repository / "scripts" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(FAKE_STAGE)
+        shutil.copy(REPOSITORY / "train_dpo_run1.sh", self.repository)
+        shutil.copy(REPOSITORY / "scripts/environment.sh", self.repository / "scripts")
+        (self.repository / "scripts/dpo_mlx").symlink_to(REPOSITORY / "scripts/dpo_mlx")
+        (self.repository / "requirements.txt").write_text("mlx\n")
+        (self.repository / "data").mkdir()
+        (self.repository / "config").mkdir()
+        self.config = self.repository / "config/mlx_granite-4.0-h-micro_dpo.yaml"
+        self.config.write_text("demo_model: false\n")
+        self.programs.mkdir()
+        for tool in TOOLS:
+            (self.programs / tool).symlink_to(str(shutil.which(tool)))
+        (home / "codes.json").write_text("{}")
+        self.environment = {"HOME": str(home), "PATH": str(self.programs)}
+        self.venv = home / "venv"
+        self.activate("3 12 x86_64")
+
+    def activate(self, version: str) -> None:
+        """An active virtual environment in which everything is installed."""
+        (self.venv / "bin").mkdir(parents=True, exist_ok=True)
+        self.python(self.venv / "bin", "python", version)
+        shutil.copy(self.repository / "requirements.txt", self.venv / ".installed-.venv")
+        self.environment["VIRTUAL_ENV"] = str(self.venv)
+
+    def python(self, folder: Path, name: str, version: str) -> None:
+        """A Python of "major minor machine"."""
+        stand_in(folder, name, FAKE_PYTHON.format(version=version, python=sys.executable))
+
+    def mac(self, version: str = "15.5", arm64: str = "1") -> None:
+        """The machine is a Mac from now on."""
+        (self.programs / "uname").unlink()
+        stand_in(self.programs, "uname", "echo Darwin")
+        stand_in(self.programs, "sw_vers", f"echo {version}")
+        stand_in(self.programs, "sysctl", f"echo {arm64}")
+        stand_in(self.programs, "caffeinate", 'echo "$@" > "$HOME/caffeinate.txt"')
+        self.activate("3 12 arm64")
+
+    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.repository / "train_dpo_run1.sh"), *arguments],
+            cwd=cwd or self.home,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        process = self.start(*arguments, cwd=cwd)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def exit(self, **codes: Any) -> None:
+        """What each stage ends with: s10=3."""
+        values = {name.removeprefix("s"): code for name, code in codes.items()}
+        (self.home / "codes.json").write_text(json.dumps(values))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """What was started, in order."""
+        path = self.home / "stages.txt"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def stages(self) -> list[str]:
+        return [call["stage"] for call in self.calls]
+
+    @property
+    def installed(self) -> str:
+        """What pip and venv were asked for."""
+        path = self.home / "installed.txt"
+        return path.read_text() if path.exists() else ""
+
+    def refuses(self, *arguments: str) -> str:
+        """The one line with which it exits 1, nothing installed and no stage started."""
+        code, _, err = self.run(*arguments)
+        (line,) = err.splitlines()
+        assert code == 1 and line.startswith("error: "), err
+        assert self.stages == [] and self.installed == ""
+        return line
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+ALONE = ("--launch", "none")
+
+# Options ----------------------------------------------------------------------------------------
+
+
+def test_options_stand_in_any_order(sandbox):
+    """Before and after the config, apart or with an equals sign; every stage gets config and
+    settings, and what is the runner's stays with it.
+    """
+    code, _, err = sandbox.run(
+        "--set", "seed=1", "--retries=0", "repository/config/" + sandbox.config.name,
+        "--launch", "none", "--set=lora.keys=[a b]",
+    )  # fmt: skip
+    assert code == 0, err
+    expected = ["--config", str(sandbox.config), "--set", "seed=1", "--set", "lora.keys=[a b]"]
+    assert [call["arguments"] for call in sandbox.calls] == [expected] * len(STAGES)
+
+
+def test_without_a_config_it_is_granite_s(sandbox):
+    """From whatever folder."""
+    assert sandbox.run(*ALONE, cwd=Path("/"))[0] == 0
+    assert sandbox.calls[0]["arguments"] == ["--config", str(sandbox.config)]
+
+
+def test_a_relative_config_is_the_caller_s(sandbox):
+    """A path means what it means where it is typed."""
+    folder = sandbox.home / "elsewhere"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("demo_model: false\n")
+    assert sandbox.run("mine.yaml", *ALONE, cwd=folder)[0] == 0
+    assert sandbox.calls[0]["arguments"] == ["--config", str(folder / "mine.yaml")]
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_is_the_runner_s_own(option, sandbox):
+    """Every option is in it, and nothing is started."""
+    code, out, err = sandbox.run(option)
+    assert code == 0 and err == ""
+    names = ("--set", "--launch", "--retries", "--check", "--selftest", "--help")
+    assert all(name in out for name in names) and "pipefail" not in out
+    assert sandbox.stages == [] and sandbox.installed == ""
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--grid", "a=1"], "--grid"),
+    (["--retries", "many"], "many"),
+    (["--set"], "--set"),
+    (["gone.yaml"], "gone.yaml"),
+    (["one.yaml", "two.yaml"], "two.yaml"),
+])  # fmt: skip
+def test_what_the_runner_does_not_know_is_refused(arguments, named, sandbox):
+    """In one line that names it, before anything is installed."""
+    (sandbox.venv / ".installed-.venv").unlink()
+    assert named in sandbox.refuses(*arguments)
+
+
+def test_check_and_selftest_take_the_chain_s_place(sandbox):
+    """`--check` gets config and settings, `--selftest` needs none; the exit code is theirs."""
+    sandbox.exit(s01=1, s02=4)
+    assert sandbox.run("--selftest")[0] == 1
+    assert sandbox.run("--set", "seed=1", "--check")[0] == 4
+    selftest, check = sandbox.calls
+    assert (selftest["stage"], selftest["arguments"]) == ("01", [])
+    assert check["arguments"] == ["--config", str(sandbox.config), "--set", "seed=1"]
+
+
+def test_a_new_machine_is_offered_the_self_test(sandbox):
+    """Not for the demo, which is short, and not once the self-test has left its result."""
+    demo = sandbox.home / "demo.yaml"
+    demo.write_text("demo_model: true\n")
+    offers = []
+    for config, result in ((sandbox.config, False), (demo, False), (sandbox.config, True)):
+        if result:
+            (sandbox.repository / "data/.selftest.json").touch()
+        code, out, _ = sandbox.run(str(config), *ALONE)
+        assert code == 0
+        offers.append("--selftest" in out)
+    assert offers == [True, False, False]
+
+
+# The chain --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codes", "code", "last"), [
+    ({}, 0, "12"),
+    ({"s06": 1}, 1, "06"),
+    ({"s10": 1}, 1, "10"),
+    ({"s10": 3}, 3, "12"),
+    ({"s10": 3, "s12": 1}, 3, "12"),
+    ({"s11": 1}, 1, "11"),
+    ({"s12": 1}, 1, "12"),
+    ({"s10": 3, "s12": 2}, 2, "12"),
+])  # fmt: skip
+def test_exit_codes_of_the_chain(codes, code, last, sandbox):
+    """A fault ends the chain. A guard's stop (3) does not, and it outlasts the smoke test's
+    finding (1).
+    """
+    sandbox.exit(**codes)
+    assert sandbox.run(*ALONE)[0] == code
+    order = [Path(stage).name[:2] for stage in STAGES]
+    assert sandbox.stages == order[: order.index(last) + 1]
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_runner_reaches_the_stage(number, send, sandbox):
+    """To the script alone or to all of the terminal's processes: the stage is told, the script
+    waits for it and exits with the signal's code, and no other stage starts.
+    """
+    sandbox.exit(s10="wait")
+    process = sandbox.start(*ALONE)
+    give_up = time.monotonic() + 30
+    while sandbox.stages[-1:] != ["10"]:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    send(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, err
+    assert (sandbox.home / "told.txt").read_text() == "SIGTERM\n"
+    assert sandbox.stages[-1] == "10"
+
+
+# A Mac ------------------------------------------------------------------------------------------
+
+
+def test_a_mac_stays_awake_and_its_display_may_sleep(sandbox):
+    """For as long as the runner's own process lives; the stages know that it is seen to."""
+    sandbox.mac()
+    process = sandbox.start(*ALONE)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (sandbox.home / "caffeinate.txt").read_text() == f"-is -w {process.pid}\n"
+    assert out.count("the display may sleep") == 1
+    assert all(call["awake"] for call in sandbox.calls)
+
+
+def test_without_caffeinate_the_stages_see_to_it(sandbox):
+    """No fault, and no promise."""
+    sandbox.mac()
+    (sandbox.programs / "caffeinate").unlink()
+    code, out, err = sandbox.run(*ALONE)
+    assert code == 0 and "caffeinate" not in err
+    assert "the display may sleep" not in out
+    assert not any(call["awake"] for call in sandbox.calls)
+
+
+def test_elsewhere_nothing_is_kept_awake(sandbox):
+    """Even where a program of that name is there."""
+    stand_in(sandbox.programs, "caffeinate", 'touch "$HOME/caffeinate.txt"')
+    assert sandbox.run(*ALONE)[0] == 0
+    assert not (sandbox.home / "caffeinate.txt").exists()
+
+
+# Machines that MLX has no wheel for -------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(sandbox: Sandbox) -> Sandbox:
+    """Without a virtual environment, on a Mac with Apple silicon."""
+    sandbox.mac()
+    del sandbox.environment["VIRTUAL_ENV"]
+    return sandbox
+
+
+def test_a_mac_with_an_intel_processor_is_refused(bare):
+    """There, sysctl knows of no hw.optional.arm64."""
+    stand_in(bare.programs, "sysctl", "exit 1")
+    assert "Apple silicon" in bare.refuses()
+
+
+@pytest.mark.parametrize("version", ["13.6.1", "12.7"])
+def test_an_older_macos_is_refused(version, bare):
+    """With its version and the one that is needed."""
+    bare.mac(version)
+    line = bare.refuses()
+    assert version in line and "macOS 14" in line
+
+
+def test_a_python_under_rosetta_is_refused(bare):
+    """It says x86_64 on Apple silicon, and pip would find no wheel."""
+    bare.python(bare.programs, "python3.12", "3 12 x86_64")
+    line = bare.refuses()
+    assert "python3.12 is an Intel Python" in line and "python.org" in line
+
+
+def test_a_mac_without_a_python_is_told_how_to_get_one(bare):
+    """macOS ships none that is new enough."""
+    line = bare.refuses()
+    assert "3.11 to 3.15" in line and "python.org" in line and "brew install" in line
+
+
+def test_pythons_that_are_too_old_or_too_new_are_left_out(bare):
+    """MLX has wheels for Python 3.11 to 3.15."""
+    bare.python(bare.programs, "python3.11", "3 16 arm64")
+    bare.python(bare.programs, "python3", "3 9 arm64")
+    line = bare.refuses()
+    assert "python3.11 is Python 3.16; python3 is Python 3.9" in line
+
+
+def test_the_first_python_that_fits_makes_the_environment(bare):
+    """Others may be broken, too new or Intel's."""
+    stand_in(bare.programs, "python3.11", "exit 127")
+    bare.python(bare.programs, "python3.12", "3 12 x86_64")
+    bare.python(bare.programs, "python3.14", "3 14 arm64")
+    bare.run()
+    assert f"{bare.programs}/python3.14 -m venv .venv" in bare.installed
+
+
+@pytest.mark.parametrize("version", ["3 10 arm64", "3 16 arm64", "3 12 x86_64"])
+def test_an_active_environment_that_does_not_fit_is_refused(version, sandbox):
+    """It is named, so that the user can leave it."""
+    sandbox.mac()
+    sandbox.activate(version)
+    (sandbox.venv / ".installed-.venv").unlink()
+    line = sandbox.refuses()
+    assert str(sandbox.venv) in line and "leave or delete" in line

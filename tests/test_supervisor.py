@@ -1,0 +1,434 @@
+"""Stages that abort, are stopped, or end by themselves, as real processes under the supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rings
+import yaml
+from conftest import REPOSITORY
+from dpo_mlx import aborts, awake, cli, supervisor
+from dpo_mlx import config as configs
+
+SCRIPTS = REPOSITORY / "scripts"
+
+# A stage without MLX. Each of its starts does what the next line of todo.txt says. Under mlx.launch
+# it tells rank 0's number and exit code as cli.main does.
+FAKE_STAGE = """
+import os, pathlib, resource, signal, sys, time
+
+here = pathlib.Path(__file__).parent
+rank = int(os.environ.get("MLX_RANK", "0"))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+def tell(number):
+    if path := os.environ.get("DPO_RANK_0"):
+        with open(path, "a") as file:
+            print(number, file=file)
+
+def note(name, text):
+    with open(here / name, "a") as file:
+        file.write(text + "\\n")
+
+def end(code):
+    if rank == 0:
+        tell(code)
+    sys.exit(code)
+
+def received(number, frame):
+    note(f"received-{rank}.txt", signal.Signals(number).name)
+
+if rank:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        time.sleep(1)
+tell(os.getpid())
+starts = here / "starts.txt"
+start = len(starts.read_text().split()) if starts.exists() else 0
+note("starts.txt", "started")
+for word in (here / "todo.txt").read_text().splitlines()[start].split():
+    if word == "checkpoint":
+        (here / f"run/checkpoints/dpo-{start:06d}").mkdir(parents=True)
+    elif word == "rows":
+        note("train.samples.jsonl", "{}")
+    elif word == "abort":
+        os.abort()
+    elif word == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "wait":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, received)
+        note("waiting.txt", "now")
+        while not (here / "received-0.txt").exists() and not (here / "go-on").exists():
+            time.sleep(0.01)
+        time.sleep(0.1)  # for a second signal
+    else:
+        end(int(word))
+"""
+
+
+class Staged:
+    """A folder with the fake stage, its config, and what it did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.script = folder / "10_train_dpo.py"
+        self.script.write_text(FAKE_STAGE)
+        self.config = folder / "config.yaml"
+        values = {
+            "model": "m",
+            "run_dir": str(folder / "run"),
+            "data": {
+                "source": "s.jsonl",
+                "train_pairs": str(folder / "train.jsonl"),
+                "valid_pairs": str(folder / "valid.jsonl"),
+            },
+            "train": {"learning_rate": 1e-6},
+        }
+        self.config.write_text(yaml.safe_dump(values))
+
+    def start(self, todo: list[str], *options: str, **more: Any) -> subprocess.Popen[str]:
+        (self.folder / "todo.txt").write_text("\n".join(todo))
+        supervise = [sys.executable, "-m", "dpo_mlx.supervisor", str(self.script)]
+        return subprocess.Popen(
+            [*supervise, "--config", str(self.config), *options],
+            env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **more,
+        )
+
+    def run(self, todo: list[str], *options: str) -> tuple[int, str]:
+        """(exit code, stderr)."""
+        process = self.start(todo, *options)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+
+    def lines(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().split() if path.exists() else []
+
+    @property
+    def starts(self) -> int:
+        return len(self.lines("starts.txt"))
+
+    def wait_for(self, name: str) -> None:
+        give_up = time.monotonic() + 30
+        while not self.lines(name):
+            assert time.monotonic() < give_up, name
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Staged:
+    return Staged(tmp_path)
+
+
+# Aborts -----------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_aborts_after_progress_is_started_again_to_its_end(staged):
+    """SIGABRT after a new checkpoint, SIGKILL after new rows, then a good end: success, with a line
+    for each abort that says what it was and what to change.
+    """
+    code, said = staged.run(["checkpoint abort", "rows killed", "0"])
+    assert (code, staged.starts) == (0, 3)
+    first, second, seconds = filter(None, said.splitlines())
+    assert first.startswith("-- 10_train_dpo.py aborted (exit 134): ") and "(1 of 3)" in first
+    assert second.startswith("-- 10_train_dpo.py aborted (exit 137): most likely memory ran out")
+    assert "lower data.max_length" in second and "(2 of 3)" in second
+    assert seconds.startswith("-- 10_train_dpo.py: ") and seconds.endswith(" s")
+
+
+def test_a_stage_that_aborts_without_progress_gets_one_more_try(staged):
+    """Twice the same abort with nothing new on the disk: the third start would be no other."""
+    code, said = staged.run(["abort", "abort", "0"])
+    assert (code, staged.starts) == (128 + signal.SIGABRT, 2)
+    assert [line for line in said.splitlines() if "no progress" in line and "error: " in line]
+
+
+@pytest.mark.parametrize(("retries", "starts"), [("0", 1), ("2", 3)])
+def test_retries_are_bounded_whatever_progress_there_is(retries, starts, staged):
+    """A stage that aborts for ever is left after --retries, with the code of its last abort."""
+    code, said = staged.run(["checkpoint killed"] * 5, "--retries", retries)
+    assert (code, staged.starts) == (128 + signal.SIGKILL, starts)
+    assert f"Not started again (--retries {retries})" in said
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_an_ordinary_exit_code_is_handed_on_at_once(code, staged):
+    """A user's mistake (1) and a guard's stop (3) would be the same the next time."""
+    assert staged.run([f"checkpoint {code}", "0"])[0] == code
+    assert staged.starts == 1
+
+
+def test_an_exit_code_of_an_abort_is_one(staged):
+    """`cli.main` ends with 134 when MLX raises a GPU's fault instead of aborting."""
+    code, said = staged.run([str(aborts.ABORTED), "0"])
+    assert (code, staged.starts) == (0, 2)
+    assert "aborted (exit 134)" in said
+
+
+# Signals ----------------------------------------------------------------------------------------
+
+STOPS = [
+    (number, send)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for send in (os.kill, os.killpg)
+]
+
+
+@pytest.mark.parametrize(("number", "send"), STOPS, ids=lambda value: getattr(value, "name", None))
+def test_a_signal_is_handed_on_and_ends_the_stage_for_good(
+    number: signal.Signals, send: Callable[[int, int], None], staged: Staged
+) -> None:
+    """To the supervisor alone, or to all of a terminal's processes as ^C and a closed window are:
+    the stage is told, may end as it likes (here by an abort, after progress), and is not started
+    again. The exit code says which signal it was.
+    """
+    process = staged.start(["checkpoint wait abort", "0"])
+    staged.wait_for("waiting.txt")
+    send(process.pid, number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, said
+    assert "SIGTERM" in staged.lines("received-0.txt")
+    assert staged.starts == 1 and "again" not in said
+
+
+def test_what_nohup_started_goes_on_without_its_terminal(staged):
+    """SIGHUP that was ignored before stays ignored."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = staged.start(["wait 0"], preexec_fn=ignore)
+    staged.wait_for("waiting.txt")
+    os.killpg(process.pid, signal.SIGHUP)
+    (staged.folder / "go-on").touch()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert staged.lines("received-0.txt") == []
+
+
+# mlx.launch -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two() -> str:
+    """Options of mlx.launch for two processes."""
+    return f"--launch=-n 2 --starting-port {rings.free_ports(1)[0]}"
+
+
+def test_rank_0_that_dies_without_a_word_has_aborted(staged, two):
+    """mlx.launch tells nobody how its processes ended: a process number without an exit code is an
+    abort, which counts as killed.
+    """
+    code, said = staged.run(["checkpoint killed", "killed", "killed"], two)
+    assert (code, staged.starts) == (aborts.KILLED, 2)
+    assert "(exit 137)" in said and "no progress" in said
+
+
+def test_rank_0_s_exit_code_is_the_stage_s(staged):
+    """3 as the file says, though the process itself and the launcher exit with others."""
+    assert staged.run(["3"], "--launch=-n 1")[0] == 3
+    assert staged.starts == 1
+
+
+def test_only_rank_0_is_told_of_a_signal(staged, two):
+    """It ends the others when its work is saved."""
+    process = staged.start(["wait 7"], two)
+    staged.wait_for("waiting.txt")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert staged.lines("received-0.txt") == ["SIGTERM"]
+    assert staged.lines("received-1.txt") == []
+
+
+def test_a_launcher_that_starts_nothing_is_an_ordinary_fault(staged):
+    """Options that mlx.launch refuses: exit code 1, once."""
+    code, said = staged.run(["0"], "--launch=--no-such-option")
+    assert code == 1 and staged.starts == 0
+    assert "again" not in said
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
+    """BLAS threads: all cores for one process here, an equal part for several, at least one."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    threads = {"--hostfile hosts.json": "8", "-n 2": "4", "--repeat-hosts=16": "1"}
+    assert {launch: supervisor._blas_threads(launch) for launch in threads} == threads
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    assert supervisor._blas_threads("-n 2") == "3"
+
+
+# Progress and plan ------------------------------------------------------------------------------
+
+
+def test_progress_is_a_new_checkpoint_or_more_rows(staged):
+    """Everything that the next start takes up: nothing else counts, such as rows of metrics after
+    the last checkpoint, or a folder that is not whole yet.
+    """
+    config = configs.load(staged.config)
+    reference = staged.folder / "run/reference/base/train.jsonl"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("{}\n")
+    before = supervisor.kept_work(config)
+    assert not supervisor.has_grown(before, before)
+    (staged.folder / "run/metrics.jsonl").write_text("{}\n")
+    (staged.folder / "run/checkpoints/.dpo-000001.tmp").mkdir(parents=True)
+    assert not supervisor.has_grown(before, supervisor.kept_work(config))
+    reference.write_text("{}\n{}\n")
+    with_rows = supervisor.kept_work(config)
+    assert supervisor.has_grown(before, with_rows)
+    reference.write_text("")
+    assert not supervisor.has_grown(with_rows, supervisor.kept_work(config))
+    (staged.folder / "run/checkpoints/dpo-000001").mkdir()
+    assert supervisor.has_grown(with_rows, supervisor.kept_work(config))
+
+
+def test_what_is_left_to_do_is_told_after_a_stage(staged):
+    """The plan's minutes of the stages that follow."""
+    minutes = {
+        "06_generate_dpo_pairs.py": 5,
+        "10_train_dpo.py": 60,
+        "11_fuse.py": 2.5,
+        "12_a.py": 4,
+    }
+    (staged.folder / "run").mkdir()
+    (staged.folder / "run/plan.json").write_text(json.dumps({"minutes": minutes}))
+    assert staged.run(["0"])[1].splitlines()[-1] == "-- about 6 minutes to go"
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"minutes": 3}', '{"minutes": {"12": null}}'])
+def test_without_a_plan_nothing_is_told(text, tmp_path):
+    """A plan that is missing or half written is no fault."""
+    plan = tmp_path / "plan.json"
+    if text is not None:
+        plan.write_text(text)
+    assert supervisor.minutes_to_go(plan, "10_train_dpo.py") is None
+
+
+def test_the_supervisor_starts_without_mlx():
+    """Its own start costs nothing, and it holds none of the GPU."""
+    program = "import sys, dpo_mlx.supervisor; print(any(m.startswith('mlx') for m in sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment) == b"False\n"
+
+
+# The GPU's faults, in a stage's own process -----------------------------------------------------
+
+IMPATIENT = (
+    "[METAL] Command buffer execution failed: Impacting Interactivity "
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
+)
+FULL = (
+    "[METAL] Command buffer execution failed: Insufficient Memory "
+    "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)."
+)
+
+
+def end_of_stage(error: Exception, config: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The exit code of a stage that raises `error`."""
+
+    def stage(config: configs.Config, options: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["10_train_dpo.py", "--config", str(config)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(stage, cli.parser("stage"))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(("text", "code"), [(IMPATIENT, 134), (FULL, 137)])
+def test_a_gpu_s_fault_is_one_line_and_an_abort(text, code, staged, monkeypatch, capsys):
+    """MLX raises it from 0.32 on: the stage ends with the exit code that the abort had before, so
+    that the runner starts it again.
+    """
+    assert end_of_stage(RuntimeError(text), staged.config, monkeypatch) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {text} most likely" if code == 137 else f"error: {text} ")
+
+
+def test_another_runtime_error_keeps_its_traceback(staged, monkeypatch):
+    """It is a fault of ours, which a report must show."""
+    with pytest.raises(RuntimeError, match="shapes"):
+        end_of_stage(RuntimeError("[matmul] shapes"), staged.config, monkeypatch)
+
+
+def test_a_mac_s_abort_is_told_with_the_display():
+    """134 means the GPU's watchdog on a Mac, and says nothing by itself elsewhere."""
+    assert "let the display sleep" in aborts.explain(aborts.ABORTED, "darwin")
+    assert "display" not in aborts.explain(aborts.ABORTED, "linux")
+    assert all("memory ran out" in aborts.explain(aborts.KILLED, p) for p in ("darwin", "linux"))
+    assert all("crashed" in aborts.explain(code, "darwin") for code in aborts.CRASHED)
+
+
+@pytest.mark.parametrize(("platform", "before", "after"), [
+    ("darwin", {}, "1"),
+    ("darwin", {"AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "0"}, "0"),
+    ("linux", {}, "None"),
+])  # fmt: skip
+def test_the_gpu_s_watchdog_is_relaxed_before_mlx_is_loaded(platform, before, after):
+    """On a Mac, by importing the library, unless the user has set it."""
+    program = (
+        f"import os, sys; sys.platform = {platform!r}; import dpo_mlx; "
+        "print(os.environ.get('AGX_RELAX_CDM_CTXSTORE_TIMEOUT'), 'mlx' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), **before}
+    done = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert done == f"{after} False\n"
+
+
+# Sleep ------------------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    """A program of this name that a shell script plays."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(("platform", "by_runner", "kept"), [
+    ("darwin", False, True), ("darwin", True, False), ("linux", False, False)
+])  # fmt: skip
+def test_a_stage_alone_keeps_a_mac_awake(platform, by_runner, kept, tmp_path, monkeypatch, capsys):
+    """For as long as its own process lives, and without -d: the display may sleep."""
+    stand_in(tmp_path, "caffeinate", f'echo "$@" > {shlex.quote(str(tmp_path))}/new && '
+             f"mv {shlex.quote(str(tmp_path))}/new {shlex.quote(str(tmp_path))}/asked")  # fmt: skip
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(awake.KEPT_AWAKE, raising=False)
+    if by_runner:
+        monkeypatch.setenv(awake.KEPT_AWAKE, "1")
+    awake.keep()
+    assert ("the display may sleep" in capsys.readouterr().err) == kept
+    if kept:
+        give_up = time.monotonic() + 10
+        while not (asked := tmp_path / "asked").exists():
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        assert asked.read_text() == f"-is -w {os.getpid()}\n"
+
+
+def test_a_mac_without_caffeinate_is_no_fault(tmp_path, monkeypatch, capsys):
+    """The stage runs all the same."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(awake.KEPT_AWAKE, raising=False)
+    awake.keep()
+    assert capsys.readouterr().err == ""
