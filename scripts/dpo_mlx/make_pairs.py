@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -79,14 +80,14 @@ def make_pairs(config: Config) -> None:
     loaded, worker = team.load(config, train=False)
     inputs = _inputs(config, source)
     dropped: Counter[str] = Counter()
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(loaded.tokenizer, config)
     usable = _usable(rows, config, encoder, dropped)
     # Of all rows that fit, so that a higher data.limit samples no answer again.
     fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
     generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
     sampling = _sampling_inputs(inputs, generation)
     _refuse_other_samples(files, sampling, restart)
-    print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, usable)}")
+    _say_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
     with lock.held(files.lock, "data.train_pairs"):
@@ -104,7 +105,7 @@ def _inputs(config: Config, source: Path) -> stamp.Inputs:
         "source": jsonl.digest(source),
         "model files": models.fingerprint(config.model),
         "seed": config.seed,
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.limit": config.data.limit,
         "data.valid_fraction": config.data.valid_fraction,
         "data.max_length": config.data.max_length,
@@ -197,8 +198,24 @@ def _fits(encoder: Encoder, question: str, answer: str, config: Config) -> bool:
     return len(encoder.sequence(question, answer).ids) <= config.data.max_length
 
 
-def _shown(encoder: Encoder, rows: list[Question]) -> str:
-    return "\n".join(f"    {line}" for line in encoder.rendered(rows[0].question).splitlines())
+def _say_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
+    """What the model will see of a question: the voice is learned under this system message."""
+    for note in encoder.notes():
+        print(f"06: note: {note}")
+    print(f"06: {_said_of_system(encoder.system_message(), config.system_prompt)}")
+    print("06: the prompt of the first question, as the model sees it:")
+    for line in encoder.rendered(rows[0].question).splitlines():
+        print(f"    {line}")
+
+
+def _said_of_system(message: str | None, system_prompt: str) -> str:
+    """In one line whatever its length."""
+    if message is None and system_prompt:
+        return "no system message: the model's chat template leaves system_prompt out"
+    if message is None:
+        return "no system message (the model has no default; system_prompt is empty)"
+    whose = "system_prompt" if system_prompt else "the model's own default; system_prompt is empty"
+    return f'system message: "{textwrap.shorten(message, 200, placeholder=" ...")}" ({whose})'
 
 
 def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, dict[str, Any]]:

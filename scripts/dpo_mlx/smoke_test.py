@@ -60,7 +60,7 @@ def _report(config: Config) -> Report:
     asked = valid[: config.smoke.questions]
     # One model in memory at a time: all that the fused one is needed for, then the base model.
     tuned_loaded = models.load(str(config.run / "fused"))
-    encoder = Encoder(tuned_loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(tuned_loaded.tokenizer, config)
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
     require_valid(config, encoded)
     lengths = pairs.chosen_lengths([*train, *valid], encoder)
@@ -235,7 +235,7 @@ def _inputs(config: Config) -> stamp.Inputs:
         "training": stamp.read(config.run / "outcome.json"),
         "fuse.min_margin_kept": config.fuse.min_margin_kept,
         "seed": config.seed,
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.max_length": config.data.max_length,
         **sections,
     }
