@@ -23,7 +23,10 @@ def sides(pair):
 
 def loss_of(name, pi=PI, ref=REF, length=LENGTH, **settings):
     value = objective(
-        sides(pi), sides(ref), sides(length), DpoConfig(loss=name, **{"beta": 0.1, "nll_weight": 0.0} | settings)
+        sides(pi),
+        sides(ref),
+        sides(length),
+        DpoConfig(loss=name, **{"beta": 0.1, "nll_weight": 0.0} | settings),
     )
     return value.item() if value.ndim == 0 else value.tolist()
 

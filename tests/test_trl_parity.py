@@ -195,7 +195,9 @@ def test_metrics_of_each_pair_are_trl_s(both):
     ours, trainer = both
     trainer.batches["eval"].clear()
     trainer.evaluate()
-    found = [summarise([score], beta=0.1) for score in ours.scores(DpoConfig(beta=0.1, nll_weight=0.0))]
+    found = [
+        summarise([score], beta=0.1) for score in ours.scores(DpoConfig(beta=0.1, nll_weight=0.0))
+    ]
     margins = [row["rewards/margins"] for row in found]
     assert max(map(abs, margins)) > 0.05, "a policy at its reference proves nothing"
     for name in NAMES:

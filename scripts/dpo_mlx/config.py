@@ -41,6 +41,7 @@ TEMPLATE_CALL = (
     "return_assistant_tokens_mask",
     "return_dict",
     "return_tensors",
+    "sanitize_control_tokens",
     "tokenize",
     "tokenizer_kwargs",
     "tools",

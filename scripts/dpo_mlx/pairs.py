@@ -139,7 +139,7 @@ class Encoder:
         without_effect = [name for name in self._arguments if self._has_no_effect(name)]
         if without_effect:
             names = ", ".join(without_effect)
-            yield f"chat_template_args: {names} changes nothing in this model's prompts"
+            yield f"chat_template_args: without effect on this model's prompts: {names}"
         if not self._closes_thinking(self._arguments) and self._closes_thinking(
             {**self._arguments, **WITHOUT_THINKING}
         ):
