@@ -14,11 +14,12 @@ import mlx_lm
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import export, export_peft, jsonl, llama_cpp, models, scan
+from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, models, scan
 from dpo_mlx.config import Config, LoraConfig
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.logps import check_head, find_head, token_log_probs
 from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.rounding import NEAREST
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.writing import Measures, Watch
@@ -123,6 +124,25 @@ def test_other_rotary_positions_are_not_guessed(tmp_path):
     assert models.config_additions(folder) == {}
     with pytest.raises(models.UserError, match="cannot be loaded: .*rope_theta"):
         models.load(str(folder))
+
+
+def test_a_dense_base_of_mixed_bits_is_put_together(tmp_path):
+    """mlx-lm keeps two layers of each dense block in 8 bits when it quantises to 4: loaded, adapted
+    and made plain again, it answers as it did.
+    """
+    folder = tiny.folder(tmp_path / "m", "dense")
+    loaded = models.load(str(folder))
+    about = fusing.quantize(loaded.model, jsonl.read_json(folder / "config.json"), 4)
+    models.save(loaded.model, folder, tmp_path / "4-bit", about)
+    model = models.load(str(tmp_path / "4-bit")).model
+    bits = {name: m.bits for name, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)}
+    assert {*bits.values()} == {4, 8} and len(bits) == 3 * len(ATTENTION + MLP)
+    ids = mx.arange(5, 45)[None]
+    expected = model(ids)
+    models.attach_lora(model, LoraConfig(rank=4))
+    fusing.fuse(model, NEAREST, mx.float32)
+    assert not fusing.is_quantized(model)
+    assert mx.allclose(model(ids), expected, rtol=0, atol=1e-3)
 
 
 # The whole chain ----------------------------------------------------------------------------------

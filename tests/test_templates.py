@@ -56,7 +56,7 @@ def test_the_prompt_has_a_system_message_in_any_case(system_prompt, seen, granit
     sequence = encoder.sequence("Why?", "So.")
     assert list(sequence.ids) == by_hand("granite", f"{prompt}So.<|end_of_text|>")
     assert sequence.answer_length == len("So.") + 1
-    assert encoder.system_message() == seen
+    assert encoder.template.system_message() == seen
 
 
 def test_the_test_s_template_is_the_real_one_s_kind(granite_4):
@@ -111,14 +111,16 @@ def test_the_system_message_is_found_by_rendering(name, tmp_path):
     """The model's default, or that it has none, whatever the template's words and marks are."""
     template, default, own = SYSTEM_MESSAGES[name]
     folder = tiny.folder(tmp_path / "m", template=template)
-    assert encoder_of(folder).system_message() == default
-    assert encoder_of(folder, system_prompt="Be brief.").system_message() == own
+    assert encoder_of(folder).template.system_message() == default
+    assert encoder_of(folder, system_prompt="Be brief.").template.system_message() == own
 
 
 def test_a_template_that_refuses_system_messages_has_none(tmp_path):
     """Gemma's: nothing is asked of it that it does not take."""
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    assert with_template(tmp_path, refusing + tiny.GRANITE_TEMPLATE).system_message() is None
+    assert (
+        with_template(tmp_path, refusing + tiny.GRANITE_TEMPLATE).template.system_message() is None
+    )
 
 
 # Stage 06 -----------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def test_stage_06_on_granite_s_template(settings, write_config, granite_4, quest
     ("message", "system_prompt", "said"),
     [
         ("Be\nbrief.", "Be\nbrief.", 'system message: "Be brief." (system_prompt)'),
-        ("x " * 200, "x", 'system message: "' + "x " * 98 + '..." (system_prompt)'),
+        ("字" * 201, "x", 'system message: "' + "字" * 200 + ' ..." (system_prompt)'),
         (None, "", "no system message (the model has no default; system_prompt is empty)"),
         (None, "x", "no system message: the model's chat template leaves system_prompt out"),
     ],
@@ -181,11 +183,11 @@ def test_arguments_reach_prompt_and_end_of_turn(thinking, tmp_path):
 def test_arguments_without_effect_are_named(granite_4, thinking):
     """One note for all that the template does not read; none for those that it does."""
     unread = {"enable_thinking": False, "tone": "dry"}
-    assert list(encoder_of(granite_4, template_args=unread).notes()) == [
+    assert list(encoder_of(granite_4, template_args=unread).template.notes()) == [
         "chat_template_args: without effect on this model's prompts: enable_thinking, tone"
     ]
-    assert list(encoder_of(granite_4).notes()) == []
-    assert list(encoder_of(thinking, template_args=OFF).notes()) == []
+    assert list(encoder_of(granite_4).template.notes()) == []
+    assert list(encoder_of(thinking, template_args=OFF).template.notes()) == []
 
 
 def test_arguments_that_the_template_fails_on_are_named(granite_4, tmp_path):
@@ -196,6 +198,13 @@ def test_arguments_that_the_template_fails_on_are_named(granite_4, tmp_path):
         encoder_of(folder, template_args={"n": "many"}, system_prompt="Be brief.")
     with pytest.raises(UserError, match="^model: its chat template fails .*use another model$"):
         with_template(tmp_path / "broken", "{{ raise_exception('broken') }}")
+
+
+def test_an_argument_that_a_template_needs_has_an_effect(tmp_path):
+    """It cannot be rendered without; that is no reason to fail, or to call it idle."""
+    needing = "{{ raise_exception('no tone') if tone is not defined }}" + tiny.GRANITE_TEMPLATE
+    folder = tiny.folder(tmp_path / "m", template=needing)
+    assert list(encoder_of(folder, template_args={"tone": "dry"}).template.notes()) == []
 
 
 # Thinking -----------------------------------------------------------------------------------------
@@ -227,7 +236,7 @@ def test_words_about_thinking_are_no_open_block(tmp_path):
     told = tiny.CHATML_TEMPLATE.replace("{% for", "Think between <think> and its end.{% for", 1)
     folder = tiny.folder(tmp_path / "m", "thinking", template=told)
     encoder = encoder_of(folder, system_prompt="<think> first.")
-    assert list(encoder.notes()) == []
+    assert list(encoder.template.notes()) == []
     assert encoder.rendered("<think>").endswith("<|im_start|>assistant\n")
 
 
@@ -238,17 +247,21 @@ def test_a_model_that_may_think_gets_a_note(tmp_path):
     )
     template = tiny.CHATML_TEMPLATE.replace("assistant\n{%", "assistant\n" + closing + "{%")
     folder = tiny.folder(tmp_path / "m", "thinking", template=template)
-    [note] = encoder_of(folder).notes()
-    assert note.endswith("chat_template_args: {enable_thinking: false} keeps it from that")
-    assert list(encoder_of(folder, template_args=OFF).notes()) == []
+    [note] = encoder_of(folder).template.notes()
+    assert note.endswith("chat_template_args: {enable_thinking: false}")
+    assert list(encoder_of(folder, template_args=OFF).template.notes()) == []
 
 
 # Every place --------------------------------------------------------------------------------------
 
 
+# The modules that the encoder is made of.
+KNOWING = ("chat_template.py", "pairs.py")
+
+
 def test_every_stage_makes_its_encoder_of_the_config():
     """One that did not would render other prompts than those that were trained on."""
-    library = [path for path in (REPOSITORY / "scripts").rglob("*.py") if path.name != "pairs.py"]
+    library = [path for path in (REPOSITORY / "scripts").rglob("*.py") if path.name not in KNOWING]
     source = {path.name: path.read_text() for path in library}
     assert [name for name, text in source.items() if "Encoder(" in text] == []
     assert [name for name, text in source.items() if ".apply_chat_template(" in text] == []

@@ -69,7 +69,7 @@ def prepare(config: Config) -> Job:
     read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
     loaded, worker = team.load(config, train=True)
     encoder = Encoder.of(loaded.tokenizer, config)
-    for note in encoder.notes():
+    for note in encoder.template.notes():
         print(f"10: note: {note}")
     encoded = {}
     for split in SPLITS:

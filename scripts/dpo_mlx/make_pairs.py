@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,9 @@ from .worker import Worker
 # The keys of the report under which the pair files' digests are, and those of the pair files that
 # these replace: a crash may leave either.
 FILES, BEFORE = "files", "files before"
+
+# Characters of a system message that are shown in a line.
+SHOWN = 200
 
 # What is written down of the lengths of each side.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
@@ -200,9 +202,9 @@ def _fits(encoder: Encoder, question: str, answer: str, config: Config) -> bool:
 
 def _say_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
     """What the model will see of a question: the voice is learned under this system message."""
-    for note in encoder.notes():
+    for note in encoder.template.notes():
         print(f"06: note: {note}")
-    print(f"06: {_said_of_system(encoder.system_message(), config.system_prompt)}")
+    print(f"06: {_said_of_system(encoder.template.system_message(), config.system_prompt)}")
     print("06: the prompt of the first question, as the model sees it:")
     for line in encoder.rendered(rows[0].question).splitlines():
         print(f"    {line}")
@@ -214,8 +216,10 @@ def _said_of_system(message: str | None, system_prompt: str) -> str:
         return "no system message: the model's chat template leaves system_prompt out"
     if message is None:
         return "no system message (the model has no default; system_prompt is empty)"
+    words = " ".join(message.split())
+    start = words if len(words) <= SHOWN else f"{words[:SHOWN]} ..."
     whose = "system_prompt" if system_prompt else "the model's own default; system_prompt is empty"
-    return f'system message: "{textwrap.shorten(message, 200, placeholder=" ...")}" ({whose})'
+    return f'system message: "{start}" ({whose})'
 
 
 def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, dict[str, Any]]:
