@@ -69,6 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             "valid_pairs": str(folder / "valid.jsonl"),
         },
         "generation": {"max_tokens": 8},
+        **runs.DPO_ALONE,
         "train": {"learning_rate": 1e-3, "grad_accumulation": 1, "eval_every": 7},
         "smoke": {"questions": 2},
     }
