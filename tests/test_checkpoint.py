@@ -308,3 +308,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
         shutil.rmtree(newest)
         assert train_dpo(unfinished, ALL)
         assert (unfinished.run / "checkpoints/dpo-000014").exists()
+
+
+# How often -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size", "pause"),
+    [(0.5, 10**6, 300), (5, 10**6, 500), (1, 362 * 10**6, 362)],
+    ids=["at least five minutes", "1% of the time", "1 MB a second"],
+)
+def test_checkpoints_by_the_clock(seconds: float, size: int, pause: float) -> None:
+    """The next one is due after what the last one cost has become little, and not before."""
+    now = [0.0]
+    clock = checkpoint.SaveClock(lambda: now[0])
+    now[0] = 299.0
+    assert not clock.is_due()
+    now[0] = 300.0
+    assert clock.is_due()
+    with clock.saving(size):
+        now[0] += seconds
+    now[0] += pause - 1
+    assert not clock.is_due()
+    now[0] += 1
+    assert clock.is_due()
+
+
+def test_a_run_saves_by_the_clock(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without save_every a run of seconds has the checkpoints of its evaluations alone; once the
+    clock says so, each update is saved.
+    """
+    saved: list[int] = []
+    for due, expected in ((False, [0, 7, 7]), (True, [0, 1, 2, 3, 4, 5, 6, 7, 7])):
+        run = make(grad_accumulation=1, eval_every=7)
+        monkeypatch.setattr(checkpoint.SaveClock, "is_due", lambda self, due=due: due)
+        monkeypatch.setattr(
+            run.trainer.checkpoints, "save", lambda state, *_: saved.append(state.update)
+        )
+        saved.clear()
+        run.run()
+        assert saved == expected

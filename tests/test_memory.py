@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import memory, models, scan
-from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
+from dpo_mlx import device, memory, models, scan
+from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import Guard
@@ -20,6 +21,7 @@ from dpo_mlx.metrics import Callbacks
 from dpo_mlx.pairs import EncodedPair, Sequence
 from dpo_mlx.phase import Dpo, Example
 from dpo_mlx.reference import Reference
+from dpo_mlx.sampling import Batch, sample_batch
 from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.trainer import Trainer
 from dpo_mlx.worker import Worker
@@ -57,7 +59,7 @@ def sequence(length: int = 256) -> Sequence:
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
-def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) -> None:
+def test_need_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) -> None:
     """The planned peak of an update of two pairs is within 15% of the measured one."""
     model = loaded(kind)
     pair = EncodedPair(sequence(), sequence(), 1)
@@ -68,7 +70,7 @@ def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
         train=TrainConfig(learning_rate=1e-4, grad_accumulation=2, grad_checkpoint=checkpoint),
     )
     with models.gradient_checkpointing(model, checkpoint):
-        plan = memory.plan(model, pair.chosen)
+        need = memory.training(model, pair.chosen)
     engine = Engine(model)
     reference = Reference(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
     examples = [Example(pair, reference)] * 4
@@ -79,7 +81,7 @@ def test_plan_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
     gc.collect()  # else what earlier tests left behind may go while this one is measured
     held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
     trainer.run()
-    assert plan.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
+    assert need.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
 
 
 def test_refused_when_it_cannot_fit(
@@ -88,16 +90,41 @@ def test_refused_when_it_cannot_fit(
     """A run larger than the machine stops before training, and says what to change."""
     config = configs.load(write_config(settings))
     make_pairs(config)
-    monkeypatch.setattr(memory, "available", lambda: 1000)
-    with pytest.raises(UserError, match="data.max_length .* train.grad_checkpoint") as error:
+    monkeypatch.setattr(device, "available", lambda: 1000)
+    with pytest.raises(UserError, match="data.max_length.* train.grad_checkpoint") as error:
         train_dpo(config, ALL)
     assert "\n" not in str(error.value)
     assert not (config.run / "adapters").exists()
 
 
-def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device recommends counts; without it, the machine's memory does."""
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 11})
-    assert memory.available() == 11
-    monkeypatch.setattr(mx, "device_info", lambda: {})
-    assert memory.available() > 10**8
+@pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (6, 200, 300)])
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) -> None:
+    """What sampling takes beside the weights lies within 25% of the plan, short and long."""
+    model = loaded(kind)
+    need = memory.sampling(model, batch, prompt, answer, "generation.batch_size")
+    prompts = [[7 + i for i in range(prompt)] for _ in range(batch)]
+    tokenizer = SimpleNamespace(eos_token_ids=set(), decode=lambda ids: "")
+    settings = GenerationConfig(max_tokens=answer)
+    mx.eval(model.parameters())
+    device.release()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
+    assert need.work == pytest.approx(mx.get_peak_memory() - before, rel=0.25)
+
+
+def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several needs the largest is refused, with its own remedy and the figures."""
+    small = memory.Need("an update", "lower a", 10**9, 0, 10**9)
+    large = memory.Need("sampling 32 answers", "lower b", 10**9, 0, 2 * 10**9, processes=2)
+    monkeypatch.setattr(device, "available", lambda: 6 * 10**9)
+    assert memory.require([small, large], "m") is large
+    monkeypatch.setattr(device, "available", lambda: 5 * 10**9)
+    with pytest.raises(UserError) as error:
+        memory.require([small, large], "m")
+    assert str(error.value) == (
+        "m: needs 6.00 GB for sampling 32 answers (weights 1.00, work 2.00, in each of 2 "
+        "processes), this machine offers 5.00 GB; start the runner with --launch none, lower b, or "
+        "set model to a smaller or a quantised one"
+    )

@@ -12,9 +12,9 @@ from dpo_mlx.config import GenerationConfig, LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.models import LORA_LAYERS
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
-from dpo_mlx.sampling import Answer, Batch, sample_batch
+from dpo_mlx.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
 from dpo_mlx.worker import Worker
-from dpo_mlx.writing import AT_ONCE, GREEDY, Watch, measure
+from dpo_mlx.writing import GREEDY, Watch, measure
 from runs import differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
@@ -56,7 +56,7 @@ def test_measures_by_hand(llama: Path) -> None:
 def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> None:
     """However many are asked, each of them twice: memory is training's."""
     loaded = models.load(str(llama))
-    asked = [Pair(f"Why {i}?", "c", "d") for i in range(AT_ONCE + 1)]
+    asked = [Pair(f"Why {i}?", "c", "d") for i in range(EVALUATED_AT_ONCE + 1)]
     made: list[tuple[int, bool]] = []
 
     def answers(_: Any, batches: list[Batch], *__: Any) -> list[list[Answer]]:
@@ -66,7 +66,7 @@ def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(Worker, "answers", answers)
     worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
     found = Watch(worker, encoder, CLASSIFIER, asked, GenerationConfig(max_tokens=8), 0)()
-    assert made == [(AT_ONCE, False), (1, False), (AT_ONCE, True), (1, True)]
+    assert made == [(EVALUATED_AT_ONCE, False), (1, False), (EVALUATED_AT_ONCE, True), (1, True)]
     assert (found["distinct2"], found[f"{GREEDY}distinct2"]) == (0.5, 1.0)
 
 

@@ -7,7 +7,9 @@ each batch of answers is seeded by its number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 VERSION = 2  # of what is in STATE
 
 LAST = 2  # checkpoints that are kept
+
+# Checkpoints by the clock: at least this far apart, no more than this share of the time, and on
+# average no more than so many bytes a second.
+LEAST_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
 
 
 @dataclass
@@ -52,12 +58,40 @@ class State:
     stopped: list[str] = field(default_factory=list)
 
 
+class SaveClock:
+    """When the next checkpoint is due, by the time since the last one and what that one cost.
+
+    A checkpoint is hundreds of megabytes: one after every update would take a share of the night
+    and wear the disk. Times are seconds of `clock`, sizes bytes.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next = clock() + LEAST_SECONDS
+
+    def is_due(self) -> bool:
+        return self._clock() >= self._next
+
+    @contextmanager
+    def saving(self, size: int) -> Iterator[None]:
+        """Around the writing of a checkpoint of so many bytes."""
+        started = self._clock()
+        yield
+        ended = self._clock()
+        self._next = ended + max(LEAST_SECONDS, (ended - started) / TIME_SHARE, size / WRITE_RATE)
+
+
 @dataclass(frozen=True)
 class Origin:
     """What determines the adapters of a checkpoint, and what determines which of them are kept."""
 
     adapters: stamp.Inputs = field(default_factory=dict)
     judgement: stamp.Inputs = field(default_factory=dict)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of a checkpoint: the adapters, and AdamW's two moments of them."""
+    return 3 * models.adapter_bytes(model)
 
 
 class Checkpoints:

@@ -129,7 +129,7 @@ class TrainConfig:
     scan_chunk: int | None = _number(64, low=1)
     eval_every: int | None = _number(None, low=1)
     eval_questions: int = _number(8, low=1)
-    save_every: int = _number(1, low=1)
+    save_every: int | None = _number(None, low=1)
     restart: bool = False
     force: bool = False
 

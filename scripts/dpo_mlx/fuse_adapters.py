@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.utils import get_total_parameters
 
-from . import card, durable, fusing, jsonl, models, pairs, stamp, worker
+from . import card, device, durable, fusing, jsonl, memory, models, pairs, stamp, worker
 from .config import Config
 from .errors import UserError
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
-from .rounding import NEAREST, ROUNDINGS
+from .rounding import NEAREST, ROUNDINGS, STOCHASTIC
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3
@@ -52,63 +53,84 @@ def fuse_adapters(config: Config) -> None:
 
 def _fuse(config: Config) -> Report:
     """Fuse and save; how much of the adapters' margin each rounding, and the folder, keeps."""
-    settings, loaded = config.fuse, models.load(config.model, config.run / "adapters")
-    size = models.weights_size(loaded.folder)
-    durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")
-    measure = _measure_of(config, loaded)
-    dtype = getattr(mx, settings.dtype) if settings.dtype else fusing.dtype_of(loaded.model)
+    settings, measure = config.fuse, _measure_adapters(config)
     # Both roundings where there is something to round; the one that is asked for is saved.
-    others = [how for how in ROUNDINGS if how != settings.rounding and dtype != mx.float32]
-    by_rounding = {}
-    for how in (*others, settings.rounding):
-        del loaded  # one model in memory at a time
-        mx.clear_cache()
-        loaded = _fused(config, how, dtype)
-        by_rounding[how] = measure.of(loaded)
-    _save(loaded, config, dtype)
-    del loaded
-    mx.clear_cache()
-    same_bits = _quantized_base(config, dtype, measure.pairs)
-    written = measure.of(models.load(str(config.run / "fused")), same_bits)
+    others = [how for how in ROUNDINGS if how != settings.rounding and measure.dtype != mx.float32]
+    by_rounding = {how: _measure_fused(config, how, measure) for how in others}
+    by_rounding[settings.rounding] = _measure_fused(config, settings.rounding, measure, save=True)
+    same_bits = _quantized_base(config, measure)
     return {
         "pairs": len(measure.pairs),
-        "dtype": models.dtype_name(dtype),
+        "dtype": models.dtype_name(measure.dtype),
         "rounding": settings.rounding,
         "quantize": settings.quantize,
-        **written,
+        **_measure_written(config, measure, same_bits),
         "by_rounding": by_rounding,
     }
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """The pairs that models are compared on, and their log-probs before anything is fused."""
+    """The pairs that models are compared on, their log-probs before anything is fused, and the
+    dtype to fuse into.
+    """
 
     pairs: list[EncodedPair]
     base: Sides
     with_adapters: Sides
+    dtype: mx.Dtype
 
     def of(self, fused: models.LoadedModel, fused_base: Sides | None = None) -> Report:
         return compare(self.base, self.with_adapters, log_probs(fused, self.pairs), fused_base)
 
 
-def _measure_of(config: Config, loaded: models.LoadedModel) -> _Measure:
+# One model is in memory at a time: each of these loads one, and gives its memory back.
+
+
+@device.releasing
+def _measure_adapters(config: Config) -> _Measure:
+    """Raises UserError when the disk or the memory has no room for what follows."""
+    loaded = _load(config)
     encoder = Encoder.of(loaded.tokenizer, config)
     read = pairs.read(pair_file(config, VALID))
     valid, _ = pairs.encode_all(read, encoder, config.data.max_length)
     require_valid(config, valid)
     checked = valid[: config.fuse.check_pairs]
+    dtype = fusing.target_dtype(loaded.model, config.fuse.dtype)
+    _require_room(config, loaded, checked, dtype)
     with models.adapters_off(loaded.model):
         base = log_probs(loaded, checked)
-    return _Measure(checked, base, log_probs(loaded, checked))
+    return _Measure(checked, base, log_probs(loaded, checked), dtype)
 
 
-def _fused(config: Config, how: str, dtype: mx.Dtype) -> models.LoadedModel:
-    loaded = models.load(config.model, config.run / "adapters")
-    fusing.fuse(loaded.model, how, dtype, config.seed)
+def _require_room(
+    config: Config, loaded: models.LoadedModel, checked: list[EncodedPair], dtype: mx.Dtype
+) -> None:
+    size = get_total_parameters(loaded.model) * dtype.size
+    durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")
+    longest = max(pairs.sequences(checked), key=lambda sequence: len(sequence.ids))
+    need = memory.require(memory.stage_11(loaded.model, config, longest), config.model)
+    print(f"11: memory at the peak {need}, of {device.available() / 1e9:.2f} GB")
+
+
+def _load(config: Config) -> models.LoadedModel:
+    """The base model with the adapters."""
+    return models.load(
+        config.model, config.run / "adapters", lazy=True, scan_chunk=config.train.scan_chunk
+    )
+
+
+@device.releasing
+def _measure_fused(config: Config, how: str, measure: _Measure, save: bool = False) -> Report:
+    """What fusing with this rounding keeps; the fused model is saved when that is wished."""
+    loaded = _load(config)
+    fusing.fuse(loaded.model, how, measure.dtype, config.seed)
     if config.fuse.dtype:
-        fusing.cast(loaded.model, dtype)
-    return loaded
+        fusing.cast(loaded.model, measure.dtype)
+    kept = measure.of(loaded)
+    if save:
+        _save(loaded, config, measure.dtype)
+    return kept
 
 
 def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
@@ -120,7 +142,8 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
         models.save(loaded.model, loaded.folder, temporary, about)
 
 
-def _quantized_base(config: Config, dtype: mx.Dtype, checked: list[EncodedPair]) -> Sides | None:
+@device.releasing
+def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     """Log-probs under the base model in the bits that the fused one is written in, if in any.
 
     Quantising moves every answer by far more than a short training does, that of both models
@@ -128,10 +151,17 @@ def _quantized_base(config: Config, dtype: mx.Dtype, checked: list[EncodedPair])
     """
     if config.fuse.quantize is None:
         return None
-    loaded = models.load(config.model)
-    fusing.fuse(loaded.model, NEAREST, dtype)
+    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+    fusing.fuse(loaded.model, NEAREST, measure.dtype)
     fusing.quantize(loaded.model, {}, config.fuse.quantize)
-    return log_probs(loaded, checked)
+    return log_probs(loaded, measure.pairs)
+
+
+@device.releasing
+def _measure_written(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
+    """What the folder that was written keeps."""
+    fused = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
+    return measure.of(fused, fused_base)
 
 
 def compare(
@@ -210,8 +240,10 @@ def require_kept(report: Report, config: Config) -> None:
         return
     if report["quantize"]:
         remedy = "set fuse.quantize: null"
-    elif report["dtype"] != "float32":
-        remedy = "set fuse.rounding: stochastic, or fuse.dtype: float32 (or float16)"
+    elif report["rounding"] != STOCHASTIC:
+        remedy = "set fuse.rounding: stochastic, or fuse.dtype: float16"
+    elif report["dtype"] == "bfloat16":
+        remedy = "set fuse.dtype: float16"
     else:
         remedy = "train longer, or raise fuse.check_pairs"
     raise UserError(

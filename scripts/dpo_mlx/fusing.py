@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-from mlx_lm.utils import dequantize_model, quantize_model
+from mlx_lm.utils import dequantize_model, get_total_parameters, quantize_model
 
 from .errors import UserError
 from .models import LORA_LAYERS, dtype_name
-from .rounding import rounded
+from .rounding import STOCHASTIC, rounded
 
 GROUP_SIZE = 64  # weights that share a scale in what is quantised here
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -32,20 +32,34 @@ def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
 
     Raises UserError when a fused weight is no number that `dtype` holds.
     """
+    names = _layers_to_fuse(model)
+    for name, key in zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True):
+        plain = _fused(_module(model, name), how, dtype, key)
+        if not mx.isfinite(plain.weight).all():
+            wider = "set fuse.dtype: bfloat16, or " if dtype == mx.float16 else ""
+            raise UserError(
+                f"{name}: a fused weight is no {dtype_name(dtype)} number; {wider}train again "
+                "with a lower train.learning_rate"
+            )
+        model.update_modules(tree_unflatten([(name, plain)]))
+
+
+def fuse_largest_layer(model: nn.Module, dtype: mx.Dtype) -> None:
+    """What `fuse` does to the largest layer, thrown away: to see what memory it takes."""
+    layers = [_module(model, name) for name in _layers_to_fuse(model)]
+    if layers:
+        largest = max(layers, key=get_total_parameters)
+        _fused(largest, STOCHASTIC, dtype, mx.random.key(0))
+
+
+def _layers_to_fuse(model: nn.Module) -> list[str]:
+    """Names of the layers that carry an adapter or are quantised, each with all inside it."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, LORA_LAYERS + QUANTIZED)
     ]
-    outer = [name for name in names if name.rpartition(".")[0] not in names]
-    for name, key in zip(outer, mx.random.split(mx.random.key(seed), len(outer)), strict=True):
-        plain = _fused(_module(model, name), how, dtype, key)
-        if not mx.isfinite(plain.weight).all():
-            raise UserError(
-                f"{name}: a fused weight is no {dtype_name(dtype)} number; set fuse.dtype: float32 "
-                "or train again with a lower train.learning_rate"
-            )
-        model.update_modules(tree_unflatten([(name, plain)]))
+    return [name for name in names if name.rpartition(".")[0] not in names]
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
@@ -66,6 +80,11 @@ def dtype_of(model: nn.Module) -> mx.Dtype:
         if "lora_" not in name and mx.issubdtype(array.dtype, mx.floating):
             sizes[array.dtype] += array.size
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def target_dtype(model: nn.Module, name: str | None) -> mx.Dtype:
+    """What `fuse.dtype` asks for; null is the model's own."""
+    return getattr(mx, name) if name else dtype_of(model)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.nn as nn
 from tqdm import tqdm
 
-from . import jsonl, memory, models, pairs, reference, stamp, team, voice
+from . import device, jsonl, memory, models, pairs, reference, stamp, team, voice
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .pairs import EncodedPair, Encoder, Pair
@@ -34,13 +35,11 @@ class Job:
     raw: dict[str, list[Pair]]
     pairs: dict[str, list[EncodedPair]]
     classifier: VoiceClassifier
-    plan: memory.Plan
+    need: memory.Need
 
     @property
     def generation(self) -> GenerationConfig:
-        """How questions are answered."""
-        everything = [pair for split in SPLITS for pair in self.raw[split]]
-        return limited(self.config.generation, pairs.chosen_lengths(everything, self.encoder))
+        return _generation(self.config, self.raw, self.encoder)
 
     @property
     def preferences(self) -> dict[str, list[EncodedPair]]:
@@ -86,10 +85,10 @@ def prepare(config: Config) -> Job:
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
     require_valid(config, encoded[VALID])
-    plan = _plan(config, worker, encoded)
+    memory_need = _require_memory(config, worker, encoder, read, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = voice.fit(chosen, rejected)
-    return Job(config, worker, encoder, read, encoded, classifier, plan)
+    return Job(config, worker, encoder, read, encoded, classifier, memory_need)
 
 
 def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
@@ -98,21 +97,29 @@ def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
         raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
 
 
-def _plan(config: Config, worker: Worker, encoded: dict[str, list[EncodedPair]]) -> memory.Plan:
-    """The memory plan; UserError when the machine does not offer that much."""
+def _require_memory(
+    config: Config,
+    worker: Worker,
+    encoder: Encoder,
+    raw: dict[str, list[Pair]],
+    encoded: dict[str, list[EncodedPair]],
+) -> memory.Need:
+    """The most memory that the stage takes; UserError when the machine does not offer that much."""
     everything = [*pairs.sequences(encoded[TRAIN]), *pairs.sequences(encoded[VALID])]
-    longest = max(everything, key=lambda sequence: len(sequence.ids))
-    with models.gradient_checkpointing(worker.model, config.train.grad_checkpoint):
-        plan = memory.plan(worker.model, longest, worker.here)
-    if plan.total > memory.available():
-        fewer = "start the runner with --launch none, " if worker.here > 1 else ""
-        raise UserError(
-            f"{config.model}: training needs {plan}, this machine offers "
-            f"{memory.available() / 1e9:.2f} GB; {fewer}lower data.max_length (the longest "
-            f"sequence has {len(longest.ids)} tokens), set train.grad_checkpoint: true, or set "
-            "model to a quantised one"
-        )
-    return plan
+    lengths = memory.Lengths(
+        questions=len(encoded[VALID]),
+        prompt=max(sequence.prompt_length for sequence in everything),
+        answer=_generation(config, raw, encoder).max_tokens or 0,
+        longest=max(everything, key=lambda sequence: len(sequence.ids)),
+    )
+    needs = memory.stage_10(worker.model, config, lengths, worker.here)
+    return memory.require(needs, config.model)
+
+
+def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) -> GenerationConfig:
+    """How questions are answered."""
+    everything = [pair for split in SPLITS for pair in raw[split]]
+    return limited(config.generation, pairs.chosen_lengths(everything, encoder))
 
 
 def reference_inputs(
@@ -128,6 +135,10 @@ def reference_inputs(
         "token ids": pairs.digest(encoded),
         "adapters of SFT": adapters and jsonl.digest(adapters / models.ADAPTERS),
         "lora.scale": adapters and config.lora.scale,
+        # Each of these rounds differently.
+        "train.scan_chunk": config.train.scan_chunk,
+        "device": device.name(),
+        "mlx": version("mlx"),
     }
 
 

@@ -7,6 +7,7 @@ own dtype (a bfloat16 logit of 20 is off by up to 0.06, and hundreds of them are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,15 +88,24 @@ def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
     """
     ids = mx.arange(1, 9)[None] % head.vocabulary
     expected = model(ids)[0].astype(mx.float32)
-    everything = slice(0, head.vocabulary)
     hidden = backbone(ids)[0].astype(mx.float32)
-    found = head.logits(hidden @ head.weight(everything).T, everything)
+    blocks: list[mx.array] = []
+    for rows in _blocks(head.vocabulary):
+        blocks.append(head.logits(hidden @ head.weight(rows).T, rows))
+        mx.eval(blocks)  # or the whole head would stand in memory in float32
+    found = mx.concatenate(blocks, axis=-1)
     # The model rounds its logits to its own dtype: half a bfloat16 step is 2^-9 of the value. The
     # comparison is one that NaN fails.
     if found.shape != expected.shape or not (
         mx.abs(found - expected).max() <= 2e-2 * mx.abs(expected).max()
     ):
         raise _unknown_head(model)
+
+
+def _blocks(vocabulary: int) -> Iterator[slice]:
+    """The rows of the head, VOCABULARY_BLOCK at a time."""
+    for start in range(0, vocabulary, VOCABULARY_BLOCK):
+        yield slice(start, min(start + VOCABULARY_BLOCK, vocabulary))
 
 
 def _unknown_head(model: nn.Module) -> UserError:
@@ -145,8 +155,7 @@ def _scores_and_slopes(
     top = mx.full((x.shape[0], 1), -mx.inf)  # largest logit so far
     total = mx.zeros((x.shape[0], 1))  # sum of exp(l - top)
     pull = mx.zeros_like(x)  # sum of exp(l - top) l' W
-    for start in range(0, head.vocabulary, VOCABULARY_BLOCK):
-        rows = slice(start, min(start + VOCABULARY_BLOCK, head.vocabulary))
+    for rows in _blocks(head.vocabulary):
         # Block after block, or all of them would stand in memory in float32 at once.
         weight = head.weight(rows, after=pull if slopes else total)
         logits = head.logits(x @ weight.T, rows)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import durable, jsonl, lock, models, questions, stamp, team
+from . import device, durable, jsonl, lock, memory, models, questions, stamp, team
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .pairs import Encoder, Pair
@@ -89,6 +89,7 @@ def make_pairs(config: Config) -> None:
     generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
     sampling = _sampling_inputs(inputs, generation)
     _refuse_other_samples(files, sampling, restart)
+    _require_memory(config, worker, encoder, usable, generation)
     _say_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
@@ -98,6 +99,25 @@ def make_pairs(config: Config) -> None:
         answers = _sample(worker, usable, settings, encoder, files, known)
         made = _join(usable, answers, config, encoder, dropped)
         _write(files, made, config, encoder, dropped, inputs)
+
+
+def _require_memory(
+    config: Config,
+    worker: Worker,
+    encoder: Encoder,
+    rows: list[Question],
+    generation: GenerationConfig,
+) -> None:
+    sequences = [encoder.sequence(row.question, row.answer) for row in rows]
+    lengths = memory.Lengths(
+        questions=len(rows),
+        prompt=max(sequence.prompt_length for sequence in sequences),
+        answer=generation.max_tokens or 0,
+        longest=max(sequences, key=lambda sequence: len(sequence.ids)),
+    )
+    needs = memory.stage_06(worker.model, config, lengths, worker.here)
+    need = memory.require(needs, config.model)
+    print(f"06: memory at the peak {need}, of {device.available() / 1e9:.2f} GB")
 
 
 def _inputs(config: Config, source: Path) -> stamp.Inputs:

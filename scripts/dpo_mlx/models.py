@@ -18,10 +18,11 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import hf_repo_to_path, load_config, save_model
 
-from . import jsonl
+from . import device, jsonl, scan
 from .config import LoraConfig
 from .durable import disk_errors, new_folder
 from .errors import UserError
+from .lora import round_once
 
 # Files of a model folder beside its weights, and the weights' index.
 SETTINGS, INDEX = (".json", ".jinja", ".model", ".txt", ".tiktoken"), "model.safetensors.index.json"
@@ -41,12 +42,16 @@ class LoadedModel:
     folder: Path
 
 
-def load(name: str, adapters: Path | None = None, lazy: bool = False) -> LoadedModel:
+def load(
+    name: str, adapters: Path | None = None, lazy: bool = False, scan_chunk: int | None = None
+) -> LoadedModel:
     """A model from a folder or the hub, with adapters when asked; a lazy one reads its weights
-    when they are first used.
+    when they are first used. `scan_chunk` is `train.scan_chunk`: what is compared with training
+    must run the same scan.
 
     Raises UserError for what cannot be loaded, naming the ways on.
     """
+    device.bound()
     try:
         folder = _fetch(name)
         model, tokenizer, *_ = mlx_lm.load(
@@ -57,6 +62,8 @@ def load(name: str, adapters: Path | None = None, lazy: bool = False) -> LoadedM
             lazy=lazy,
             **NO_CODE,
         )
+        round_once(model)
+        scan.use_chunks(model, scan_chunk)
         return LoadedModel(model, tokenizer, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(_why_not(name, adapters, error)) from error
@@ -170,6 +177,7 @@ def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
         linear_to_lora_layers(model, *_lora_arguments(model, lora))
     except ValueError as error:
         raise UserError(f"lora.keys: {lora.keys}: {error}; set null for all layers") from error
+    round_once(model)
     adapted = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
     unknown = [k for k in lora.keys or [] if not any(f".{a}".endswith(f".{k}") for a in adapted)]
     if unknown or not adapted:
@@ -252,6 +260,17 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
     return tensors
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree of parameters, in memory or not."""
+    return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """Bytes of a model's LoRA adapters, 0 without any."""
+    layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
+    return sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
+
+
 @contextmanager
 def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Recompute each block in the backward pass instead of keeping its activations.
@@ -304,8 +323,3 @@ def config_for(config: dict[str, Any], dtype: mx.Dtype) -> dict[str, Any]:
 def dtype_name(dtype: mx.Dtype) -> str:
     """As config files write it: float32."""
     return str(dtype).rpartition(".")[2]
-
-
-def weights_size(folder: Path) -> int:
-    """Bytes of a model folder's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -19,6 +19,10 @@ from .pairs import LENGTH, STOP
 # An answer may be as long as this share of the real ones, up to the next multiple of STEP tokens.
 LONGEST, STEP = 95, 64
 
+# Questions answered at once at an evaluation: memory is training's, and how many there are is the
+# user's choice.
+EVALUATED_AT_ONCE = 8
+
 # Under this, too many draws would fall outside the nucleus.
 LEAST_TOP_P = 0.5
 
@@ -87,6 +91,9 @@ def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
         return make_sampler(temp=temperature, top_p=top_p)
 
     def sample(log_probs: mx.array) -> mx.array:
+        # Of 100,000 bfloat16 numbers neither the sum nor the small ones would be right.
+        log_probs = log_probs.astype(mx.float32)
+        log_probs = log_probs - mx.logsumexp(log_probs, axis=-1, keepdims=True)
         probs, tempered = mx.exp(log_probs), log_probs / temperature
         token = mx.random.categorical(tempered)
         while (outside := _mass_above(probs, token) >= top_p).any():

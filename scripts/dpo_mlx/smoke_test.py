@@ -6,13 +6,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import mlx.core as mx
-
-from . import card, durable, jsonl, models, pairs, reference, stamp, voice
-from .config import Config, FuseConfig, SmokeConfig
+from . import card, device, durable, jsonl, memory, models, pairs, reference, stamp, voice
+from .config import Config, FuseConfig, GenerationConfig, SmokeConfig
 from .engine import score_against, summarise
 from .errors import UserError
-from .job import BASE, TRAIN, VALID, pair_file, reference_inputs, require_valid
+from .job import BASE, SPLITS, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import read_report
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
 from .report import report_rows, write_html
@@ -24,11 +22,16 @@ Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model's answers to the held-out questions, and its log-probs of all valid pairs."""
+class Tuned:
+    """What the fused model wrote to the held-out questions, its log-probs (chosen, rejected) of all
+    valid pairs, those pairs as token ids, and how answers are sampled.
+    """
 
     answers: list[Answer]
-    pairs: list[tuple[float, float]]
+    log_probs: list[tuple[float, float]]
+    encoder: Encoder
+    encoded: list[EncodedPair]
+    generation: GenerationConfig
 
 
 def smoke_test(config: Config) -> bool:
@@ -56,20 +59,54 @@ def smoke_test(config: Config) -> bool:
 
 
 def _report(config: Config) -> Report:
-    train, valid = (pairs.read(pair_file(config, split)) for split in (TRAIN, VALID))
-    asked = valid[: config.smoke.questions]
-    # One model in memory at a time: all that the fused one is needed for, then the base model.
-    tuned_loaded = models.load(str(config.run / "fused"))
-    encoder = Encoder.of(tuned_loaded.tokenizer, config)
+    """The report; one model is in memory at a time."""
+    pairs_by_split = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
+    return _compare(config, pairs_by_split, _tuned(config, pairs_by_split))
+
+
+@device.releasing
+def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
+    """All that the fused model is needed for."""
+    loaded = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
+    encoder = Encoder.of(loaded.tokenizer, config)
+    valid = pairs_by_split[VALID]
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
     require_valid(config, encoded)
-    lengths = pairs.chosen_lengths([*train, *valid], encoder)
-    config = replace(config, generation=limited(config.generation, lengths))
-    tuned = _measure(tuned_loaded, asked, encoded, encoder, config)
-    del tuned_loaded
-    mx.clear_cache()
-    base_loaded = models.load(config.model)
-    worker = Worker(base_loaded.model, base_loaded.tokenizer)
+    everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
+    generation = limited(config.generation, pairs.chosen_lengths(everything, encoder))
+    config = replace(config, generation=generation)
+    questions = valid[: config.smoke.questions]
+    _require_memory(config, loaded, encoder, encoded, questions)
+    worker = Worker(loaded.model, loaded.tokenizer)
+    answers = sample_answers(worker, questions, encoder, config)
+    return Tuned(answers, log_probs(worker, encoded), encoder, encoded, generation)
+
+
+def _require_memory(
+    config: Config,
+    loaded: models.LoadedModel,
+    encoder: Encoder,
+    encoded: list[EncodedPair],
+    questions: list[Pair],
+) -> None:
+    lengths = memory.Lengths(
+        questions=len(questions),
+        prompt=max(len(encoder.prompt(pair.prompt)) for pair in questions),
+        answer=config.generation.max_tokens or 0,
+        longest=max(pairs.sequences(encoded), key=lambda sequence: len(sequence.ids)),
+    )
+    need = memory.require(memory.stage_12(loaded.model, config, lengths), config.model)
+    print(f"12: memory at the peak {need}, of {device.available() / 1e9:.2f} GB")
+
+
+@device.releasing
+def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned) -> Report:
+    """The base model's own answers, and both models' measured by it."""
+    config = replace(config, generation=tuned.generation)
+    encoder, encoded = tuned.encoder, tuned.encoded
+    questions = pairs_by_split[VALID][: config.smoke.questions]
+    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+    worker = Worker(loaded.model, loaded.tokenizer)
     references = reference.load_or_compute(
         config.run / "reference" / BASE,
         VALID,
@@ -77,15 +114,15 @@ def _report(config: Config) -> Report:
         reference_inputs(config, VALID, encoded),
         worker.log_probs,
     )
-    base = sample_answers(worker, asked, encoder, config)
+    base = sample_answers(worker, questions, encoder, config)
     scores = [
         score_against(pi, pair, ref, config.dpo)
-        for pi, pair, ref in zip(tuned.pairs, encoded, references, strict=True)
+        for pi, pair, ref in zip(tuned.log_probs, encoded, references, strict=True)
     ]
     preference = summarise(scores, config.dpo.beta)
-    answers = {"base": base, "tuned": tuned.answers, "chosen": _real(asked, encoder)}
+    answers = {"base": base, "tuned": tuned.answers, "chosen": _real(questions, encoder)}
     report = {
-        **_written({TRAIN: train, VALID: valid}, asked, answers, encoder, worker),
+        **_written(pairs_by_split, questions, answers, encoder, worker),
         "preference": {
             "accuracy": preference["rewards/accuracies"],
             "margin": preference["rewards/margins"],
@@ -97,7 +134,7 @@ def _report(config: Config) -> Report:
         "run": {"config": asdict(config), "pairs": read_report(config)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
-            for pair, b, t in zip(asked, base, tuned.answers, strict=True)
+            for pair, b, t in zip(questions, base, tuned.answers, strict=True)
         ],
     }
     return {"verdict": verdict(report, config.smoke, config.fuse), **report}
@@ -109,17 +146,6 @@ def sample_answers(
     """One sampled answer to each question, seeded."""
     prompts = [encoder.prompt(pair.prompt) for pair in asked]
     return answer_all(worker, prompts, config.generation, config.seed)
-
-
-def _measure(
-    loaded: models.LoadedModel,
-    asked: list[Pair],
-    encoded: list[EncodedPair],
-    encoder: Encoder,
-    config: Config,
-) -> Measured:
-    worker = Worker(loaded.model, loaded.tokenizer)
-    return Measured(sample_answers(worker, asked, encoder, config), log_probs(worker, encoded))
 
 
 def _written(

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from . import config as configs
-from . import memory, models, scan, signals
+from . import models, signals
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .link import Link, link
@@ -187,10 +187,8 @@ def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
 
 
 def _load(config: Config, train: bool) -> models.LoadedModel:
-    loaded = models.load(config.model, lazy=train)
+    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     if train:
-        memory.bound()
-        scan.use_chunks(loaded.model, config.train.scan_chunk)
         mx.random.seed(config.seed)
         models.attach_lora(loaded.model, config.lora)
     return loaded

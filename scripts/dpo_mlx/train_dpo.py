@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, diagnose, durable, jsonl, memory, metrics, models, stamp
+from . import checkpoint, device, diagnose, durable, jsonl, metrics, models, stamp
 from . import config as configs
 from .checkpoint import Checkpoints, Origin, State
 from .config import Config
@@ -77,11 +77,9 @@ def train_dpo(config: Config, stage: str) -> bool:
 
 
 def _require_space(job: Job) -> None:
-    """Raises UserError when the disk has no room for the checkpoints, of which each holds the
-    adapters and two moments of them.
-    """
-    one = 3 * memory.nbytes(job.model.trainable_parameters())
-    durable.require_space(job.config.run, MOST_CHECKPOINTS * one + durable.SMALL_FILES, "run_dir")
+    """Raises UserError when the disk has no room for the checkpoints."""
+    size = MOST_CHECKPOINTS * checkpoint.size(job.model) + durable.SMALL_FILES
+    durable.require_space(job.config.run, size, "run_dir")
 
 
 def _refuse_changes(before: stamp.Inputs, after: stamp.Inputs, adapters: Path) -> None:
@@ -163,7 +161,7 @@ def _describe(job: Job, facts: diagnose.Facts, probed: diagnose.Probe) -> None:
     )
     print(
         f"10: about {_seconds(job, probed) / 60:.0f} minutes and the answers of each evaluation; "
-        f"memory at the peak {job.plan}, of {memory.available() / 1e9:.2f} GB"
+        f"memory at the peak {job.need}, of {device.available() / 1e9:.2f} GB"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from . import voice
 from .config import GenerationConfig
 from .pairs import STOP, Encoder, Pair, Sequence
-from .sampling import Answer, batches
+from .sampling import EVALUATED_AT_ONCE, Answer, batches
 from .voice import VoiceClassifier
 from .worker import Worker
 
@@ -20,9 +20,6 @@ Measures = dict[str, float]
 
 # Sequences to their log-probs: Worker.log_probs.
 LogProbs = Callable[[list[Sequence]], list[float]]
-
-# Questions answered at once: memory is training's, and how many there are is the user's choice.
-AT_ONCE = 8
 
 # Before the names of the measures of greedy answers.
 GREEDY = "greedy_"
@@ -92,7 +89,9 @@ class Watch:
 
     def _measures(self, plain: bool) -> Measures:
         prompts = [self._encoder.prompt(pair.prompt) for pair in self._asked]
-        sampled, greedy = (batches(prompts, AT_ONCE, self._seed, how) for how in (False, True))
+        sampled, greedy = (
+            batches(prompts, EVALUATED_AT_ONCE, self._seed, how) for how in (False, True)
+        )
         made = self._worker.answers([*sampled, *greedy], self._generation, plain)
         answers = [answer for batch in made for answer in batch]
         log_probs = partial(self._worker.log_probs, plain=True)

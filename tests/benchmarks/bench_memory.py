@@ -4,7 +4,7 @@
 
 Each row is a fresh process with random weights: an update of the real trainer (a pair whose sides
 both have that many tokens, the optimizer's step) with gradient checkpointing, and
-`dpo_mlx.memory.plan` for the same model and length before it. Read `plan / peak` as the plan's
+`dpo_mlx.memory.training` for the same model and length before it. Read `plan / peak` as the plan's
 error; RSS is what the operating system counted, more than MLX's own peak.
 
 The figure for all 40 layers comes from a line through the rows: peak - weights - adapters and
@@ -90,7 +90,7 @@ def worker(task: common.Values) -> common.Values:
     models.attach_lora(model, ours.LORA)
     pair = ours.random_pair(model, task["length"] - ours.PROMPT)
     with models.gradient_checkpointing(model, True):
-        plan = memory.plan(model, pair.chosen)
+        plan = memory.training(model, pair.chosen)
     ours.materialise(model)
     steps = ours.train(model, ours.examples(model, [pair]), checkpoint=True, epochs=2)
     return {

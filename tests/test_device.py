@@ -1,0 +1,107 @@
+"""What the device offers, and that every stage stays within it with one model in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import tiny
+from dpo_mlx import config as configs
+from dpo_mlx import device, memory, models
+from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.smoke_test import smoke_test
+from dpo_mlx.train_dpo import ALL, train_dpo
+
+STAGES = {
+    "06": make_pairs,
+    "10": lambda config: train_dpo(config, ALL),
+    "11": fuse_adapters,
+    "12": smoke_test,
+}
+
+
+def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device recommends counts, then a GPU's own memory, then the machine's."""
+    info: dict[str, Any] = {"max_recommended_working_set_size": 11, "total_memory": 12}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert device.available() == 11
+    del info["max_recommended_working_set_size"]
+    assert device.available() == 12
+    del info["total_memory"]
+    assert device.available() > 10**8
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Python's collector of circles never runs by itself."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A model of 9 MB, so that a second one beside it shows."""
+    size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    return tiny.folder(tmp_path / "wide", "llama", **size)
+
+
+def test_every_stage_is_bounded_and_holds_one_model(
+    settings: dict[str, Any],
+    write_config: Any,
+    wide: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_collector: None,
+) -> None:
+    """F3 and F6: stages 06, 10, 11 and 12 set the memory and the cache limit before they load a
+    model, and none of the models that stages 11 and 12 load is in memory when the next one is,
+    though Python's collector never runs.
+    """
+    settings["model"] = str(wide)
+    settings["train"] |= {"grad_accumulation": 8, "eval_every": 100, "eval_questions": 2}
+    settings["generation"]["max_tokens"] = 8
+    config = configs.load(write_config(settings))
+    limits: list[tuple[str, int]] = []
+    held: dict[str, list[int]] = {}
+    load = models.load
+
+    def watched_load(*arguments: Any, **options: Any) -> Any:
+        held[stage].append(mx.get_active_memory())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(models, "load", watched_load)
+    for name in ("set_memory_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda limit, name=name: limits.append((name, limit)))
+    size = 0
+    for stage, run in STAGES.items():
+        limits.clear()
+        held[stage] = []
+        device.release()
+        before = mx.get_active_memory()
+        run(config)
+        offered = device.available()
+        assert ("set_memory_limit", offered) in limits
+        assert ("set_cache_limit", offered // 10) in limits
+        size = size or memory.nbytes(load(str(wide)).model.parameters())
+        assert all(active - before < size / 2 for active in held[stage]), (stage, held[stage])
+    assert len(held["11"]) == 3 and len(held["12"]) == 2, "no second model was loaded"
+
+
+def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) -> None:
+    """No circle: a model is freed with the engine that scores with it, without a collection."""
+    from dpo_mlx.engine import Engine
+    from test_adapters import SEQUENCE, adapted
+
+    before = mx.get_active_memory()
+    engine = Engine(adapted(wide))
+    engine.log_prob(SEQUENCE)
+    engine.log_prob_and_gradient(SEQUENCE)
+    assert mx.get_active_memory() > before + 8_000_000
+    del engine
+    assert mx.get_active_memory() < before + 1_000_000
