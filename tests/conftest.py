@@ -101,6 +101,7 @@ def settings(tmp_path: Path, granite: Path, questions: list[dict[str, str]]) -> 
         },
         "generation": {"max_tokens": 24, "batch_size": 8},
         "lora": {"rank": 4},
+        **runs.DPO_ALONE,
         "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 3},
         "smoke": {"questions": 4},
     }
@@ -143,8 +144,8 @@ def make(settings: dict[str, Any], write_config: Any, tmp_path: Path, llama: Pat
             "model": str(model),
             "seed": seed,
             "run_dir": str(tmp_path / f"run{next(count)}"),
-            "sft": sft or {},
-            "dpo": dpo or {},
+            "sft": {**settings["sft"], **(sft or {})},
+            "dpo": {**settings["dpo"], **(dpo or {})},
             "guard": guard or {},
             "lora": {**settings["lora"], **(lora or {})},
             "train": {"learning_rate": 1e-3, "eval_every": 100, **plain, **train},

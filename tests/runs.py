@@ -32,6 +32,12 @@ VALID = [Pair("Why 9 old?", "**old!** Yes.", "It is old, 9 times.", line=1)]
 
 SCRIPT = Path(__file__).parents[1] / "scripts/phase4-fine-tune-model/10_train_dpo.py"
 
+# Plain DPO without a phase of SFT before it: what most tests are about.
+DPO_ALONE: dict[str, Any] = {
+    "sft": {"epochs": 0},
+    "dpo": {"nll_weight": 0.0, "match_length": False},
+}
+
 # Settings of a run whose paths are relative to the folder it is made in, so that it can be copied
 # and compared.
 IN_FOLDER: dict[str, Any] = {
@@ -44,6 +50,7 @@ IN_FOLDER: dict[str, Any] = {
         "max_length": 256,
     },
     "lora": {"rank": 4},
+    **DPO_ALONE,
 }
 
 Adapters = dict[str, mx.array]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import os
 import re
 import subprocess
@@ -18,8 +20,13 @@ from conftest import REPOSITORY
 from dpo_mlx import config, losses
 from dpo_mlx.errors import UserError
 
-SHIPPED = sorted((REPOSITORY / "config").glob("*.yaml"))
-shipped = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+FOLDER = REPOSITORY / "config"
+GRANITE = FOLDER / "mlx_granite-4.0-h-micro_dpo.yaml"
+# Files that show every key, and those that say only what a run needs and what differs.
+FULL = [GRANITE, FOLDER / "smollm2-135m_demo.yaml"]
+SHORT = sorted({*FOLDER.glob("*.yaml")} - {*FULL})
+shipped = pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+short = pytest.mark.parametrize("path", SHORT, ids=lambda path: path.stem)
 
 MINIMAL: dict[str, Any] = {
     "model": "owner/name",
@@ -48,15 +55,21 @@ def faults(path: Path, *overrides: str) -> list[str]:
 def dotted(values: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for name, value in values.items():
-        found += dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        is_section = isinstance(value, dict) and name != "chat_template_args"
+        found += dotted(value, f"{prefix}{name}.") if is_section else [prefix + name]
     return found
 
 
-def test_both_configs_are_shipped():
+def value_of(loaded: config.Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), loaded)
+
+
+def test_these_configs_are_shipped():
     """The tables below look at real files."""
-    assert [path.name for path in SHIPPED] == [
-        "mlx_granite-4.0-h-micro_dpo.yaml",
-        "smollm2-135m_demo.yaml",
+    assert all(path.is_file() for path in FULL)
+    assert [path.name for path in SHORT] == [
+        "mlx_granite-4.0-h-350m_dpo.yaml",
+        "mlx_granite-4.1-3b_dpo.yaml",
     ]
 
 
@@ -70,10 +83,43 @@ def test_shipped_config_loads_with_every_key(path):
 def sort_like_file(keys: typing.Iterable[str]) -> list[str]:
     """Keys without a section first, then section by section in the files' order."""
     order = ["data", "generation", "lora", "sft", "dpo", "train", "guard", "fuse", "smoke"]
-    plain = ["model", "demo_model", "run_dir", "seed", "system_prompt", "report_to"]
+    plain = ["model", "demo_model", "run_dir", "seed"]
+    plain += ["system_prompt", "chat_template_args", "report_to"]
     keys = list(keys)
     assert {key.split(".")[0] for key in keys} == {*order, *plain}
     return plain + [key for name in order for key in keys if key.startswith(f"{name}.")]
+
+
+def test_granite_s_config_is_the_defaults():
+    """A short file, or a user's own, that leaves a key out trains as the shipped recipe does.
+
+    The number of rows to begin with is not a part of the recipe.
+    """
+    own = {*dotted(MINIMAL), "data.limit"}
+    shipped, left_out = config.load(GRANITE), config.of_values(MINIMAL)
+    keys = [key for key in dotted(yaml.safe_load(GRANITE.read_text())) if key not in own]
+    assert {key: value_of(shipped, key) for key in keys} == {
+        key: value_of(left_out, key) for key in keys
+    }
+
+
+@short
+def test_short_config_says_only_what_differs(path):
+    """Beside required keys, and the rows to begin with, no key repeats the shipped recipe."""
+    recipe, loaded = config.load(GRANITE), config.load(path)
+    said = dotted(yaml.safe_load(path.read_text()))
+    assert set(said) >= set(dotted(MINIMAL))
+    for key in set(said) - {*dotted(MINIMAL), "data.limit"}:
+        assert value_of(loaded, key) != value_of(recipe, key), key
+
+
+@short
+def test_short_config_shares_no_file_with_another_run(path):
+    """Pairs of two models, or runs in one folder, would be thrown away by turns."""
+    loaded = config.load(path)
+    for other in (config.load(file) for file in [*FULL, *SHORT] if file != path):
+        for key in ("run_dir", "data.train_pairs", "data.valid_pairs"):
+            assert value_of(loaded, key) != value_of(other, key)
 
 
 @shipped
@@ -145,6 +191,34 @@ def test_override_wins_with_the_right_type(override, section, key, value, file):
     found = getattr(getattr(config.load(file, [override]), section), key)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_template_arguments_are_set_one_by_one(file):
+    """--set chat_template_args.name=value adds to what the file says, each value as YAML has it."""
+    file.write_text(file.read_text() + "chat_template_args: {enable_thinking: true, date: today}\n")
+    sets = ["enable_thinking=false", "depth=3", "share=0.5", "tone=dry"]
+    loaded = config.load(file, [f"chat_template_args.{each}" for each in sets])
+    expected = {"enable_thinking": False, "date": "today", "depth": 3, "share": 0.5, "tone": "dry"}
+    assert loaded.chat_template_args == expected
+    assert config.of_values(yaml.safe_load(config.dump(loaded))) == loaded
+    whole = config.load(file, ["chat_template_args={depth: 1}"])
+    assert whole.chat_template_args == {"depth": 1}
+
+
+@pytest.mark.parametrize("nothing", ["chat_template_args:", "chat_template_args: {}", ""])
+def test_no_template_arguments(nothing, file):
+    """Left empty or out there are none, and fingerprints are those of runs from before the key."""
+    file.write_text(f"{file.read_text()}{nothing}\n")
+    assert config.load(file).chat_template_args == {}
+    assert config.load(file).prompt_inputs == {"system_prompt": ""}
+
+
+def test_arguments_of_the_call_are_no_template_arguments():
+    """Each named parameter of transformers' apply_chat_template is refused by name."""
+    from transformers import PreTrainedTokenizerBase
+
+    named = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert {*named} - {"self", "kwargs"} <= {*config.TEMPLATE_CALL}
 
 
 def test_later_override_wins(file):
@@ -220,6 +294,20 @@ def test_number_as_yaml_text_is_a_number(value, file):
         ("data.train_pairs=s.jsonl", "data.train_pairs: must not be the file of data.source"),
         ("data.valid_pairs=./s.jsonl", "data.valid_pairs: must not be the file of data.source"),
         ("lora.dropout=0.1", "lora.dropout: must be 0 with train.grad_checkpoint"),
+        ("chat_template_args=3", "chat_template_args: expected names and values, like {enable_thi"),
+        ("chat_template_args=[a]", "chat_template_args: expected names and values, like"),
+        ("chat_template_args.x=[1]", "chat_template_args.x: expected text, a number, or true or"),
+        (
+            "chat_template_args.x=",
+            "chat_template_args.x: expected text, a number, or true or false",
+        ),
+        ("chat_template_args.x.y=1", "chat_template_args.x: expected text, a number, or true or"),
+        ("chat_template_args.x=.nan", "chat_template_args.x: expected text, a number, or true or"),
+        ("chat_template_args.x=2020-01-01", "chat_template_args.x: expected text, a number, or"),
+        ("chat_template_args.x-y=1", "chat_template_args: 'x-y' is no name of an argument"),
+        ("chat_template_args={1: 2}", "chat_template_args: 1 is no name of an argument"),
+        ("chat_template_args.tokenize=true", "chat_template_args.tokenize: is not the template's"),
+        ("chat_template_arg.x=1", "chat_template_arg: unknown key; did you mean chat_template_a"),
         ("report_to=wnadb", "report_to: 'wnadb' is not one of wandb, swanlab"),
         ("report_to=wandb,tensorboard", "report_to: 'tensorboard' is not one of wandb, swanlab"),
     ],
@@ -252,7 +340,7 @@ def test_required_keys_are_exactly_those_marked(tmp_path):
     path.write_text("{}\n")
     missing = [line.removesuffix(": missing; this key is required") for line in faults(path)]
     assert sorted(missing) == sorted(dotted(MINIMAL))
-    for file in SHIPPED:
+    for file in FULL:
         marked = re.findall(r"# \(required\).*\n(?: *#.*\n)* *(\w+):", file.read_text())
         assert sorted(marked) == sorted(key.rpartition(".")[2] for key in missing)
 

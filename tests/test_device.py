@@ -48,7 +48,7 @@ def no_collector() -> Iterator[None]:
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
     """A model of 9 MB, so that a second one beside it shows."""
-    size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     return tiny.folder(tmp_path / "wide", "llama", **size)
 
 

@@ -176,7 +176,7 @@ def test_prompt_tokens_are_read_but_not_scored(setting):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_by_parts_is_that_of_the_joint_loss(setting, loss, checkpoint):
     """dL/dlc grad(lc) + dL/dlr grad(lr) is autodiff's gradient of the whole loss, to 1e-5."""
-    settings = DpoConfig(loss=loss, beta=0.1, label_smoothing=0.1, dpop_lambda=5.0)
+    settings = DpoConfig(loss=loss, beta=0.1, label_smoothing=0.1, nll_weight=0.0, dpop_lambda=5.0)
     with models.gradient_checkpointing(setting.model, checkpoint):
         score, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
     value, expected = joint_gradient(setting, settings)

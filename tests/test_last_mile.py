@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -67,6 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             "valid_pairs": str(folder / "valid.jsonl"),
         },
         "generation": {"max_tokens": 8},
+        **runs.DPO_ALONE,
         "train": {"learning_rate": 1e-3, "grad_accumulation": 1, "eval_every": 7},
         "smoke": {"questions": 2},
     }
@@ -327,6 +330,36 @@ def test_the_card_waits_for_what_is_not_measured(finished):
     text = card.render(config, {"fuse": {**fuse, "margin_kept": None, "quantize": 4}})
     assert "not measured yet" in text and "then 4-bit" in text and "Be brief." in text
     assert "no margin" in text
+
+
+def test_the_card_passes_the_template_s_arguments_on(finished):
+    """What the model was trained with is said, and every command has it in its own way."""
+    fuse = {"fuse": jsonl.read_json(finished.at("fuse.json"))}
+    arguments = {"enable_thinking": False, "tone": "it's dry"}
+    text = card.render(replace(finished.config, chat_template_args=arguments), fuse)
+    word = shlex.quote(json.dumps(arguments))
+    for part in (
+        'enable_thinking=False, tone="it\'s dry"`.',
+        f"`mlx_lm.server` it is `--chat-template-args {word}`",
+        f"mlx_lm.generate --model fused --temp 0.7 --top-p 0.95 --max-tokens 512 "
+        f"--chat-template-config {word} --prompt",
+        'return_dict=True, enable_thinking=False, tone="it\'s dry"\n)',
+        f"--jinja --chat-template-kwargs {word} --prompt",
+    ):
+        assert part in text, part
+    plain = card.render(finished.config, fuse)
+    assert "chat-template" not in plain and "return_dict=True\n)" in plain
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [("generate", "--chat-template-config"), ("server", "--chat-template-args"), ("chat", None)],
+)
+def test_mlx_lm_s_commands_take_these_options(module, option):
+    """The card and the README name them; `mlx_lm.chat` has none so far."""
+    path = Path(mlx_lm.__file__).parent / f"{module}.py"
+    options = re.findall(r'"(--chat-template-(?:config|args))"', path.read_text())
+    assert options == ([option] if option else [])
 
 
 def test_the_card_samples_only_where_the_run_did(finished):

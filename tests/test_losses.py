@@ -23,14 +23,17 @@ def sides(pair):
 
 def loss_of(name, pi=PI, ref=REF, length=LENGTH, **settings):
     value = objective(
-        sides(pi), sides(ref), sides(length), DpoConfig(loss=name, **{"beta": 0.1} | settings)
+        sides(pi),
+        sides(ref),
+        sides(length),
+        DpoConfig(loss=name, **{"beta": 0.1, "nll_weight": 0.0} | settings),
     )
     return value.item() if value.ndim == 0 else value.tolist()
 
 
 def slopes_of(name, pi=PI, ref=REF, length=LENGTH, **settings):
     """(dL/d pi_chosen, dL/d pi_rejected)."""
-    config = DpoConfig(loss=name, **{"beta": 0.1} | settings)
+    config = DpoConfig(loss=name, **{"beta": 0.1, "nll_weight": 0.0} | settings)
 
     def loss(chosen, rejected):
         return objective(Sides(chosen, rejected), sides(ref), sides(length), config)

@@ -38,7 +38,7 @@ def by_hand(kind: str, text: str) -> list[int]:
     return ids
 
 
-def encoder_of(folder: Path, **settings: str) -> Encoder:
+def encoder_of(folder: Path, **settings: Any) -> Encoder:
     return Encoder(models.load(str(folder)).tokenizer, **settings)
 
 

@@ -195,7 +195,9 @@ def test_metrics_of_each_pair_are_trl_s(both):
     ours, trainer = both
     trainer.batches["eval"].clear()
     trainer.evaluate()
-    found = [summarise([score], beta=0.1) for score in ours.scores(DpoConfig(beta=0.1))]
+    found = [
+        summarise([score], beta=0.1) for score in ours.scores(DpoConfig(beta=0.1, nll_weight=0.0))
+    ]
     margins = [row["rewards/margins"] for row in found]
     assert max(map(abs, margins)) > 0.05, "a policy at its reference proves nothing"
     for name in NAMES:
@@ -212,7 +214,7 @@ def test_means_are_those_of_a_padded_batch(both):
         logged = trainer.evaluate()
     finally:
         trainer.args.per_device_eval_batch_size = 1
-    found = summarise(ours.scores(DpoConfig(beta=0.1)), beta=0.1)
+    found = summarise(ours.scores(DpoConfig(beta=0.1, nll_weight=0.0)), beta=0.1)
     for name in NAMES:
         tolerance: dict[str, Any] = {"rel": 1e-4} if name.startswith("logps") else {"abs": 1e-4}
         assert found[name] == pytest.approx(logged[f"eval_{name}"], **tolerance), name
@@ -221,7 +223,7 @@ def test_means_are_those_of_a_padded_batch(both):
 def test_gradients_are_trl_s(both):
     """backward() of TRL's loss and our gradient by parts agree in every adapter, to 1e-4."""
     ours, trainer = both
-    settings = DpoConfig(beta=0.1)
+    settings = DpoConfig(beta=0.1, nll_weight=0.0)
     inputs = trainer.data_collator([trainer.train_dataset[0]])
     trainer.model.zero_grad()
     trainer._compute_loss(trainer.model, inputs).backward()
@@ -314,7 +316,7 @@ def trainer(llama, tmp_path_factory):
 @pytest.mark.parametrize(("name", "changes"), SHARED_LOSSES)
 def test_losses_are_trl_s(name, changes, seed, trainer):
     """Value and slopes of each shared loss equal those of TRL's own code to 1e-6."""
-    settings = DpoConfig(loss=name, **{"beta": 0.1, **changes})
+    settings = DpoConfig(loss=name, **{"beta": 0.1, "nll_weight": 0.0, **changes})
     generator = torch.Generator().manual_seed(seed)
     lengths = [3 + seed, 7]
     log_probs = -torch.rand(2, 7, generator=generator)
@@ -345,7 +347,7 @@ def test_losses_are_trl_s(name, changes, seed, trainer):
 def test_losses_at_a_real_policy_are_trl_s(name, both):
     """Through model, collator and masks: TRL's evaluation loss of each pair, for other losses."""
     ours, trainer = both
-    settings = DpoConfig(loss=name, beta=0.2, label_smoothing=0.1)
+    settings = DpoConfig(loss=name, beta=0.2, label_smoothing=0.1, nll_weight=0.0)
     given = {"loss_types": [name], "beta": 0.2, "label_smoothing": 0.1}
     kept = {key: getattr(trainer, key) for key in given}
     vars(trainer).update(given)
@@ -387,7 +389,7 @@ def test_twenty_updates_are_trl_s(kind, schedule, folders, settings, write_confi
         "grad_checkpoint": False,
         "eval_every": 1000,
     }
-    settings["dpo"] = {"loss": "sigmoid", "beta": 0.1}
+    settings["dpo"] |= {"loss": "sigmoid", "beta": 0.1}
     settings["guard"] = {"enabled": False}
     config = config_module.load(write_config(settings))
 

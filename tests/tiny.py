@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models import granitemoehybrid, llama
+from mlx_lm.models import granite, granitemoehybrid, llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 GRANITE_TEMPLATE = (
@@ -21,9 +21,79 @@ CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Behaves as the template of Granite 4.0 does: a system text of its own where none is given, other
+# ones with tools and documents, and content that may be a list of parts.
+GRANITE_4_SYSTEM = (
+    "You are a helpful assistant. Please ensure responses are professional, accurate, and safe."
+)
+GRANITE_4_TEMPLATE = (
+    "{%- set g4_default_system_message = '" + GRANITE_4_SYSTEM + "' -%}"
+    "{%- macro text_of(content) -%}"
+    "{%- if content is string -%}{{ content }}{%- else -%}"
+    "{{ content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\n') }}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- macro turn(role, text) -%}"
+    "{{ '<|start_of_role|>' ~ role ~ '<|end_of_role|>' ~ text ~ '<|end_of_text|>\n' }}"
+    "{%- endmacro -%}"
+    "{%- set system = namespace(text='') -%}"
+    "{%- if messages[0].role == 'system' -%}"
+    "{%- set system.text = text_of(messages[0].content) -%}"
+    "{%- set messages = messages[1:] -%}"
+    "{%- endif -%}"
+    "{%- set callable = tools or available_tools -%}"
+    "{%- if callable -%}"
+    "{%- set system.text = system.text ~ '\nThese tools can be called:\n' ~ callable | tojson -%}"
+    "{%- endif -%}"
+    "{%- if documents -%}"
+    "{%- set system.text = system.text ~ '\nAnswer from these:\n' ~ documents | tojson -%}"
+    "{%- endif -%}"
+    "{{ turn('system', system.text or g4_default_system_message) }}"
+    "{%- for m in messages -%}{{ turn(m.role, text_of(m.content)) }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|start_of_role|>assistant<|end_of_role|>{%- endif -%}"
+)
+# ChatML that thinks unless told not to, as Granite 4.2 does.
+THINKING_TEMPLATE = (
+    "{%- set thinks = enable_thinking is not defined or enable_thinking -%}"
+    "{%- for m in messages -%}"
+    "{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    "{{- '<think>\n</think>\n' if m.role == 'assistant' -}}"
+    "{{ m.content ~ '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '<|im_start|>assistant\n<think>\n' ~ ('' if thinks else '</think>\n') }}"
+    "{%- endif -%}"
+)
+TEMPLATES = {
+    "granite": GRANITE_TEMPLATE,
+    "dense": GRANITE_TEMPLATE,
+    "thinking": THINKING_TEMPLATE,
+    "llama": CHATML_TEMPLATE,
+}
+GRANITE_SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>"]
+# By kind: granite is the hybrid one; dense is Granite 4.1 and thinking 4.2, which share a layout.
 SPECIAL = {
-    "granite": ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>"],
+    "granite": GRANITE_SPECIAL,
+    "dense": GRANITE_SPECIAL,
+    "thinking": ["<|im_end|>", "<|im_start|>", "<think>", "</think>", "<|endoftext|>"],
     "llama": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
+}
+MODULES = {"llama": llama, "granite": granite, "granitemoehybrid": granitemoehybrid}
+# Changes that make a hybrid Granite one in the proportions of 4.0-h-350m: narrow Mamba heads, three
+# query heads to a key, attention where the depth is no multiple of anything.
+NANO: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "shared_intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"],
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_d_state": 32,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.246,
 }
 
 
@@ -58,12 +128,27 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
         "eos_token_id": 0,
         "torch_dtype": "float32",
     }
+    scales = {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.22,
+    }
     special: dict[str, Any]
     if kind == "llama":
         special = {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
             "hidden_act": "silu",
+        }
+    elif kind in ("dense", "thinking"):
+        special = {
+            "model_type": "granite",
+            "architectures": ["GraniteForCausalLM"],
+            "attention_bias": False,
+            "mlp_bias": False,
+            "hidden_act": "silu",
+            **scales,
         }
     else:
         special = {
@@ -84,18 +169,15 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
             "mamba_proj_bias": False,
             "num_local_experts": 0,
             "num_experts_per_tok": 0,
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.25,
-            "logits_scaling": 8.0,
-            "residual_multiplier": 0.22,
             "hidden_act": "silu",
+            **scales,
         }
     return {**shared, **special, **changes}
 
 
 def model(settings: dict[str, Any], seed: int = 0) -> Any:
     """A random mlx-lm model whose weights are large enough that answers differ."""
-    module = llama if settings["model_type"] == "llama" else granitemoehybrid
+    module = MODULES[settings["model_type"]]
     mx.random.seed(seed)
     made = module.Model(module.ModelArgs.from_dict(settings))
     made.update(tree_map_with_path(_spread, made.parameters()))
@@ -109,8 +191,12 @@ def _spread(path: str, value: mx.array) -> mx.array:
     return 0.15 * mx.random.normal(value.shape)
 
 
-def folder(path: Path, kind: str = "granite", seed: int = 0, **changes: Any) -> Path:
-    """A model folder as the hub has it: config, weights, tokenizer, chat template."""
+def folder(
+    path: Path, kind: str = "granite", seed: int = 0, template: str | None = None, **changes: Any
+) -> Path:
+    """A model folder as the hub has it: config, weights, tokenizer, chat template (the kind's own
+    unless another is given).
+    """
     path.mkdir(parents=True)
     settings = config(kind, **changes)
     weights = dict(tree_flatten(model(settings, seed).parameters()))
@@ -129,7 +215,7 @@ def save_tokenizer(path: Path, kind: str) -> None:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": SPECIAL[kind][0],
                 "pad_token": SPECIAL[kind][-1],
-                "chat_template": GRANITE_TEMPLATE if kind == "granite" else CHATML_TEMPLATE,
+                "chat_template": template or TEMPLATES[kind],
             }
         )
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import jsonl, pages, stamp
-from .config import Config
+from .config import Config, Scalar
 from .make_pairs import read_report
 
 CARD, TEMPLATE = "README.md", "card.md.j2"
@@ -25,6 +27,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
     return pages.render(
         TEMPLATE,
         config=config,
+        template_args=_template_args(config.chat_template_args),
         name=config.run.name,
         base=Path(config.model).name if Path(config.model).is_dir() else config.model,
         counts=read_report(config),
@@ -33,3 +36,13 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         voice=report.get("voice"),
         fluency=report.get("fluency"),
     )
+
+
+def _template_args(arguments: Mapping[str, Scalar]) -> dict[str, str] | None:
+    """The chat template's arguments as a shell word and as Python's; None without any."""
+    if not arguments:
+        return None
+    return {
+        "shell": shlex.quote(json.dumps(arguments)),
+        "python": ", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+    }

@@ -88,7 +88,7 @@ def check_run(config: Config) -> None:
     )
     _tell_download(config.model)
     loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, Counter())
     lengths = [len(encoder.answer(row.answer)) for row in usable]
     config = replace(config, generation=limited(config.generation, lengths))

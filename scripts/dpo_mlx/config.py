@@ -38,6 +38,27 @@ FULL = (
     "only adapters are trained: the weights of chosen layers with Adam's two moments would take "
     "gigabytes, and the reference a second model; choose layers with lora.num_layers and lora.keys"
 )
+# What a chat template's argument may be.
+Scalar = str | int | float | bool
+# Arguments of tokenizer.apply_chat_template that are not the template's own, or are set here.
+TEMPLATE_CALL = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+)
 # Keys of other trainers that would be silently ignored here, and what to use instead.
 REJECTED = {
     "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
@@ -91,7 +112,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    epochs: int = _number(0, low=0)
+    epochs: int = _number(2, low=0)
     learning_rate: float = _number(1e-4, low=0.0, high=1.0)
 
 
@@ -100,8 +121,8 @@ class DpoConfig:
     loss: str = _choice("sigmoid", of=LOSSES)
     beta: float = _number(0.1, low=1e-6)
     label_smoothing: float = _number(0.0, low=0.0, high=0.499)
-    nll_weight: float = _number(0.0, low=0.0)
-    match_length: bool = False
+    nll_weight: float = _number(0.2, low=0.0)
+    match_length: bool = True
     simpo_gamma: float = _number(1.0, low=0.0)
     dpop_lambda: float = _number(50.0, low=0.0)
 
@@ -164,6 +185,7 @@ class Config:
     demo_model: bool = False
     seed: int = _number(0, low=0, high=2**32 - 1)
     system_prompt: str = ""
+    chat_template_args: dict[str, Scalar] = field(default_factory=dict)
     report_to: str = ""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -177,6 +199,12 @@ class Config:
     def run(self) -> Path:
         """The run's folder."""
         return Path(self.run_dir)
+
+    @property
+    def prompt_inputs(self) -> dict[str, Scalar]:
+        """What decides how a question is rendered, by dotted key: a part of every fingerprint."""
+        arguments = {f"chat_template_args.{n}": v for n, v in self.chat_template_args.items()}
+        return {"system_prompt": self.system_prompt, **arguments}
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -285,9 +313,35 @@ def _build(section: Any, values: Any, prefix: str, faults: list[str]) -> Any:
             arguments[name] = _build(hints[name], keys_below, f"{dotted}.", faults)
         elif _is_required(f) and values.get(name) in (None, ""):
             faults.append(f"{dotted}: missing; this key is required")
+        elif typing.get_origin(hints[name]) is dict:
+            arguments[name] = _arguments(values.get(name), dotted, faults)
         elif name in values:
             arguments[name] = _value(values[name], hints[name], f.metadata, dotted, faults)
     return section(**arguments) if len(faults) == before else None
+
+
+def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]:
+    """A chat template's arguments by name; none when the key is left empty."""
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        faults.append(
+            f"{dotted}: expected names and values, like {{enable_thinking: false}}, found "
+            f"{_kind(values)}"
+        )
+        return {}
+    for name, value in values.items():
+        if not (isinstance(name, str) and name.isidentifier()):
+            faults.append(f"{dotted}: {name!r} is no name of an argument")
+        elif name in TEMPLATE_CALL:
+            faults.append(f"{dotted}.{name}: is not the template's to read; remove it")
+        elif not isinstance(value, Scalar) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            faults.append(
+                f"{dotted}.{name}: expected text, a number, or true or false, found {_kind(value)}"
+            )
+    return values
 
 
 def _is_required(f: Any) -> bool:

@@ -90,7 +90,7 @@ class _Measure:
 def _measure_adapters(config: Config) -> _Measure:
     """Raises UserError when the disk or the memory has no room for what follows."""
     loaded = _load(config)
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(loaded.tokenizer, config)
     read = pairs.read(pair_file(config, VALID))
     valid, _ = pairs.encode_all(read, encoder, config.data.max_length)
     require_valid(config, valid)
@@ -206,7 +206,7 @@ def _inputs(config: Config) -> stamp.Inputs:
         "model files": models.fingerprint(config.model),
         "valid pairs": jsonl.digest(pair_file(config, VALID)),
         "seed": config.seed,
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.max_length": config.data.max_length,
         **{f"fuse.{key}": value for key, value in settings.items()},
     }

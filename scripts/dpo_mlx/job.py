@@ -67,7 +67,9 @@ def prepare(config: Config) -> Job:
     """
     read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
     loaded, worker = team.load(config, train=True)
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(loaded.tokenizer, config)
+    for note in encoder.template.notes():
+        print(f"10: note: {note}")
     encoded = {}
     for split in SPLITS:
         encoded[split], dropped = pairs.encode_all(read[split], encoder, config.data.max_length)
@@ -128,7 +130,7 @@ def reference_inputs(
     return {
         "pairs": jsonl.digest(path),
         "model files": models.fingerprint(config.model),
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.max_length": config.data.max_length,
         "token ids": pairs.digest(encoded),
         "adapters of SFT": adapters and jsonl.digest(adapters / models.ADAPTERS),

@@ -23,6 +23,9 @@ from .worker import Worker
 # these replace: a crash may leave either.
 FILES, BEFORE = "files", "files before"
 
+# Characters of a system message that are shown in a line.
+SHOWN = 200
+
 # What is written down of the lengths of each side.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 
@@ -79,7 +82,7 @@ def make_pairs(config: Config) -> None:
     loaded, worker = team.load(config, train=False)
     inputs = _inputs(config, source)
     dropped: Counter[str] = Counter()
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
     # Of all rows that fit, so that a higher data.limit samples no answer again.
     fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
@@ -87,7 +90,7 @@ def make_pairs(config: Config) -> None:
     sampling = _sampling_inputs(inputs, generation)
     _refuse_other_samples(files, sampling, restart)
     _require_memory(config, worker, encoder, usable, generation)
-    print(f"06: the prompt of the first question, as the model sees it:\n{_shown(encoder, usable)}")
+    _say_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
     with lock.held(files.lock, "data.train_pairs"):
@@ -124,7 +127,7 @@ def _inputs(config: Config, source: Path) -> stamp.Inputs:
         "source": jsonl.digest(source),
         "model files": models.fingerprint(config.model),
         "seed": config.seed,
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.limit": config.data.limit,
         "data.valid_fraction": config.data.valid_fraction,
         "data.max_length": config.data.max_length,
@@ -217,8 +220,26 @@ def _fits(encoder: Encoder, question: str, answer: str, config: Config) -> bool:
     return len(encoder.sequence(question, answer).ids) <= config.data.max_length
 
 
-def _shown(encoder: Encoder, rows: list[Question]) -> str:
-    return "\n".join(f"    {line}" for line in encoder.rendered(rows[0].question).splitlines())
+def _say_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
+    """What the model will see of a question: the voice is learned under this system message."""
+    for note in encoder.template.notes():
+        print(f"06: note: {note}")
+    print(f"06: {_said_of_system(encoder.template.system_message(), config.system_prompt)}")
+    print("06: the prompt of the first question, as the model sees it:")
+    for line in encoder.rendered(rows[0].question).splitlines():
+        print(f"    {line}")
+
+
+def _said_of_system(message: str | None, system_prompt: str) -> str:
+    """In one line whatever its length."""
+    if message is None and system_prompt:
+        return "no system message: the model's chat template leaves system_prompt out"
+    if message is None:
+        return "no system message (the model has no default; system_prompt is empty)"
+    words = " ".join(message.split())
+    start = words if len(words) <= SHOWN else f"{words[:SHOWN]} ..."
+    whose = "system_prompt" if system_prompt else "the model's own default; system_prompt is empty"
+    return f'system message: "{start}" ({whose})'
 
 
 def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, dict[str, Any]]:

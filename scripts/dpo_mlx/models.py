@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,11 +107,26 @@ def config_additions(folder: Path) -> dict[str, Any]:
     Granite's Mamba blocks were trained with an unbounded time step, and transformers runs them
     so; without `time_step_limit` mlx-lm keeps the step above 0.001. Written as a finite number,
     as strict JSON has no infinity. A limit that the config itself sets is kept.
+
+    transformers 5 writes `rope_theta` into `rope_parameters`, where mlx-lm's dense Granite does not
+    look for it.
     """
     config = load_config(folder)
-    if config.get("model_type") != "granitemoehybrid" or "time_step_limit" in config:
-        return {}
-    return {"time_step_limit": [0.0, 1e9]}
+    kind, rope = config.get("model_type"), config.get("rope_parameters")
+    if kind == "granitemoehybrid" and "time_step_limit" not in config:
+        return {"time_step_limit": [0.0, 1e9]}
+    if kind == "granite" and "rope_theta" not in config and _is_plain_rope(rope):
+        return {"rope_theta": rope["rope_theta"]}
+    return {}
+
+
+def _is_plain_rope(parameters: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether these rotary positions are the usual ones, which their theta tells all of."""
+    return (
+        isinstance(parameters, dict)
+        and "rope_theta" in parameters
+        and parameters.get("rope_type", "default") == "default"
+    )
 
 
 def folder_of(name: str) -> Path:

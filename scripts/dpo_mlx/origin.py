@@ -26,7 +26,7 @@ def training_inputs(config: Config) -> stamp.Inputs:
     made = {
         "pairs": [jsonl.digest(path) if path.is_file() else None for path in files],
         "model files": models.fingerprint(config.model),
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.max_length": config.data.max_length,
         "seed": config.seed,
     }

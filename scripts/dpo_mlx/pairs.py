@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from . import jsonl
+from .chat_template import ChatTemplate
+from .config import Config, Scalar
 from .errors import UserError
 
 # Why an answer stopped: it ended its turn by itself, or it was cut at the token limit.
@@ -76,21 +76,23 @@ class Encoder:
     """Text to token ids with a model's tokenizer and chat template.
 
     Prompt and answer are tokenised apart and joined as ids, so that no token spans the two.
-    Raises UserError when the tokenizer has no chat template, or it takes no system message.
+    Raises UserError for a chat template that cannot be used: see ChatTemplate.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str = "") -> None:
-        if not tokenizer.has_chat_template:
-            raise UserError("model: its tokenizer has no chat template; use an instruct model")
+    def __init__(
+        self,
+        tokenizer: Any,
+        system_prompt: str = "",
+        template_args: Mapping[str, Scalar] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.template = ChatTemplate(tokenizer, system_prompt, template_args or {})
         self.end_of_turn = self._end_of_turn()
-        try:
-            self.rendered("Q")
-        except TemplateError as error:
-            raise UserError(
-                f'system_prompt: the model\'s chat template refuses it ({error}); set it to ""'
-            ) from error
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: Config) -> Encoder:
+        """With the system message and the template's arguments of a run."""
+        return cls(tokenizer, config.system_prompt, config.chat_template_args)
 
     def prompt(self, question: str) -> list[int]:
         """Ids of the rendered question, up to where the answer begins."""
@@ -98,11 +100,7 @@ class Encoder:
 
     def rendered(self, question: str) -> str:
         """The prompt as the model sees it."""
-        return self.tokenizer.apply_chat_template(
-            [*self._system, {"role": "user", "content": question}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        return self.template.rendered(question)
 
     def answer(self, text: str, finish: str = STOP) -> list[int]:
         """Ids of an answer, with the end of turn when the answer ended by itself."""
@@ -122,12 +120,7 @@ class Encoder:
 
     def _end_of_turn(self) -> int:
         """The stop token that the chat template writes after an answer."""
-        answer = "ANSWER"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}],
-            tokenize=False,
-        )
-        after = self.tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
+        after = self.tokenizer.encode(self.template.after_answer(), add_special_tokens=False)
         stops = (i for i in after if i in self.tokenizer.eos_token_ids)
         return next(stops, self.tokenizer.eos_token_id)
 

@@ -68,7 +68,7 @@ def _report(config: Config) -> Report:
 def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     """All that the fused model is needed for."""
     loaded = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
-    encoder = Encoder(loaded.tokenizer, config.system_prompt)
+    encoder = Encoder.of(loaded.tokenizer, config)
     valid = pairs_by_split[VALID]
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
     require_valid(config, encoded)
@@ -261,7 +261,7 @@ def _inputs(config: Config) -> stamp.Inputs:
         "training": stamp.read(config.run / "outcome.json"),
         "fuse.min_margin_kept": config.fuse.min_margin_kept,
         "seed": config.seed,
-        "system_prompt": config.system_prompt,
+        **config.prompt_inputs,
         "data.max_length": config.data.max_length,
         **sections,
     }

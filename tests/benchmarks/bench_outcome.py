@@ -246,7 +246,7 @@ class Asked:
         train, valid = self.pairs[TRAIN], self.pairs[VALID]
         self.classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
         self.loaded = models.load(config.model)
-        self.encoder = Encoder(self.loaded.tokenizer, config.system_prompt)
+        self.encoder = Encoder.of(self.loaded.tokenizer, config)
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
         self.decodings = decodings(pairs.chosen_lengths([*train, *valid], self.encoder))
         base = {

@@ -155,7 +155,7 @@ def train(
             data=DataConfig(source="", train_pairs="", valid_pairs=""),
             train=settings,
             lora=LORA,
-            dpo=DpoConfig(beta=common.BETA),
+            dpo=DpoConfig(beta=common.BETA, nll_weight=0.0),
             guard=OFF,
         )
         shortest = min(examples, key=lambda example: example.pair.length)

@@ -1,0 +1,279 @@
+"""Chat templates as Granite has them: what the model sees, and how a run's settings reach it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from conftest import REPOSITORY
+from dpo_mlx import config, jsonl, make_pairs, models, pairs
+from dpo_mlx.errors import UserError
+from dpo_mlx.job import prepare
+from dpo_mlx.pairs import Encoder
+from test_pairs import by_hand, edit, encoder_of
+
+OFF = {"enable_thinking": False}
+
+
+def turn(role: str, text: str) -> str:
+    """A turn in Granite's markup."""
+    return f"<|start_of_role|>{role}<|end_of_role|>{text}<|end_of_text|>\n"
+
+
+ASKED = turn("user", "Why?") + "<|start_of_role|>assistant<|end_of_role|>"
+
+
+@pytest.fixture(scope="module")
+def granite_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny hybrid Granite whose template behaves as that of 4.0."""
+    path = tmp_path_factory.mktemp("models") / "granite-4"
+    return tiny.folder(path, template=tiny.GRANITE_4_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense Granite that thinks unless told not to."""
+    return tiny.folder(tmp_path_factory.mktemp("models") / "thinking", "thinking")
+
+
+def with_template(path: Path, template: str, kind: str = "granite") -> Encoder:
+    return encoder_of(tiny.folder(path / "m", kind, template=template))
+
+
+# What the model sees ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "seen"), [("", tiny.GRANITE_4_SYSTEM), ("Be brief.", "Be brief.")]
+)
+def test_the_prompt_has_a_system_message_in_any_case(system_prompt, seen, granite_4):
+    """Granite writes its own where none is given; both are part of the prompt, id by id."""
+    encoder = encoder_of(granite_4, system_prompt=system_prompt)
+    prompt = turn("system", seen) + ASKED
+    assert encoder.rendered("Why?") == prompt
+    sequence = encoder.sequence("Why?", "So.")
+    assert list(sequence.ids) == by_hand("granite", f"{prompt}So.<|end_of_text|>")
+    assert sequence.answer_length == len("So.") + 1
+    assert encoder.template.system_message() == seen
+
+
+def test_the_test_s_template_is_the_real_one_s_kind(granite_4):
+    """An empty system message is as none; parts are joined by newlines; tools and documents write
+    another system text; an answer ends in the end of turn and a newline.
+    """
+    tokenizer = models.load(str(granite_4)).tokenizer
+
+    def text(messages: list[dict[str, Any]], **more: Any) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **more)
+
+    user = {"role": "user", "content": "Why?"}
+    default = turn("system", tiny.GRANITE_4_SYSTEM)
+    assert text([{"role": "system", "content": ""}, user]) == default + turn("user", "Why?")
+    parts = [{"type": "text", "text": part} for part in ("Why", "not?")]
+    parts.insert(1, {"type": "image", "text": "left out"})
+    assert text([{**user, "content": parts}]) == default + turn("user", "Why\nnot?")
+    answered = text([user, {"role": "assistant", "content": "So."}])
+    assert answered.endswith(turn("assistant", "So."))
+    for name in ("documents", "tools", "available_tools"):
+        found = text([user], **{name: [{"doc_id": 1, "text": "a fact"}]})
+        assert "a fact" in found and tiny.GRANITE_4_SYSTEM not in found, name
+
+
+def test_the_end_of_turn_is_the_end_of_text(granite_4):
+    """What is scored after an answer is the token on which Granite stops."""
+    encoder = encoder_of(granite_4)
+    assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|end_of_text|>"
+
+
+USER = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+OWN = "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+SYSTEM_MESSAGES = {
+    "no default": (tiny.GRANITE_TEMPLATE, None, "Be brief."),
+    "a default amid other words": (
+        "Year 2026. Rules: " + OWN + "{% else %}Be good.{% endif %} That is all.\n" + USER,
+        "Be good.",
+        "Be brief.",
+    ),
+    "no turn of its own": (
+        "[INST] " + OWN + "\n\n{% endif %}" + USER + " [/INST]",
+        None,
+        "Be brief.",
+    ),
+    "leaves it out": ("Q: " + USER + " A:", None, None),
+    "bare": (OWN + "{% endif %}" + USER, None, "Be brief."),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEM_MESSAGES)
+def test_the_system_message_is_found_by_rendering(name, tmp_path):
+    """The model's default, or that it has none, whatever the template's words and marks are."""
+    template, default, own = SYSTEM_MESSAGES[name]
+    folder = tiny.folder(tmp_path / "m", template=template)
+    assert encoder_of(folder).template.system_message() == default
+    assert encoder_of(folder, system_prompt="Be brief.").template.system_message() == own
+
+
+def test_a_template_that_refuses_system_messages_has_none(tmp_path):
+    """Gemma's: nothing is asked of it that it does not take."""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    assert (
+        with_template(tmp_path, refusing + tiny.GRANITE_TEMPLATE).template.system_message() is None
+    )
+
+
+# Stage 06 -----------------------------------------------------------------------------------------
+
+
+def run_06(settings: dict[str, Any], write_config: Any, *overrides: str) -> config.Config:
+    loaded = config.load(write_config(settings), list(overrides))
+    make_pairs.make_pairs(loaded)
+    return loaded
+
+
+def test_stage_06_on_granite_s_template(settings, write_config, granite_4, questions, capsys):
+    """All pairs are made, and the line before the first prompt says whose system message it is."""
+    run = run_06({**settings, "model": str(granite_4)}, write_config)
+    made = [*pairs.read(Path(run.data.train_pairs)), *pairs.read(Path(run.data.valid_pairs))]
+    assert sorted(pair.prompt for pair in made) == sorted(q["question"] for q in questions)
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("06: the prompt of the first question, as the model sees it:")
+    assert lines[start - 1] == (
+        f'06: system message: "{tiny.GRANITE_4_SYSTEM}" (the model\'s own default; '
+        "system_prompt is empty)"
+    )
+    assert lines[start + 1] == "    " + turn("system", tiny.GRANITE_4_SYSTEM).rstrip()
+    assert not [line for line in lines if "note:" in line]
+
+
+@pytest.mark.parametrize(
+    ("message", "system_prompt", "said"),
+    [
+        ("Be\nbrief.", "Be\nbrief.", 'system message: "Be brief." (system_prompt)'),
+        ("字" * 201, "x", 'system message: "' + "字" * 200 + ' ..." (system_prompt)'),
+        (None, "", "no system message (the model has no default; system_prompt is empty)"),
+        (None, "x", "no system message: the model's chat template leaves system_prompt out"),
+    ],
+)
+def test_the_line_is_one_line(message, system_prompt, said):
+    """Of any system message, and of none."""
+    assert make_pairs._said_of_system(message, system_prompt) == said
+
+
+# The template's arguments -------------------------------------------------------------------------
+
+
+def test_arguments_reach_prompt_and_end_of_turn(thinking, tmp_path):
+    """The prompt is rendered with them, and so is the answer that ends it."""
+    encoder = encoder_of(thinking, template_args=OFF)
+    rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n"
+    assert encoder.rendered("Why?") == rendered
+    assert list(encoder.sequence("Why?", "So.").ids) == by_hand(
+        "thinking", rendered + "So.<|im_end|>"
+    )
+    assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|im_end|>"
+    marked = "{% for m in messages %}{{ m.content ~ end }}{% endfor %}"
+    folder = tiny.folder(tmp_path / "m", "thinking", template=marked, eos_token_id=0)
+    edit(folder / "config.json", eos_token_id=[0, 4])
+    for end, token in (("<|im_end|>", 0), ("<|endoftext|>", 4)):
+        assert encoder_of(folder, template_args={"end": end}).end_of_turn == token
+
+
+def test_arguments_without_effect_are_named(granite_4, thinking):
+    """One note for all that the template does not read; none for those that it does."""
+    unread = {"enable_thinking": False, "tone": "dry"}
+    assert list(encoder_of(granite_4, template_args=unread).template.notes()) == [
+        "chat_template_args: without effect on this model's prompts: enable_thinking, tone"
+    ]
+    assert list(encoder_of(granite_4).template.notes()) == []
+    assert list(encoder_of(thinking, template_args=OFF).template.notes()) == []
+
+
+def test_arguments_that_the_template_fails_on_are_named(granite_4, tmp_path):
+    """Not the system message, nor the model, is said to be at fault."""
+    counting = "{% for i in range(n or 0) %}{% endfor %}" + tiny.GRANITE_TEMPLATE
+    folder = tiny.folder(tmp_path / "m", template=counting)
+    with pytest.raises(UserError, match="^chat_template_args: .* fails with them .*remove them$"):
+        encoder_of(folder, template_args={"n": "many"}, system_prompt="Be brief.")
+    with pytest.raises(UserError, match="^model: its chat template fails .*use another model$"):
+        with_template(tmp_path / "broken", "{{ raise_exception('broken') }}")
+
+
+def test_an_argument_that_a_template_needs_has_an_effect(tmp_path):
+    """It cannot be rendered without; that is no reason to fail, or to call it idle."""
+    needing = "{{ raise_exception('no tone') if tone is not defined }}" + tiny.GRANITE_TEMPLATE
+    folder = tiny.folder(tmp_path / "m", template=needing)
+    assert list(encoder_of(folder, template_args={"tone": "dry"}).template.notes()) == []
+
+
+# Thinking -----------------------------------------------------------------------------------------
+
+OPEN = "^model: its chat template opens a thinking block before the answer, .*as thoughts; "
+
+
+def test_an_open_thinking_block_is_refused_with_the_switch(thinking, settings, write_config):
+    """Stages 06 and 10 both stop, in one line, before anything is sampled or trained."""
+    settings["model"] = str(thinking)
+    for stage in (make_pairs.make_pairs, prepare):
+        if stage is prepare:
+            run_06(settings, write_config, "chat_template_args.enable_thinking=false")
+        with pytest.raises(UserError, match=OPEN) as error:
+            stage(config.load(write_config(settings)))
+        remedy = "set chat_template_args: {enable_thinking: false}"
+        assert str(error.value).endswith(remedy) and "\n" not in str(error.value)
+
+
+def test_the_switch_is_offered_only_where_it_works(tmp_path):
+    """A template that always opens the block is told apart by trying."""
+    always = tiny.CHATML_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")
+    with pytest.raises(UserError, match=OPEN + "enable_thinking: false does not change that, so"):
+        with_template(tmp_path, always, "thinking")
+
+
+def test_words_about_thinking_are_no_open_block(tmp_path):
+    """A system text, or a question, that names the mark is not the template's doing."""
+    told = tiny.CHATML_TEMPLATE.replace("{% for", "Think between <think> and its end.{% for", 1)
+    folder = tiny.folder(tmp_path / "m", "thinking", template=told)
+    encoder = encoder_of(folder, system_prompt="<think> first.")
+    assert list(encoder.template.notes()) == []
+    assert encoder.rendered("<think>").endswith("<|im_start|>assistant\n")
+
+
+def test_a_model_that_may_think_gets_a_note(tmp_path):
+    """Qwen's kind: an empty block only when thinking is off, otherwise the model opens it."""
+    closing = (
+        "{% if not (enable_thinking is not defined or enable_thinking) %}<think></think>{% endif %}"
+    )
+    template = tiny.CHATML_TEMPLATE.replace("assistant\n{%", "assistant\n" + closing + "{%")
+    folder = tiny.folder(tmp_path / "m", "thinking", template=template)
+    [note] = encoder_of(folder).template.notes()
+    assert note.endswith("chat_template_args: {enable_thinking: false}")
+    assert list(encoder_of(folder, template_args=OFF).template.notes()) == []
+
+
+# Every place --------------------------------------------------------------------------------------
+
+
+# The modules that the encoder is made of.
+KNOWING = ("chat_template.py", "pairs.py")
+
+
+def test_every_stage_makes_its_encoder_of_the_config():
+    """One that did not would render other prompts than those that were trained on."""
+    library = [path for path in (REPOSITORY / "scripts").rglob("*.py") if path.name not in KNOWING]
+    source = {path.name: path.read_text() for path in library}
+    assert [name for name, text in source.items() if "Encoder(" in text] == []
+    assert [name for name, text in source.items() if ".apply_chat_template(" in text] == []
+    users = {name for name, text in source.items() if "Encoder.of(" in text}
+    assert users == {"make_pairs.py", "job.py", "fuse_adapters.py", "smoke_test.py"}
+
+
+def test_changed_arguments_are_other_samples(settings, write_config, granite_4):
+    """Answers to two kinds of prompt are never mixed; the error names the argument."""
+    settings["model"] = str(granite_4)
+    run = run_06(settings, write_config, "data.limit=20")
+    stamp = jsonl.read_json(make_pairs.PairFiles.of(run).samples_stamp)
+    assert not [name for name in stamp if name.startswith("chat_template_args")]
+    with pytest.raises(UserError, match="chat_template_args.tone: None -> dry"):
+        run_06(settings, write_config, "data.limit=20", "chat_template_args.tone=dry")
