@@ -202,11 +202,11 @@ def folder(
     weights = dict(tree_flatten(model(settings, seed).parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     (path / "config.json").write_text(json.dumps(settings))
-    save_tokenizer(path, kind)
+    save_tokenizer(path, kind, template)
     return path
 
 
-def save_tokenizer(path: Path, kind: str) -> None:
+def save_tokenizer(path: Path, kind: str, template: str | None = None) -> None:
     """The tokenizer's two files, with the chat template, into a folder."""
     tokenizer(kind).save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(

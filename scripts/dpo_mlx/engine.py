@@ -62,7 +62,9 @@ class Engine:
             hidden, targets = self._answer(sequence)
             return token_log_probs(hidden, targets, self._head).sum()
 
-        return float(as_in_training(log_prob))
+        value = float(as_in_training(log_prob))
+        mx.synchronize()  # a GPU command that failed is told here, not after the value is kept
+        return value
 
     def nll_gradient(self, sequence: Sequence) -> tuple[float, Any]:
         """An answer's mean negative log-likelihood, in nats a token, and its gradient (a tree)."""

@@ -300,6 +300,8 @@ def save(
     """
     config = jsonl.read_json(source / "config.json") if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
+    mx.eval(model.parameters())
+    mx.synchronize()  # a GPU command that failed is told here, not after the folder is written
     with disk_errors(folder):
         copy_settings(source, folder, {**config, **config_additions(source)})
         save_model(folder, model)

@@ -75,6 +75,7 @@ def sample_batch(
                 finish[response.uid] = STOP
             else:
                 tokens[response.uid].append(response.token)
+    mx.synchronize(generator.stream)  # a GPU command that failed is told here, not later
     generator.close()
     return [_answer(tokenizer, tokens[uid], finish[uid]) for uid in uids]
 
