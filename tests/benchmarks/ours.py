@@ -129,23 +129,26 @@ def train(
     epochs: int = 1,
     after: Callable[[int], None] = lambda update: None,
     learning_rate: float = common.LEARNING_RATE,
+    accumulation: int = 1,
 ) -> list[Step]:
-    """One update a pair, in the order given in the first epoch, by the project's Trainer.
+    """One update every `accumulation` pairs, in the order given in the first epoch, by the
+    project's Trainer.
 
-    Its first update is a warm-up and left out. `after` runs after each update, untimed.
+    Its first update is a warm-up and left out, unless it is the only one. `after` runs after each
+    update, untimed.
     """
     settings = TrainConfig(
         learning_rate=learning_rate,
         epochs=epochs,
-        grad_accumulation=1,
+        grad_accumulation=accumulation,
         schedule="constant",
         warmup_ratio=0.0,
         grad_checkpoint=checkpoint,
         eval_every=10**9,
     )
     ordered = list(examples)  # the trainer's shuffle of the first epoch, undone
-    shuffled = groups(settings, len(examples), 0)
-    for example, (_, [index]) in zip(examples, shuffled, strict=False):
+    shuffled = itertools.chain.from_iterable(g for _, g in groups(settings, len(examples), 0))
+    for example, index in zip(examples, shuffled, strict=False):
         ordered[index] = example
     clock = Clock(after)
     with tempfile.TemporaryDirectory() as run:

@@ -1,0 +1,302 @@
+"""Peak memory of every stage at Granite's true width, and what the plan says of it.
+
+    python tests/benchmarks/bench_stages.py [--layers 4,7,10] [--stages 06,10,11,12] [--full]
+
+Each row of the table is one thing that a stage does, with the shipped config: its own code is run
+on random weights with a few layers, each in a fresh process, and `work` is MLX's peak beside the
+weights. With M Mamba and A attention blocks that is a + b M + c A bytes; the line through --layers
+says what all 40 take (M 36, A 4). Use three counts or more that end in a Mamba block, as the whole
+model does, and of which some have no attention block. --full also runs all 40 layers, and takes
+13 to 16 GB and minutes a row.
+
+  weights   2 bytes each: those of the whole model in bfloat16
+  work      everything beside them: activations, caches, and in stage 10 adapters, moments and
+            gradients. Measured in float32, as bfloat16 products are slow on a CPU: an upper bound
+            for bfloat16, in which activations take half. Stage 11 is measured in bfloat16, as
+            it computes in float32 anyway
+  casts     what a bfloat16 head takes more than one in float32, whose rows need no cast. Measured
+            with the head alone, and added to the plan too
+  plan      the stage's own need (dpo_mlx.memory) for the whole 40-layer model, whose weights are
+            made when they are used: it runs the first blocks only
+  plan / measured    of work alone, without the weights that both have in common
+
+Prompts have 100 tokens, answers 320, the longest sequence 1024 (data.max_length). Sampling is
+stopped after a few tokens: the caches of keys and values are given at once the room that they have
+at the end, and nothing else grows. `fits` compares with 11.45 GB, the recommended working set of an
+M1 or M2 with 16 GB.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import common
+import mlx.core as mx
+import numpy as np
+import ours
+from bench_memory import BFLOAT16, FLOAT32, LAYERS, head_s_casts
+from dpo_mlx import config as configs
+from dpo_mlx import fusing, memory, models
+from dpo_mlx.pairs import EncodedPair, Sequence
+from dpo_mlx.sampling import EVALUATED_AT_ONCE, Batch
+from dpo_mlx.worker import Worker, log_probs
+from mlx.optimizers import AdamW
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
+CONFIG = common.ROOT / "config/mlx_granite-4.0-h-micro_dpo.yaml"
+OFFERED = 11.45e9  # bytes: the recommended working set of an M1 or M2 with 16 GB
+QUESTIONS, PROMPT, ANSWER = 100, 100, 320
+SHORT = 64  # tokens of answers whose length does not matter for the peak
+SAMPLED = 8  # tokens after which sampling is stopped
+BATCHES = (8, 16, 32)  # values of generation.batch_size
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing that a stage does: a key of RUNS, the dtype of the weights it is measured in, the
+    place of its need in the stage's plan; `batch` is for sampling, generation.batch_size.
+    """
+
+    stage: str
+    run: str
+    place: int = 0
+    batch: int = BATCHES[0]
+    dtype: str = FLOAT32
+
+
+JOBS = [
+    *(Job("06", "sample", batch=batch) for batch in BATCHES),
+    Job("10", "update", place=0),
+    Job("10", "evaluate", place=1),
+    Job("11", "fuse", place=0, dtype=BFLOAT16),
+    Job("11", "compare", place=1, dtype=BFLOAT16),
+    Job("12", "sample", place=0),
+    Job("12", "score", place=1),
+]
+SCORES = ("update", "score")  # runs that cast a bfloat16 head
+
+
+def main() -> None:
+    args = arguments()
+    jobs = [job for job in JOBS if job.stage in args.stages]
+    casts = 0
+    if any(job.run in SCORES for job in jobs):
+        casts = head_s_casts(longest().answer_length)
+    results = Results()
+    rows, details = [], []
+    for job in jobs:
+        try:
+            row, detail = examined(job, args, results, casts if job.run in SCORES else 0)
+        except Failed as failure:
+            print(failure, flush=True)
+            continue
+        rows.append(row)
+        details.append({**asdict(job), **detail})
+        print(f"{row['stage']} {row['what']}: {row['total GB']} GB", flush=True)
+        common.write(args, {"rows": rows, "details": details})
+    title = f"all {LAYERS} layers, weights in bfloat16, of {OFFERED / 1e9} GB"
+    common.table(title, rows)
+    common.save(args, {"rows": rows, "details": details})
+
+
+def arguments() -> Namespace:
+    parser = common.parser(__doc__, "bench_stages")
+    parser.add_argument("--layers", type=common.numbers, default=[4, 7, 10])
+    parser.add_argument("--stages", type=lambda t: t.split(","), default=["06", "10", "11", "12"])
+    parser.add_argument("--full", action="store_true", help=f"also measure all {LAYERS} layers")
+    args = parser.parse_args()
+    if np.linalg.matrix_rank([blocks(count) for count in args.layers]) < 3:
+        parser.error("--layers: take three counts or more, some of them under 6")
+    return args
+
+
+class Failed(Exception):
+    """A measured process did not come to its end."""
+
+
+class Results:
+    """What measured processes said; the same task is run once, whichever stages do it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, common.Values] = {}
+
+    def of(self, **task: Any) -> common.Values:
+        key = str(task)
+        if key not in self._known:
+            self._known[key] = common.measure("bench_stages.py", task)
+        if why := self._known[key].get("failed"):
+            raise Failed(f"{task}: {why}")
+        return self._known[key]
+
+
+def examined(
+    job: Job, args: Namespace, results: Results, casts: int
+) -> tuple[common.Values, common.Values]:
+    """(a row of the table, what it is made from)."""
+    task = {"run": job.run, "batch": job.batch, "dtype": job.dtype}
+    work = [results.of(**task, layers=count)["work"] for count in args.layers]
+    line = fit(args.layers, work)
+    extrapolated = float(np.dot(line, blocks(LAYERS)))
+    plans = results.of(plan=job.stage, batch=job.batch, dtype=job.dtype)
+    plan = plans["needs"][job.place]
+    total = plans["weights"] + extrapolated + casts
+    row = {
+        "stage": job.stage,
+        "what": plan["what"],
+        "weights GB": common.gigabytes(plans["weights"]),
+        "work GB": common.gigabytes(extrapolated),
+        "casts GB": common.gigabytes(casts),
+        "total GB": common.gigabytes(total),
+        "plan GB": common.gigabytes(plans["weights"] + plan["work"] + casts),
+        "plan / measured": plan["work"] / extrapolated,
+        "fits": "yes" if total <= OFFERED else "no",
+    }
+    if args.full:
+        row["40 layers GB"] = common.gigabytes(results.of(**task, layers=LAYERS)["work"])
+    return row, {"line": line, "work": dict(zip(args.layers, work, strict=True))}
+
+
+def blocks(layers: int) -> list[int]:
+    """[1, Mamba blocks, attention blocks] among Granite's first layers."""
+    kinds = ours.granite_config(layers)["layer_types"]
+    return [1, kinds.count("mamba"), kinds.count("attention")]
+
+
+def fit(layers: list[int], work: list[int]) -> list[float]:
+    """a, b, c of the docstring, in bytes: least squares."""
+    terms = np.array([blocks(count) for count in layers], dtype=float)
+    return np.linalg.lstsq(terms, np.array(work, dtype=float), rcond=None)[0].tolist()
+
+
+def shipped(batch: int) -> configs.Config:
+    """The shipped config with this generation.batch_size."""
+    config = configs.load(CONFIG)
+    generation = replace(config.generation, max_tokens=ANSWER, batch_size=batch)
+    return replace(config, generation=generation)
+
+
+def longest() -> Sequence:
+    """As long as the config allows."""
+    length = shipped(BATCHES[0]).data.max_length
+    return Sequence(tuple(range(length)), PROMPT)
+
+
+# In the measured process ---------------------------------------------------------------------
+
+
+def worker(task: common.Values) -> common.Values:
+    mx.random.seed(0)
+    config = shipped(task["batch"])
+    if "plan" in task:
+        return planned(task["plan"], config, task["dtype"])
+    model = ours.granite(task["layers"], task["dtype"])
+    ours.materialise(model)
+    weights = memory.nbytes(model.parameters())
+    return {"work": RUNS[task["run"]](model, config) - weights}
+
+
+def planned(stage: str, config: configs.Config, dtype: str) -> common.Values:
+    """Bytes of the weights in bfloat16, and of what each need of a stage takes beside them."""
+    model = ours.granite(LAYERS, dtype)
+    lengths = memory.Lengths(QUESTIONS, PROMPT, ANSWER, longest())
+    if stage in ("10", "11"):
+        models.attach_lora(model, config.lora)
+    if stage == "11":
+        needs = memory.stage_11(model, config, lengths.longest)
+    else:
+        of_stage = {"06": memory.stage_06, "10": memory.stage_10, "12": memory.stage_12}[stage]
+        needs = of_stage(model, config, lengths)
+    count = sum(array.size for array in models_own(model))
+    return {
+        "weights": 2 * count,
+        "needs": [{"what": need.what, "work": need.total - need.weights} for need in needs],
+    }
+
+
+def models_own(model: Any) -> list[mx.array]:
+    """The arrays that are no adapter's."""
+    parameters = ours.tree_flatten(model.parameters())
+    return [array for name, array in parameters if "lora_" not in name]
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Bytes in memory at the peak of `run`."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory()
+
+
+def sample(model: Any, config: configs.Config) -> int:
+    """A batch of answers, as stages 06 and 12 sample them."""
+    return peak_of(lambda: answer(model, config, config.generation.batch_size))
+
+
+def evaluate(model: Any, config: configs.Config) -> int:
+    """The answers of an evaluation, while the optimizer's state is held."""
+    models.attach_lora(model, config.lora)
+    optimizer = AdamW(learning_rate=0.0)
+    optimizer.init(model.trainable_parameters())
+    mx.eval(model.parameters(), optimizer.state)
+    batch = min(EVALUATED_AT_ONCE, config.train.eval_questions)
+    return peak_of(lambda: answer(model, config, batch))
+
+
+def answer(model: Any, config: configs.Config, batch: int) -> None:
+    """None of the answers ends by itself."""
+    whole = -(-(PROMPT + ANSWER) // KVCache.step) * KVCache.step
+    KVCache.step = BatchKVCache.step = whole
+    tokenizer = SimpleNamespace(eos_token_ids=set(), decode=lambda ids: "")
+    prompts = [[(place + i) % 1000 for i in range(PROMPT)] for place in range(batch)]
+    Worker(model, tokenizer).answers(
+        [Batch(prompts, seed=0)], replace(config.generation, max_tokens=SAMPLED)
+    )
+
+
+def update(model: Any, config: configs.Config) -> int:
+    """An update of two pairs. It is at its peak in the gradient of the second one's rejected
+    answer, when the sum so far and the chosen answer's gradient are held.
+    """
+    models.attach_lora(model, config.lora)
+    short = ours.random_pair(model, SHORT, seed=1, prompt=PROMPT)
+    last = EncodedPair(short.chosen, longest(), 2)
+    examples = ours.examples(model, [short, last])
+    checkpoint = config.train.grad_checkpoint
+    steps = ours.train(model, examples, checkpoint, accumulation=len(examples))
+    return max(step.peak for step in steps)
+
+
+def score(model: Any, config: configs.Config) -> int:
+    """The longest sequence under a model without adapters."""
+    return peak_of(lambda: Worker(model).log_probs([longest()]))
+
+
+def fuse(model: Any, config: configs.Config) -> int:
+    models.attach_lora(model, config.lora)
+    mx.eval(model.parameters())
+    dtype = fusing.target_dtype(model, config.fuse.dtype)
+    return peak_of(lambda: fusing.fuse(model, config.fuse.rounding, dtype))
+
+
+def compare(model: Any, config: configs.Config) -> int:
+    """The longest sequence under base + adapters, as stage 11 scores it."""
+    models.attach_lora(model, config.lora)
+    mx.eval(model.parameters())
+    short = ours.random_pair(model, SHORT, prompt=PROMPT)
+
+    def in_float32() -> None:
+        with fusing.activations_in_float32(model):
+            log_probs(Worker(model), [EncodedPair(short.chosen, longest(), 1)])
+
+    return peak_of(in_float32)
+
+
+RUNS = {run.__name__: run for run in (sample, evaluate, update, score, fuse, compare)}
+
+
+if __name__ == "__main__":
+    common.start(main, worker)
