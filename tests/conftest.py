@@ -17,6 +17,8 @@ from dpo_mlx import config as configs
 from dpo_mlx import demo_model
 from filelock import FileLock
 
+pytest_plugins = ["virtual_mac"]  # its fixture, for every test module
+
 REPOSITORY = Path(__file__).parents[1]
 MODELS = REPOSITORY / "data" / "models"
 
