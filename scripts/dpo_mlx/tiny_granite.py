@@ -39,8 +39,8 @@ def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
         "hidden_size": 128,
         "intermediate_size": 256,
         "shared_intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "layer_types": ["mamba", "attention", "mamba", "attention"],
+        "num_hidden_layers": 5,
+        "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"],
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "attention_bias": False,
@@ -58,9 +58,10 @@ def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
         "tie_word_embeddings": True,
-        "embedding_multiplier": 12.0,
-        # Sharper than Granite's 1 / 64 and 8: random weights alone would make all tokens alike.
-        "attention_multiplier": 0.25,
+        # Granite's are 12, 1 / 64 and 8, with which random layers would add next to nothing to the
+        # token's own embedding, and all tokens would be about as likely.
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 1 / 16,
         "logits_scaling": 2.0,
         "residual_multiplier": 0.22,
         "rms_norm_eps": 1e-5,
