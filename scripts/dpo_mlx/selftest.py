@@ -43,8 +43,8 @@ from .train_dpo import ALL, train_dpo
 # Nats that a sequence's log-prob may move before the first update, as in training.
 START_TOLERANCE = 1e-2
 # Nats that a token's log-prob may differ between two ways to compute it in bfloat16. On the tiny
-# model 0.03 to 0.06 is usual; a lost Mamba state moves it by 1 to 4, a lost attention mask by 0.3.
-TOKEN_TOLERANCE = 0.15
+# model 0.03 to 0.08 is usual; a lost Mamba state moves it by 1 to 4, a lost attention mask by 0.3.
+TOKEN_TOLERANCE = 0.2
 # The plan of memory may be exceeded by this share, as the tests of the plan allow.
 PLAN_TOLERANCE = 0.15
 
