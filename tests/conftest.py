@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 import runs
 import tiny
@@ -17,8 +18,18 @@ from dpo_mlx import config as configs
 from dpo_mlx import demo_model
 from filelock import FileLock
 
+pytest_plugins = ["virtual_mac"]  # its fixture, for every test module
+
 REPOSITORY = Path(__file__).parents[1]
 MODELS = REPOSITORY / "data" / "models"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `metal` say nothing on another device."""
+    if not mx.metal.is_available():
+        for item in items:
+            if item.get_closest_marker("metal"):
+                item.add_marker(pytest.mark.skip(reason="needs Metal"))
 
 
 @pytest.fixture(scope="session")

@@ -294,7 +294,7 @@ def test_what_would_stop_llama_cpp_is_said(name, finished, tmp_path):
 def test_mlx_s_own_layout_is_no_export(finished):
     """The fused folder itself would fail: its names and axes are MLX's."""
     found = llama_cpp.faults(finished.at("fused"))
-    assert f"{MAMBA_CONV}: has shape [160, 4, 1], not [160, 1, 4]" in found
+    assert f"{MAMBA_CONV}: has shape [192, 4, 1], not [192, 1, 4]" in found
     assert "model.layers.0.mlp.gate_proj.weight: has no place in llama.cpp" in found
     assert "model.layers.0.shared_mlp.input_linear.weight: is missing" in found
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path
+from dpo_mlx import tiny_granite
 from mlx_lm.models import granite, granitemoehybrid, llama
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-GRANITE_TEMPLATE = (
-    "{%- for m in messages -%}"
-    "<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n"
-    "{% endfor -%}"
-    "{%- if add_generation_prompt -%}<|start_of_role|>assistant<|end_of_role|>{%- endif -%}"
-)
+GRANITE_TEMPLATE = tiny_granite.TEMPLATE
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -70,11 +64,10 @@ TEMPLATES = {
     "thinking": THINKING_TEMPLATE,
     "llama": CHATML_TEMPLATE,
 }
-GRANITE_SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>"]
 # By kind: granite is the hybrid one; dense is Granite 4.1 and thinking 4.2, which share a layout.
 SPECIAL = {
-    "granite": GRANITE_SPECIAL,
-    "dense": GRANITE_SPECIAL,
+    "granite": tiny_granite.SPECIAL_TOKENS,
+    "dense": tiny_granite.SPECIAL_TOKENS,
     "thinking": ["<|im_end|>", "<|im_start|>", "<think>", "</think>", "<|endoftext|>"],
     "llama": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
 }
@@ -98,18 +91,11 @@ NANO: dict[str, Any] = {
 
 
 def vocabulary(kind: str) -> list[str]:
-    """Special tokens, and the 256 bytes in ByteLevel's alphabet."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return [*SPECIAL[kind], *letters]
+    return tiny_granite.vocabulary(SPECIAL[kind])
 
 
 def tokenizer(kind: str) -> Tokenizer:
-    tokens = vocabulary(kind)
-    tok = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL[kind]])
-    return tok
+    return tiny_granite.byte_tokenizer(SPECIAL[kind])
 
 
 def config(kind: str, **changes: Any) -> dict[str, Any]:
@@ -160,7 +146,7 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
             "position_embedding_type": "nope",
             "mamba_n_heads": 4,
             "mamba_d_head": 32,
-            "mamba_d_state": 16,
+            "mamba_d_state": 32,  # what mlx-lm's Metal kernel can do, times of this
             "mamba_n_groups": 1,
             "mamba_d_conv": 4,
             "mamba_expand": 2,
@@ -180,15 +166,8 @@ def model(settings: dict[str, Any], seed: int = 0) -> Any:
     module = MODULES[settings["model_type"]]
     mx.random.seed(seed)
     made = module.Model(module.ModelArgs.from_dict(settings))
-    made.update(tree_map_with_path(_spread, made.parameters()))
-    mx.eval(made.parameters())
+    tiny_granite.randomise(made)
     return made
-
-
-def _spread(path: str, value: mx.array) -> mx.array:
-    if path.endswith(("norm.weight", "A_log", ".D", "dt_bias", "layernorm.weight")):
-        return value
-    return 0.15 * mx.random.normal(value.shape)
 
 
 def folder(
@@ -197,25 +176,7 @@ def folder(
     """A model folder as the hub has it: config, weights, tokenizer, chat template (the kind's own
     unless another is given).
     """
-    path.mkdir(parents=True)
     settings = config(kind, **changes)
-    weights = dict(tree_flatten(model(settings, seed).parameters()))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (path / "config.json").write_text(json.dumps(settings))
-    save_tokenizer(path, kind, template)
+    template = template or TEMPLATES[kind]
+    tiny_granite.write(path, model(settings, seed), settings, SPECIAL[kind], template)
     return path
-
-
-def save_tokenizer(path: Path, kind: str, template: str | None = None) -> None:
-    """The tokenizer's two files, with the chat template, into a folder."""
-    tokenizer(kind).save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": SPECIAL[kind][0],
-                "pad_token": SPECIAL[kind][-1],
-                "chat_template": template or TEMPLATES[kind],
-            }
-        )
-    )

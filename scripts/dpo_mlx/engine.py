@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from .config import DpoConfig
-from .logps import check_head, differentiable_log_probs, find_head, token_log_probs
+from .logps import Head, check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Sides, objective, preference_loss, rewards
 from .pairs import EncodedPair, Sequence
 from .reference import Reference
@@ -57,12 +57,7 @@ class Engine:
         """log p(answer | prompt), the sum over the answer's tokens, in nats, rounded as in
         training.
         """
-
-        def log_prob() -> mx.array:
-            hidden, targets = self._answer(sequence)
-            return token_log_probs(hidden, targets, self._head).sum()
-
-        value = float(as_in_training(log_prob))
+        value = float(self._trace(sequence, token_log_probs)[0])
         mx.synchronize()  # a GPU command that failed is told here, not after the value is kept
         return value
 
@@ -101,15 +96,29 @@ class Engine:
 
         Both are computed now, so that no graph outlives its sequence.
         """
+        result = self._trace(sequence, differentiable_log_probs)
+        mx.eval(result)
+        return result
+
+    def _trace(
+        self, sequence: Sequence, score: Callable[[mx.array, mx.array, Head], mx.array]
+    ) -> tuple[mx.array, Any]:
+        """(log p(answer | prompt), its gradient), of which nothing is computed yet.
+
+        A score alone is traced with its gradient too: while gradients are traced, MLX takes other
+        kernels (on Metal no fused attention, on any device no compiled activations), and in
+        bfloat16 the two round differently, by tenths of a nat a sequence.
+        """
 
         def log_prob() -> mx.array:
             hidden, targets = self._answer(sequence)
-            return differentiable_log_probs(hidden, targets, self._head).sum()
+            return score(hidden, targets, self._head).sum()
 
-        # Wrapped anew each time: kept here, the function would refer to the engine that keeps it,
-        # and Python would free the model only when its collector runs.
+        # Wrapped anew each time: kept, the function would refer to the engine that keeps it, and
+        # Python would free the model only when its collector runs.
+        parameters = self.model.trainable_parameters()
         result = nn.value_and_grad(self.model, log_prob)()
-        mx.eval(result)
+        self.model.update(parameters)  # tracing leaves arrays of its own in the model
         return result
 
     def _answer(self, sequence: Sequence) -> tuple[mx.array, mx.array]:
@@ -122,16 +131,6 @@ class Engine:
         hidden = self._backbone(ids[None, :-1], self._caches)[0]
         start = sequence.prompt_length
         return hidden[start - 1 :], ids[start:]
-
-
-def as_in_training(function: Callable[[], mx.array]) -> mx.array:
-    """The value of `function`, a scalar, by the kernels that training uses.
-
-    MLX chooses an attention kernel by whether a gradient is being traced (on Metal the fused one
-    only where none is), and in bfloat16 the two round differently, by tenths of a nat a sequence.
-    The gradient of an unused number is enough to make it choose as in training.
-    """
-    return mx.value_and_grad(lambda unused: function() + unused)(mx.array(0.0))[0]
 
 
 def rounding_limit(length: int, dtype: mx.Dtype) -> float:

@@ -16,7 +16,7 @@ import common
 import mlx.core as mx
 import numpy as np
 import tiny
-from dpo_mlx import memory, models, scan
+from dpo_mlx import memory, models, scan, tiny_granite
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard
@@ -227,7 +227,7 @@ def granite_folder(
     save_model(path, model)
     settings = granite_config(layers, dtype, **changes)
     if tokenizer is None:
-        tiny.save_tokenizer(path, "granite")
+        tiny_granite.write_tokenizer(path, tiny_granite.SPECIAL_TOKENS, tiny_granite.TEMPLATE)
         _fill_vocabulary(path / "tokenizer.json", settings["vocab_size"])
     else:
         known = json.loads((tokenizer / "config.json").read_text())

@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Check in about two minutes that this machine does what the pipeline relies on.
+
+Runs the whole chain on a tiny random Granite, on MLX's default device, in a temporary folder. Exits
+1 when a check fails; its output is then what a bug report should contain.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_mlx import cli, selftest, signals
+
+# Which machine was tested, and when; train_dpo_run1.sh looks for it.
+MARK = Path(__file__).resolve().parents[2] / "data" / ".selftest.json"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    cli.warn_without_blas()
+    try:
+        with signals.caught():
+            passed = selftest.run(MARK)
+    except signals.Interrupted as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

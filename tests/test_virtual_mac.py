@@ -1,0 +1,289 @@
+"""The emulation of a Mac is right, and the whole chain passes under it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from dpo_mlx import config as configs
+from dpo_mlx import device, jsonl, models, tiny_granite
+from dpo_mlx.config import Config
+from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.smoke_test import smoke_test
+from dpo_mlx.train_dpo import ALL, train_dpo
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.ssm import ssm_update
+from virtual_mac import VirtualMac, in_bfloat16, ssm_step, stand_ins
+
+SCALE = 0.125
+BATCH, HEADS, SHARED, LENGTH, WIDTH = 2, 4, 2, 24, 64
+STEP = 2**-8  # half the distance of neighbouring bfloat16 numbers, relative to them
+
+
+def inputs(dtype: mx.Dtype, queries: int = LENGTH, width: int = WIDTH) -> list[mx.array]:
+    """q [B, H, queries, D], k and v [B, KV, L, D]."""
+    mx.random.seed(3)
+    shapes = [(HEADS, queries), (SHARED, LENGTH), (SHARED, LENGTH)]
+    return [mx.random.normal((BATCH, *shape, width)).astype(dtype) for shape in shapes]
+
+
+def masks(queries: int = LENGTH) -> dict[str, Any]:
+    """One of each kind that mlx-lm hands over."""
+    causal = mx.tri(queries, LENGTH, LENGTH - queries, dtype=mx.bool_)
+    padded = causal & (mx.arange(LENGTH) >= mx.array([0, 5])[:, None, None, None])
+    return {
+        "none": None,
+        "causal": "causal",
+        "boolean": causal,
+        "of a padded batch": padded,
+        "added": mx.where(causal, 0.0, -1e4).astype(mx.bfloat16),
+    }
+
+
+def attend(arrays: list[mx.array], mask: Any = "causal") -> mx.array:
+    q, k, v = arrays
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask=mask)
+
+
+def attend_traced(arrays: list[mx.array], mask: Any = "causal") -> mx.array:
+    """The same while gradients are traced, as in training."""
+    outputs = []
+
+    def total(q: mx.array) -> mx.array:
+        outputs.append(attend([q, *arrays[1:]], mask))
+        return outputs[0].astype(mx.float32).sum()
+
+    mx.eval(mx.value_and_grad(total)(arrays[0]))
+    return outputs[0]
+
+
+def by_hand(
+    arrays: list[mx.array], mask: Any, rounding: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Attention by numpy in float64, `rounding` after each operation."""
+    q, k, v = (np.array(x.astype(mx.float32), dtype=np.float64) for x in arrays)
+    k, v = (np.repeat(x, HEADS // SHARED, axis=1) for x in (k, v))
+    scores = rounding(rounding(SCALE * q) @ np.swapaxes(k, -1, -2))
+    if isinstance(mask, str):
+        mask = masks(q.shape[2])["boolean"]
+    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+        scores = np.where(np.array(mask), scores, -1e30)
+    elif mask is not None:
+        scores = rounding(scores + np.array(mask.astype(mx.float32)))
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return rounding(rounding(powers / powers.sum(axis=-1, keepdims=True)) @ v)
+
+
+def exact(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    return np.array(mx.array(x.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32))
+
+
+def distance(one: mx.array | np.ndarray, other: mx.array | np.ndarray) -> float:
+    """The mean difference, relative to the mean size."""
+    pair = (x.astype(mx.float32) if isinstance(x, mx.array) else x for x in (one, other))
+    a, b = (np.array(x, dtype=np.float64) for x in pair)
+    return float(np.abs(a - b).mean() / np.abs(b).mean())
+
+
+@pytest.mark.parametrize("queries", [1, 8, LENGTH])
+@pytest.mark.parametrize("mask", masks())
+def test_without_gradients_attention_is_rounded_once(
+    mask: str, queries: int, virtual_mac: VirtualMac
+) -> None:
+    """As by Metal's fused kernels, for one token, for eight and for a sequence, with every mask:
+    equal to exact attention rounded once, but for a last bit where that lies halfway.
+    """
+    arrays, given = inputs(mx.bfloat16, queries), masks(queries)[mask]
+    expected = to_bfloat16(by_hand(arrays, given, exact))
+    found = np.array(attend(arrays, given).astype(mx.float32))
+    assert (found != expected).mean() < 5e-3
+    assert np.abs(found - expected).max() <= 2 * STEP * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mask", masks())
+def test_with_gradients_each_step_is_rounded(mask: str, virtual_mac: VirtualMac) -> None:
+    """As by the unfused operations that Metal takes in training: far nearer to attention with each
+    intermediate result in bfloat16 than to exact attention, from which it differs visibly.
+    """
+    arrays, given = inputs(mx.bfloat16), masks()[mask]
+    found = attend_traced(arrays, given)
+    stepwise, once = (by_hand(arrays, given, how) for how in (to_bfloat16, exact))
+    assert distance(found, stepwise) < 0.2 * distance(found, once)
+    assert mx.any(found != attend(arrays, given))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "of a padded batch"])
+def test_in_float32_both_agree(mask: str, virtual_mac: VirtualMac) -> None:
+    """The two paths differ in rounding alone."""
+    arrays, given = inputs(mx.float32), masks()[mask]
+    apart = mx.abs(attend(arrays, given) - attend_traced(arrays, given)).max()
+    assert float(apart) < 1e-6
+
+
+@pytest.mark.parametrize("queries", [1, LENGTH])
+def test_widths_without_a_kernel_stay_unfused(queries: int, virtual_mac: VirtualMac) -> None:
+    """Metal has no kernel for heads of 16, as most tiny models have: nothing differs there."""
+    arrays = inputs(mx.bfloat16, queries, width=16)
+    assert mx.array_equal(attend(arrays), attend_traced(arrays))
+
+
+def test_every_way_to_a_gradient_is_seen(virtual_mac: VirtualMac) -> None:
+    """`grad`, `vjp`, `jvp`, modules' gradients and a checkpoint's second forward pass trace
+    gradients; before and after them nothing does, also when one of them raises.
+    """
+    seen = []
+
+    def square(x: mx.array) -> mx.array:
+        seen.append(virtual_mac.traces_gradients)
+        return (x * x).sum()
+
+    def fault(x: mx.array) -> mx.array:
+        raise ValueError
+
+    x, module = mx.ones(3), nn.Linear(3, 1)
+    mx.grad(square)(x)
+    mx.vjp(square, [x], [mx.array(1.0)])
+    mx.jvp(square, [x], [x])
+    nn.value_and_grad(module, lambda: square(module(x)))()
+    mx.eval(mx.grad(lambda x: mx.checkpoint(square)(x))(x))
+    assert len(seen) == 6 and all(seen)
+    with pytest.raises(ValueError):
+        mx.grad(fault)(x)
+    square(x)
+    assert not seen[-1]
+
+
+def test_mamba_s_step_is_the_scan_s(virtual_mac: VirtualMac) -> None:
+    """The step that stands for mlx-lm's Metal kernel gives what its scan gives of the same token
+    and state, in float32 to 1e-5.
+    """
+    mx.random.seed(1)
+    batch, heads, groups, width, size = 2, 4, 2, 8, 32
+    x = mx.random.normal((batch, 1, heads, width))
+    b, c = mx.random.normal((2, batch, 1, groups, size))
+    dt, state = mx.random.normal((batch, 1, heads)), mx.random.normal((batch, heads, width, size))
+    a_log, d, bias = mx.random.normal((3, heads))
+    arguments = (x, a_log, b, c, d, dt, bias, state, (0.0, 1e9))
+    for found, expected in zip(ssm_step(*arguments), ssm_update(*arguments), strict=True):
+        assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mamba_s_kernel_wants_whole_states(virtual_mac: VirtualMac, tmp_path: Path) -> None:
+    """mlx-lm's kernel would leave out a state of 16 without a word; here that is a fault."""
+    model = models.load(str(tiny_granite.folder(tmp_path / "model", mamba_d_state=16))).model
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[1]]), cache=cache))
+    with pytest.raises(AssertionError, match="16 are no times 32"):
+        model(mx.array([[1]]), cache=cache)
+
+
+def test_memory_beyond_the_working_set_fails_the_test(virtual_mac: VirtualMac) -> None:
+    """At an evaluation, and at the end when only the peak went beyond it."""
+    virtual_mac.working_set = 10**6
+    with pytest.raises(pytest.fail.Exception, match="MLX held"):
+        mx.eval(mx.zeros(10**6))
+    float(mx.zeros(10**6).sum())  # evaluated behind the fixture's back, and freed
+    with pytest.raises(pytest.fail.Exception, match="MLX held"):
+        mx.reset_peak_memory()
+    virtual_mac.working_set = 10**9
+
+
+def test_the_device_is_a_16_gb_mac(virtual_mac: VirtualMac) -> None:
+    """The memory plan sees its working set, and the limits that are set are kept for a test."""
+    assert device.available() == virtual_mac.working_set == 11_450_000_000
+    device.bound()
+    assert virtual_mac.limits["set_wired_limit"] == [11_450_000_000]
+    assert virtual_mac.limits["set_cache_limit"] == [1_145_000_000]
+
+
+def test_a_model_in_bfloat16(tmp_path: Path, granite: Path) -> None:
+    """All weights and the config change, and mlx-lm loads it."""
+    model = models.load(str(in_bfloat16(granite, tmp_path / "model"))).model
+    assert model.layers[0].mamba.in_proj.weight.dtype == mx.bfloat16
+    config = jsonl.read_json(tmp_path / "model/config.json")
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_stand_ins_answer_as_macos(tmp_path: Path) -> None:
+    """Programs on PATH say what a Mac says, or what a test wants; `caffeinate` keeps what it was
+    asked, and runs the command that it is given.
+    """
+    folder = stand_ins(tmp_path / "bin", **{"uname -m": "x86_64", "sw_vers -productVersion": None})
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+    def said(command: str) -> str:
+        return subprocess.run(
+            command, shell=True, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert said("uname; uname -m") == "Darwin\nx86_64"
+    assert said("sysctl -n hw.memsize") == str(16 * 2**30)
+    assert said("sw_vers -productVersion || echo none") == "none"
+    assert said("caffeinate -is -w 999999999; caffeinate -i echo awake") == "awake"
+    asked = (folder / "caffeinate.arguments").read_text()
+    assert asked == "-is -w 999999999\n-i echo awake\n"
+
+
+# The smoke test's limits at values that no random model crosses.
+NO_LIMITS = {
+    "min_voice_share": 0,
+    "min_voice_gain": -1,
+    "max_distinct2_drop": 1,
+    "min_self_ended_ratio": 0,
+    "max_base_logprob_drop": 100,
+    "max_length_ratio": 1000,
+}
+
+
+@pytest.fixture
+def write_run(settings: dict[str, Any], write_config: Any, tmp_path: Path) -> Any:
+    """write_run(epochs of SFT) -> the config of a run on a tiny Granite in bfloat16."""
+
+    def write(sft_epochs: int) -> Config:
+        values = {
+            **settings,
+            "model": str(tiny_granite.folder(tmp_path / "model")),
+            "sft": {"epochs": sft_epochs, "learning_rate": 1e-3},
+            "guard": {"enabled": False},
+            "smoke": {**settings["smoke"], **NO_LIMITS},
+        }
+        return configs.load(write_config(values))
+
+    return write
+
+
+@pytest.mark.parametrize("sft_epochs", [0, 1], ids=["without SFT", "with SFT"])
+def test_the_chain_passes(sft_epochs: int, virtual_mac: VirtualMac, write_run: Any) -> None:
+    """From questions to the report in bfloat16 with Metal's two kinds of attention: training starts
+    at the reference, fusing keeps the margin, and every limit of the smoke test is kept.
+    """
+    config = write_run(sft_epochs)
+    make_pairs(config)
+    assert train_dpo(config, ALL)
+    fuse_adapters(config)
+    assert smoke_test(config)
+
+
+def test_every_stage_bounds_its_memory(virtual_mac: VirtualMac, write_run: Any) -> None:
+    """Each stage that loads a model sets all three of MLX's limits."""
+    config = write_run(0)
+    unbounded = []
+    for stage in (make_pairs, partial(train_dpo, stage=ALL), fuse_adapters, smoke_test):
+        for calls in virtual_mac.limits.values():
+            calls.clear()
+        stage(config)
+        unbounded += [(stage, name) for name, calls in virtual_mac.limits.items() if not calls]
+    assert unbounded == []
