@@ -182,10 +182,11 @@ def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
     weights = max(before, after)
     quantized = after * (config.fuse.quantize or 0) // (8 * dtype.size)
     remedy = "set fuse.dtype: null or float16, or use the adapters as they are (--adapter-path)"
-    layer = _peak(lambda: fusing.fuse_largest_layer(model, dtype))
-    with fusing.activations_in_float32(model):
+    with fusing.activations_in_float32(model):  # which keeps the model's own embedding too
         comparing = scoring(model, longest)
-    embedding = comparing.weights - before
+        embedding = nbytes(model.model.embed_tokens.parameters())
+    # After scoring, which has read that layer: its weights count as weights.
+    layer = _peak(lambda: fusing.fuse_largest_layer(model, dtype))
     return [
         Need(f"fusing into {dtype_name(dtype)}", remedy, weights + quantized, adapters, layer),
         replace(comparing, remedy=remedy, weights=weights, work=comparing.work + embedding),
