@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from dpo_mlx import config as configs
-from dpo_mlx import device, jsonl, models, tiny_granite
+from dpo_mlx import device, fusing, jsonl, models, tiny_granite
 from dpo_mlx.config import Config
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
@@ -275,6 +276,27 @@ def test_the_chain_passes(sft_epochs: int, virtual_mac: VirtualMac, write_run: A
     assert train_dpo(config, ALL)
     fuse_adapters(config)
     assert smoke_test(config)
+
+
+def test_training_starts_at_the_reference_on_a_quantised_base(
+    virtual_mac: VirtualMac, write_run: Any, tmp_path: Path
+) -> None:
+    """The same over a base in 4 bits, whose products take kernels of their own; a few short rows,
+    as a CPU takes long for them.
+    """
+    config = write_run(0)
+    loaded = models.load(config.model)
+    about = fusing.quantize(loaded.model, jsonl.read_json(loaded.folder / "config.json"), 4)
+    models.save(loaded.model, loaded.folder, tmp_path / "quantised", about)
+    config = replace(
+        config,
+        model=str(tmp_path / "quantised"),
+        data=replace(config.data, limit=8),
+        generation=replace(config.generation, max_tokens=4),
+        train=replace(config.train, eval_questions=1, grad_accumulation=4, force=True),
+    )
+    make_pairs(config)
+    assert train_dpo(config, ALL)
 
 
 def test_every_stage_bounds_its_memory(virtual_mac: VirtualMac, write_run: Any) -> None:

@@ -19,6 +19,9 @@ from .errors import UserError
 # Rows of the head in float32 at a time: 8192 x 2048 x 4 bytes = 64 MiB for Granite's width.
 VOCABULARY_BLOCK = 8192
 
+# Share of the largest logit by which the model's own logits may differ from the head's.
+HEAD_TOLERANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Head:
@@ -94,10 +97,10 @@ def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
         blocks.append(head.logits(hidden @ head.weight(rows).T, rows))
         mx.eval(blocks)  # or the whole head would stand in memory in float32
     found = mx.concatenate(blocks, axis=-1)
-    # The model rounds its logits to its own dtype: half a bfloat16 step is 2^-9 of the value. The
-    # comparison is one that NaN fails.
+    # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%; a
+    # scaling that is not known here is off by far more. NaN fails the comparison.
     if found.shape != expected.shape or not (
-        mx.abs(found - expected).max() <= 2e-2 * mx.abs(expected).max()
+        mx.abs(found - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
     ):
         raise _unknown_head(model)
 
