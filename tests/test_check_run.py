@@ -68,7 +68,7 @@ def test_everything_is_told(
     config = write_config(settings)
     assert exit_code(config, script=CHECK) == 0
     said = capsys.readouterr().out
-    for words in ("offers", "download: none", "disk: up to", "memory at the peak", "check: about"):
+    for words in ("offers", "download: none", "disk: up to", "peak memory", "check: about"):
         assert words in said
     run = configs.load(config).run
     minutes = jsonl.read_json(run / checks.PLAN)["minutes"]
@@ -104,8 +104,8 @@ def test_a_hub_that_does_not_answer_is_no_fault(
             raise ConnectionError
 
     monkeypatch.setattr(checks, "HfApi", Hub)
-    checks._tell_download("owner/no-such-model")
-    assert "an unknown size (the hub does not answer: ConnectionError)" in capsys.readouterr().out
+    checks._print_download("owner/no-such-model")
+    assert "size unknown (the hub does not answer: ConnectionError)" in capsys.readouterr().out
 
 
 def test_a_download_that_does_not_fit_is_refused(
@@ -114,5 +114,5 @@ def test_a_download_that_does_not_fit_is_refused(
     """Before it begins, with its size."""
     monkeypatch.setattr(checks, "download_size", lambda name: (10**18, ""))
     with pytest.raises(UserError, match="the disk has .* needed"):
-        checks._tell_download("owner/no-such-model")
-    assert "1000000000.00 GB of owner/no-such-model" in capsys.readouterr().out
+        checks._print_download("owner/no-such-model")
+    assert "owner/no-such-model, 1000000000.00 GB" in capsys.readouterr().out

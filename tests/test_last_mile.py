@@ -340,7 +340,7 @@ def test_the_card_passes_the_template_s_arguments_on(finished):
     word = shlex.quote(json.dumps(arguments))
     for part in (
         'enable_thinking=False, tone="it\'s dry"`.',
-        f"`mlx_lm.server` it is `--chat-template-args {word}`",
+        f"`mlx_lm.server` add `--chat-template-args {word}`",
         f"mlx_lm.generate --model fused --temp 0.7 --top-p 0.95 --max-tokens 512 "
         f"--chat-template-config {word} --prompt",
         'return_dict=True, enable_thinking=False, tone="it\'s dry"\n)',

@@ -125,6 +125,6 @@ def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         memory.require([small, large], "m")
     assert str(error.value) == (
         "m: needs 6.00 GB for sampling 32 answers (weights 1.00, work 2.00, in each of 2 "
-        "processes), this machine offers 5.00 GB; start the runner with --launch none, lower b, or "
-        "set model to a smaller or a quantised one"
+        "processes), but this machine offers 5.00 GB; start the runner with --launch none, lower "
+        "b, or set model to a smaller or a quantised one"
     )

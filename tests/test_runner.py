@@ -375,4 +375,4 @@ def test_an_active_environment_that_does_not_fit_is_refused(version, sandbox):
     sandbox.activate(version)
     (sandbox.venv / ".installed-.venv").unlink()
     line = sandbox.refuses()
-    assert str(sandbox.venv) in line and "leave or delete" in line
+    assert str(sandbox.venv) in line and "deactivate or delete" in line

@@ -148,7 +148,9 @@ def test_a_stage_that_aborts_after_progress_is_started_again_to_its_end(staged):
     assert (code, staged.starts) == (0, 3)
     first, second, seconds = filter(None, said.splitlines())
     assert first.startswith("-- 10_train_dpo.py aborted (exit 134): ") and "(1 of 3)" in first
-    assert second.startswith("-- 10_train_dpo.py aborted (exit 137): most likely memory ran out")
+    assert second.startswith(
+        "-- 10_train_dpo.py aborted (exit 137): the system most likely ran out"
+    )
     assert "lower data.max_length" in second and "(2 of 3)" in second
     assert seconds.startswith("-- 10_train_dpo.py: ") and seconds.endswith(" s")
 
@@ -165,7 +167,7 @@ def test_retries_are_bounded_whatever_progress_there_is(retries, starts, staged)
     """A stage that aborts for ever is left after --retries, with the code of its last abort."""
     code, said = staged.run(["checkpoint killed"] * 5, "--retries", retries)
     assert (code, staged.starts) == (128 + signal.SIGKILL, starts)
-    assert f"Not started again (--retries {retries})" in said
+    assert f"Not starting it again (--retries {retries})" in said
 
 
 @pytest.mark.parametrize("code", [1, 2, 3])
@@ -360,7 +362,9 @@ def test_a_gpu_s_fault_is_one_line_and_an_abort(text, code, staged, monkeypatch,
     """
     assert end_of_stage(RuntimeError(text), staged.config, monkeypatch) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {text} most likely" if code == 137 else f"error: {text} ")
+    assert line.startswith(
+        f"error: {text} Cause: the system" if code == 137 else f"error: {text} Cause: "
+    )
 
 
 def test_another_runtime_error_keeps_its_traceback(staged, monkeypatch):
@@ -373,7 +377,7 @@ def test_a_mac_s_abort_is_told_with_the_display():
     """134 means the GPU's watchdog on a Mac, and says nothing by itself elsewhere."""
     assert "let the display sleep" in aborts.explain(aborts.ABORTED, "darwin")
     assert "display" not in aborts.explain(aborts.ABORTED, "linux")
-    assert all("memory ran out" in aborts.explain(aborts.KILLED, p) for p in ("darwin", "linux"))
+    assert all("ran out of memory" in aborts.explain(aborts.KILLED, p) for p in ("darwin", "linux"))
     assert all("crashed" in aborts.explain(code, "darwin") for code in aborts.CRASHED)
 
 

@@ -128,7 +128,7 @@ def test_one_two_and_three_processes_learn_the_same(fresh):
     (by_three / "run/.lock").touch()
     for count, folder in ((2, by_two), (3, by_three)):
         said = run(folder, count, TRAIN)
-        assert f", in each of {count} processes), of" in said, "all share this machine's memory"
+        assert f", in each of {count} processes); " in said, "all share this machine's memory"
         alike(folder, alone)
         assert list((folder / "elsewhere").iterdir()) == [], "only rank 0 writes"
 

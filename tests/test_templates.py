@@ -158,7 +158,7 @@ def test_stage_06_on_granite_s_template(settings, write_config, granite_4, quest
 )
 def test_the_line_is_one_line(message, system_prompt, said):
     """Of any system message, and of none."""
-    assert make_pairs._said_of_system(message, system_prompt) == said
+    assert make_pairs._system_line(message, system_prompt) == said
 
 
 # The template's arguments -------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_arguments_without_effect_are_named(granite_4, thinking):
     """One note for all that the template does not read; none for those that it does."""
     unread = {"enable_thinking": False, "tone": "dry"}
     assert list(encoder_of(granite_4, template_args=unread).template.notes()) == [
-        "chat_template_args: without effect on this model's prompts: enable_thinking, tone"
+        "chat_template_args: these do not change this model's prompts: enable_thinking, tone"
     ]
     assert list(encoder_of(granite_4).template.notes()) == []
     assert list(encoder_of(thinking, template_args=OFF).template.notes()) == []

@@ -37,8 +37,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
-    """Run a stage in its run's folder and exit: 0, its own code, 1 with one line for a user's
-    mistake or a disk's fault, 130 for ^C, 143 for SIGTERM, one of aborts.CODES for a GPU's fault.
+    """Run a stage in its run's folder and exit: 0, its own code, 1 after one line about a user's
+    mistake or a disk error, 130 for ^C, 143 for SIGTERM, one of aborts.CODES for a GPU error.
 
     Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
     exit codes to itself, and adds a line to those that are not 0, the process number and the code
@@ -90,7 +90,7 @@ def _code_of(run: Callable[[], int | None]) -> int:
         code = aborts.of_gpu_error(error)
         if code is None:
             raise
-        print(f"error: {error} {aborts.explain(code)}", file=sys.stderr)
+        print(f"error: {error} Cause: {aborts.explain(code)}", file=sys.stderr)
         return code
     except signals.Interrupted as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)

@@ -95,12 +95,12 @@ def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
     blocks: list[mx.array] = []
     for rows in _blocks(head.vocabulary):
         blocks.append(head.logits(hidden @ head.weight(rows).T, rows))
-        mx.eval(blocks)  # or the whole head would stand in memory in float32
-    found = mx.concatenate(blocks, axis=-1)
-    # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%; a
-    # scaling that is not known here is off by far more. NaN fails the comparison.
-    if found.shape != expected.shape or not (
-        mx.abs(found - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
+        mx.eval(blocks)  # otherwise the whole head would be in memory in float32
+    own_logits = mx.concatenate(blocks, axis=-1)
+    # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%.
+    # An unknown scaling is off by far more. NaN fails the comparison.
+    if own_logits.shape != expected.shape or not (
+        mx.abs(own_logits - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
     ):
         raise _unknown_head(model)
 

@@ -1,9 +1,9 @@
-"""What a stage will need of memory, found by running a few blocks before the whole model.
+"""Estimate a stage's peak memory by running a few blocks of its model.
 
-The first blocks of a lazily loaded model do what the stage will do: take a gradient of the longest
-sequence, sample a batch, score an answer, fuse a layer. What each further block adds is
-extrapolated to all of them. So a plan knows the device, the dtype, the architecture and
-checkpointing as they are, and costs seconds.
+The first blocks of a lazily loaded model do what the stage will do: compute a gradient of the
+longest sequence, sample a batch, score an answer, fuse a layer. We extrapolate what each further
+block adds to the whole model. An estimate takes seconds, and reflects the real device, dtype,
+architecture and gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from .models import adapter_bytes, dtype_name, gradient_checkpointing, nbytes
 from .pairs import Sequence
 from .sampling import EVALUATED_AT_ONCE
 
-# Beside its parameters an adapter has two moments in AdamW, and three gradients at the peak: the
-# sum so far, the chosen side's and, counted in the work, the rejected side's.
+# Copies of the adapters at the peak of training: parameters, AdamW's two moments, and two gradients
+# (the sum so far and the chosen side's). The rejected side's gradient is counted in the work.
 TRAINED_COPIES = 5
-# While a training run answers questions, it holds the adapters and their moments.
+# Copies while a training run answers questions: parameters and AdamW's two moments.
 HELD_COPIES = 3
 
-# Blocks of a kind that are run at most; the more, the less a peak's chance overlaps count.
+# At most this many blocks of a kind are run. The more there are, the less a chance overlap at one
+# peak counts.
 MEASURED = 5
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the peak of one thing that a stage does, in each of its processes on a machine.
+    """Peak bytes of one activity of a stage, in each of its processes on a machine.
 
-    `what` is what the stage does, `remedy` what to change when that is too much.
+    `what` names the activity, `remedy` says what to change when it does not fit.
     """
 
     what: str
@@ -66,7 +67,7 @@ class Need:
 
 
 def largest(needs: List[Need]) -> Need:
-    """What a stage with these needs takes at its peak."""
+    """The need that decides a stage's peak memory."""
     return max(needs, key=lambda need: need.total)
 
 
@@ -74,18 +75,18 @@ def require(needs: List[Need], model: str) -> Need:
     """The largest need. Raises UserError when the device offers less than that."""
     need, offered = largest(needs), device.available()
     if need.total > offered:
-        fewer = "start the runner with --launch none, " if need.processes > 1 else ""
+        one_process = "start the runner with --launch none, " if need.processes > 1 else ""
         raise UserError(
-            f"{model}: needs {need}, this machine offers {offered / 1e9:.2f} GB; {fewer}"
+            f"{model}: needs {need}, but this machine offers {offered / 1e9:.2f} GB; {one_process}"
             f"{need.remedy}, or set model to a smaller or a quantised one"
         )
     return need
 
 
 def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
-    """An update of a model that carries adapters, with its longest sequence.
+    """The need of one update with the longest sequence; the model carries adapters.
 
-    Call it inside `models.gradient_checkpointing` as training will be.
+    Call it inside `models.gradient_checkpointing`, as training runs.
     """
     adapters, engine = adapter_bytes(model), Engine(model, check=False)
     return Need(
@@ -101,9 +102,9 @@ def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
 def sampling(
     model: nn.Module, batch: int, prompt: int, answer: int, key: str, processes: int = 1
 ) -> Need:
-    """Sampling `batch` answers at once, of up to `answer` tokens, to prompts of up to `prompt`
-    tokens; `key` is the config's key that lowers the batch. A model that carries adapters holds
-    their optimizer's state beside them.
+    """The need of sampling `batch` answers at once, of up to `answer` tokens, to prompts of up to
+    `prompt` tokens. `key` is the config key that lowers the batch. If the model carries adapters,
+    their optimizer state counts too.
     """
     adapters = adapter_bytes(model)
     empty, kinds = make_prompt_cache(model), _kinds(model.layers)
@@ -134,7 +135,7 @@ def sampling(
 
 
 def scoring(model: nn.Module, longest: Sequence) -> Need:
-    """The log-prob of the longest sequence."""
+    """The need of scoring the longest sequence."""
     adapters, engine = adapter_bytes(model), Engine(model, check=False)
     return Need(
         f"scoring answers of {len(longest.ids)} tokens",
@@ -147,8 +148,8 @@ def scoring(model: nn.Module, longest: Sequence) -> Need:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a stage will meet at most: questions to answer, tokens of a prompt, tokens of a sampled
-    answer, and the longest prompt with its answer.
+    """The most that a stage works with: questions to answer, tokens of a prompt, tokens of a
+    sampled answer, and the longest prompt with its answer.
     """
 
     questions: int
@@ -217,7 +218,7 @@ def _write_two_tokens(model: nn.Module, caches: list[Any], batch: int) -> None:
 
 
 def _growth(caches: list[Any], length: int) -> list[int]:
-    """Bytes that each cache will take more when it holds `length` tokens."""
+    """Bytes by which each cache will grow until it holds `length` tokens."""
     growth = []
     for cache in caches:
         more = 0
@@ -231,20 +232,20 @@ def _growth(caches: list[Any], length: int) -> list[int]:
 
 
 def _work(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that `run` takes beside the weights of the whole model.
+    """Peak bytes of `run` on the whole model, beside its weights.
 
-    It is run on the first blocks, at least one of each kind; each further block takes what a block
-    of its kind took among them.
+    Runs it on the first blocks, at least one of each kind, and counts each further block like the
+    measured ones of its kind.
     """
     kinds = _kinds(model.layers)
     spans = {kind: _span(kinds, kinds.index(kind)) for kind in set(kinds)}
-    taken = {count: _taken(model, count, run) for count in sorted(set().union(*spans.values()))}
+    peaks = {count: _peak_of(model, count, run) for count in sorted(set().union(*spans.values()))}
     step = {
-        kind: (taken[end] - taken[start]) // (end - start) if start < end else taken[end]
+        kind: (peaks[end] - peaks[start]) // (end - start) if start < end else peaks[end]
         for kind, (start, end) in spans.items()
     }
-    most = max(taken)
-    return taken[most] + sum(step[kind] for kind in kinds[most:])
+    most = max(peaks)
+    return peaks[most] + sum(step[kind] for kind in kinds[most:])
 
 
 def _span(kinds: list[str], first: int) -> tuple[int, int]:
@@ -266,20 +267,20 @@ def _kinds(layers: List[nn.Module]) -> list[str]:
     ]
 
 
-def _taken(model: nn.Module, count: int, run: Callable[[], Any]) -> int:
-    """Bytes that `run` takes at its peak with the first `count` blocks."""
+def _peak_of(model: nn.Module, count: int, run: Callable[[], Any]) -> int:
+    """Peak bytes of `run` on the first `count` blocks."""
     layers = model.model.layers
     model.model.layers = layers[:count]
     try:
-        mx.eval(model.parameters())  # the weights that are run count as weights
+        mx.eval(model.parameters())  # load these weights now, so that they do not count as work
         return _peak(run)
     finally:
         model.model.layers = layers
 
 
 def _peak(run: Callable[[], Any]) -> int:
-    """Bytes that `run` takes at its peak beside what is in memory already."""
-    device.release()  # or arrays of others, freed while this is measured, would be taken off
+    """Peak bytes of `run` beyond what is in memory already."""
+    device.release()  # otherwise arrays freed during `run` would be subtracted from its peak
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     run()
