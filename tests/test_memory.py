@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, memory, models, scan
+from dpo_mlx import device, fusing, memory, models, scan
 from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
@@ -112,6 +112,47 @@ def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) ->
     mx.reset_peak_memory()
     sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
     assert need.work == pytest.approx(mx.get_peak_memory() - before, rel=0.25)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_stage_11_is_planned(kind: str) -> None:
+    """Fusing and comparing in float32, over a bfloat16 base: the peak is within 15% of the plan."""
+    model = loaded(kind)
+    model.apply(lambda w: w.astype(mx.bfloat16), lambda m, k, _: "lora_" not in k)
+    config = Config(
+        model="",
+        run_dir="",
+        data=DataConfig(source="", train_pairs="", valid_pairs=""),
+        train=TrainConfig(learning_rate=1e-4),
+    )
+    mx.eval(model.parameters())
+    need = memory.largest(memory.stage_11(model, config, sequence(64)))
+    device.release()
+    held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
+    mx.reset_peak_memory()
+    with fusing.activations_in_float32(model):
+        Engine(model).log_prob(sequence(64))
+    fusing.fuse(model, "stochastic", mx.bfloat16)
+    with fusing.activations_in_float32(model):
+        Engine(model).log_prob(sequence(64))
+    assert need.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
+
+
+def test_the_larger_of_both_models_counts_in_stage_12(granite: Path) -> None:
+    """Base and fused model take turns: what one takes more than the other is planned for both."""
+    model = models.load(str(granite)).model
+    config = Config(
+        model="",
+        run_dir="",
+        data=DataConfig(source="", train_pairs="", valid_pairs=""),
+        train=TrainConfig(learning_rate=1e-4),
+    )
+    lengths = memory.Lengths(questions=2, prompt=30, answer=20, longest=sequence(40))
+    alone = memory.stage_12(model, config, lengths)
+    beside = memory.stage_12(model, config, lengths, other_weights=10**9)
+    assert [need.weights for need in beside] == [10**9] * 2
+    assert [need.work for need in beside] == pytest.approx([n.work for n in alone], rel=0.1)
+    assert len(lengths.scored.ids) == 50, "a sampled answer is scored, too"
 
 
 def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,11 +236,18 @@ def two() -> str:
 
 def test_rank_0_that_dies_without_a_word_has_aborted(staged, two):
     """mlx.launch tells nobody how its processes ended: a process number without an exit code is an
-    abort, which counts as killed.
+    abort.
     """
     code, said = staged.run(["checkpoint killed", "killed", "killed"], two)
-    assert (code, staged.starts) == (aborts.KILLED, 2)
-    assert "(exit 137)" in said and "no progress" in said
+    assert (code, staged.starts) == (aborts.LOST, 2)
+    assert "one of its processes died" in said and "no progress" in said
+
+
+def test_rank_0_that_the_launcher_ends_has_lost_a_process(staged):
+    """A SIGTERM that no user sent comes from mlx.launch, when another rank has died."""
+    code, said = staged.run(["143", "0"], "--launch=-n 1")
+    assert (code, staged.starts) == (0, 2)
+    assert f"(exit {aborts.LOST})" in said
 
 
 def test_rank_0_s_exit_code_is_the_stage_s(staged):
@@ -311,17 +318,20 @@ def test_what_is_left_to_do_is_told_after_a_stage(staged):
         "12_a.py": 4,
     }
     (staged.folder / "run").mkdir()
-    (staged.folder / "run/plan.json").write_text(json.dumps({"minutes": minutes}))
+    plan = {"config": configs.digest(configs.load(staged.config)), "minutes": minutes}
+    (staged.folder / "run/plan.json").write_text(json.dumps(plan))
     assert staged.run(["0"])[1].splitlines()[-1] == "-- about 6 minutes to go"
+    assert "to go" not in staged.run(["0"], "--set", "seed=1")[1], "the plan is another config's"
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"minutes": 3}', '{"minutes": {"12": null}}'])
-def test_without_a_plan_nothing_is_told(text, tmp_path):
+def test_without_a_plan_nothing_is_told(text, staged):
     """A plan that is missing or half written is no fault."""
-    plan = tmp_path / "plan.json"
+    config = configs.load(staged.config)
+    config.run.mkdir()
     if text is not None:
-        plan.write_text(text)
-    assert supervisor.minutes_to_go(plan, "10_train_dpo.py") is None
+        (config.run / "plan.json").write_text(text)
+    assert supervisor.minutes_to_go(config, "10_train_dpo.py") is None
 
 
 def test_the_supervisor_starts_without_mlx():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import rings
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl
+from dpo_mlx import aborts, config, jsonl
 from dpo_mlx.config import Config
 from dpo_mlx.link import LOST
 from dpo_mlx.make_pairs import make_pairs
@@ -160,7 +160,7 @@ def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh
     wait_for_update(folder, 2)
     processes[victim].kill()
     code, _, err = end(processes)[1 - victim]
-    assert code == 1
+    assert code == aborts.LOST
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert LOST in line
     kept = determined(folder / "run/metrics.jsonl")[:-1]  # the last update may not be saved

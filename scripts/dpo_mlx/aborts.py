@@ -8,7 +8,9 @@ import sys
 # Exit codes as a shell reports them: 128 + the signal that ended the process.
 ABORTED, KILLED = 128 + signal.SIGABRT, 128 + signal.SIGKILL
 CRASHED = 128 + signal.SIGSEGV, 128 + signal.SIGBUS
-CODES = ABORTED, KILLED, *CRASHED
+# A process of several died, and its own code is unknown (sysexits.h: EX_TEMPFAIL).
+LOST = 75
+CODES = ABORTED, KILLED, *CRASHED, LOST
 
 LESS_MEMORY = "lower data.max_length or generation.batch_size, or close other programs"
 
@@ -17,6 +19,11 @@ def explain(code: int, platform: str = sys.platform) -> str:
     """The likely cause of one of CODES, and the remedy."""
     if code == KILLED:
         return f"the system most likely ran out of memory; {LESS_MEMORY}"
+    if code == LOST:
+        return (
+            "one of its processes died, most likely because memory ran out; --launch none needs "
+            f"less memory, or {LESS_MEMORY}"
+        )
     if code in CRASHED:
         return "a library crashed; if it happens again, report it with the lines above"
     if platform == "darwin":

@@ -17,24 +17,24 @@ from typing import TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lm.utils import get_total_parameters
 
-from . import checkpoint, device, durable, fusing, jsonl, memory, models, questions
+from . import checkpoint, device, durable, fusing, jsonl, memory, models, questions, signals
+from . import config as configs
 from .config import Config
 from .errors import UserError
-from .make_pairs import usable_rows
+from .make_pairs import generation_settings, usable_rows
 from .models import LoadedModel
 from .pairs import Encoder, Sequence
 from .phase import Dpo, Sft, count_updates
-from .sampling import EVALUATED_AT_ONCE, Batch, limited, sample_batch
+from .sampling import EVALUATED_AT_ONCE, Batch, sample_batch
+from .supervisor import PLAN, has_cpu_for_two
 from .train_dpo import MOST_CHECKPOINTS
 from .trainer import apart
 from .worker import Worker
 
 T = TypeVar("T")
-
-# Minutes by script, in the run's folder. The runner reads the time left from it.
-PLAN = "plan.json"
 
 MAKE_PAIRS, TRAIN = "06_generate_dpo_pairs.py", "10_train_dpo.py"
 FUSE, SMOKE = "11_fuse_adapters.py", "12_smoke_test.py"
@@ -89,8 +89,7 @@ def check_run(config: Config) -> None:
     loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, Counter())
-    lengths = [len(encoder.answer(row.answer)) for row in usable]
-    config = replace(config, generation=limited(config.generation, lengths))
+    sampled = replace(config, generation=generation_settings(rows, config, encoder))
     splits: tuple[list[Sequence], list[Sequence]] = [], []
     for row in usable:
         held_out = questions.is_held_out(row.question, config.data.valid_fraction)
@@ -100,13 +99,14 @@ def check_run(config: Config) -> None:
             f"{config.data.source}: {len(splits[0])} rows to train on and {len(splits[1])} held "
             "out; raise data.limit or change data.valid_fraction"
         )
-    _check_memory(config, loaded.model, [*splits[0], *splits[1]])
+    _check_memory(sampled, loaded.model, [*splits[0], *splits[1]])
     _check_disk(config, loaded.model)
+    signals.check()
     workload = Workload(*splits, layers=fusing.in_largest_layers(loaded.model))
     print(f"check: timing {config.model} on this machine", flush=True)
-    minutes = minutes_of(config, workload, _probe(config, loaded, workload.rows))
-    _print_minutes(minutes, workload, config)
-    jsonl.write_json(config.run / PLAN, {"minutes": minutes})
+    minutes = minutes_of(sampled, workload, _probe(sampled, loaded, workload.rows))
+    _print_minutes(minutes, workload, sampled)
+    jsonl.write_json(config.run / PLAN, {"config": configs.digest(config), "minutes": minutes})
 
 
 def _print_download(name: str) -> None:
@@ -114,9 +114,11 @@ def _print_download(name: str) -> None:
     try:
         print(f"check: download: none, the model is in {models.folder_of(name)}", flush=True)
     except (OSError, ValueError):
+        if not models.is_hub_name(name):
+            return  # loading it says what is wrong
         size, reason = download_size(name)
         print(f"check: download: {name}, {f'{size / 1e9:.2f} GB' if size else reason}", flush=True)
-        durable.require_space(Path.home(), size, "HF_HOME (in the environment)")
+        durable.require_space(Path(HF_HUB_CACHE), size, "HF_HOME, in the environment,")
 
 
 def download_size(name: str) -> tuple[int, str]:
@@ -137,13 +139,16 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> N
     longest = max(prompt + answer, *(len(sequence.ids) for sequence in chosen))
     longest = min(longest, config.data.max_length)
     lengths = memory.Lengths(len(chosen), prompt, answer, Sequence((0,) * longest, prompt))
+    processes = 2 if has_cpu_for_two() else 1  # as the runner starts them
     needs = {
-        MAKE_PAIRS: memory.stage_06(model, config, lengths),
-        SMOKE: memory.stage_12(model, config, lengths),
+        MAKE_PAIRS: memory.stage_06(model, config, lengths, processes),
+        SMOKE: memory.stage_12(model, config, lengths, _fused_bytes(config, model)),
     }
+    signals.check()
     mx.random.seed(config.seed)
     models.attach_lora(model, config.lora)
-    needs[TRAIN] = memory.stage_10(model, config, lengths)
+    needs[TRAIN] = memory.stage_10(model, config, lengths, processes)
+    signals.check()
     needs[FUSE] = memory.stage_11(model, config, lengths.longest)
     faults = []
     print(f"check: peak memory of each stage; {device.available() / 1e9:.2f} GB available")
@@ -159,8 +164,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> N
 
 def _check_disk(config: Config, model: nn.Module) -> None:
     """Print what the run's folder will hold. Raises UserError when the disk has no room for it."""
-    dtype = fusing.target_dtype(model, config.fuse.dtype)
-    fused = get_total_parameters(model) * dtype.size
+    fused = _fused_bytes(config, model)
     checkpoints = MOST_CHECKPOINTS * checkpoint.size(model)
     total = fused + checkpoints + durable.SMALL_FILES
     free = shutil.disk_usage(config.run).free
@@ -169,6 +173,11 @@ def _check_disk(config: Config, model: nn.Module) -> None:
         f"checkpoints {checkpoints / 1e9:.2f}), {free / 1e9:.0f} GB free"
     )
     durable.require_space(config.run, total, "run_dir")
+
+
+def _fused_bytes(config: Config, model: nn.Module) -> int:
+    """Bytes of the fused model's weights, before any quantising."""
+    return get_total_parameters(model) * fusing.target_dtype(model, config.fuse.dtype).size
 
 
 def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:

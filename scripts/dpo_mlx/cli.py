@@ -15,7 +15,7 @@ from . import aborts, awake, lock, signals
 from . import config as configs
 from .config import Config
 from .errors import UserError
-from .link import dismiss, link
+from .link import LostProcess, dismiss, link
 from .supervisor import RANK_0
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
@@ -80,6 +80,9 @@ def _code_of(run: Callable[[], int | None]) -> int:
     """The exit code of what is run; a fault has said its line."""
     try:
         return run() or 0
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr)
+        return aborts.LOST
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import types
 import typing
@@ -240,6 +241,11 @@ def _of_values(values: dict[str, Any], name: str, faults: list[str]) -> Config:
 def dump(config: Config) -> str:
     """The resolved config as YAML, every key present."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of all settings."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()
 
 
 def keys(section: type = Config, prefix: str = "") -> Iterator[str]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import mlx.core as mx
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 # Share of the memory that MLX may keep as freed buffers for reuse. Each new sequence length leaves
 # buffers behind, which would pile up without a limit.
 CACHE_SHARE = 0.1
+# Share of an NVIDIA GPU's memory that MLX takes by default.
+GPU_SHARE = 0.95
 
 
 def name() -> str:
@@ -28,12 +25,15 @@ def name() -> str:
 
 
 def available() -> int:
-    """Bytes that a stage may use: Metal's recommended working set, the GPU's own memory, or the
-    machine's.
+    """Bytes that a stage may use: Metal's recommended working set, nearly all of a GPU's own
+    memory, or the machine's memory.
     """
     info = _info()
-    offered = info.get("max_recommended_working_set_size") or info.get("total_memory")
-    return int(offered or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if recommended := info.get("max_recommended_working_set_size"):
+        return int(recommended)
+    if total := info.get("total_memory"):
+        return int(GPU_SHARE * total)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bound() -> None:
@@ -59,21 +59,6 @@ def release() -> None:
     """
     gc.collect()
     mx.clear_cache()
-
-
-def releasing(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Decorate a function that loads a model: call `release` after it returns, when nothing refers
-    to its model any more.
-    """
-
-    @wraps(function)
-    def call_and_release(*args: P.args, **kwargs: P.kwargs) -> Result:
-        try:
-            return function(*args, **kwargs)
-        finally:
-            release()
-
-    return call_and_release
 
 
 def _info() -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Engine:
         """log p(answer | prompt), the sum over the answer's tokens, in nats, rounded as in
         training.
         """
+        scoring_mode(self.model)
         value = float(self._trace(sequence, token_log_probs)[0])
         mx.synchronize()  # raises here if a GPU command failed, before the value is used
         return value
@@ -131,6 +132,14 @@ class Engine:
         hidden = self._backbone(ids[None, :-1], self._caches)[0]
         start = sequence.prompt_length
         return hidden[start - 1 :], ids[start:]
+
+
+def scoring_mode(model: nn.Module) -> None:
+    """Training's mode without dropout: some models take other kernels in training."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
 
 
 def rounding_limit(length: int, dtype: mx.Dtype) -> float:

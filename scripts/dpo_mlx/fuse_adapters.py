@@ -83,10 +83,9 @@ class _Measure:
         return compare(self.base, self.with_adapters, log_probs(fused, self.pairs), fused_base)
 
 
-# One model is in memory at a time: each function below loads one and frees it.
+# One model is in memory at a time: each function below loads one and drops it when it returns.
 
 
-@device.releasing
 def _measure_adapters(config: Config) -> _Measure:
     """Score the valid pairs with and without the adapters.
 
@@ -122,7 +121,6 @@ def _load(config: Config) -> models.LoadedModel:
     )
 
 
-@device.releasing
 def _measure_fused(config: Config, how: str, measure: _Measure, save: bool = False) -> Report:
     """How much of the margin fusing with this rounding keeps; `save` also writes the model."""
     loaded = _load(config)
@@ -144,7 +142,6 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
         models.save(loaded.model, loaded.folder, temporary, about)
 
 
-@device.releasing
 def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     """Log-probs under the base model, quantised like the fused one; None without fuse.quantize.
 
@@ -159,7 +156,6 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     return log_probs(loaded, measure.pairs)
 
 
-@device.releasing
 def _measure_written(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
     """How much of the margin the saved folder keeps."""
     fused = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)

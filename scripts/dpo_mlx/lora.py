@@ -24,8 +24,17 @@ class OnceRoundedLoRA(LoRALinear):
         if isinstance(linear, nn.QuantizedLinear):
             # A quantised product cannot start from another value, so compute it in float32.
             return (linear(x.astype(mx.float32)) + update).astype(x.dtype)
-        y = mx.addmm(update.astype(x.dtype), x, linear.weight.T)
+        y = _sum_rounded_once(update.astype(x.dtype), x, linear.weight.T)
         return y + linear.bias if "bias" in linear else y
+
+
+def _sum_rounded_once(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """c + a @ b, summed in float32 before it is rounded."""
+    if (
+        a.size == a.shape[-1]
+    ):  # Metal's kernel for one row rounds a @ b first, that for two does not
+        return mx.addmm(mx.repeat(c, 2, axis=-2), mx.repeat(a, 2, axis=-2), b)[..., :1, :]
+    return mx.addmm(c, a, b)
 
 
 def round_once(model: nn.Module) -> None:

@@ -84,9 +84,7 @@ def make_pairs(config: Config) -> None:
     dropped: Counter[str] = Counter()
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
-    # Of all rows that fit, so that a higher data.limit samples no answer again.
-    fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
-    generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
+    generation = generation_settings(rows, config, encoder)
     sampling = _sampling_inputs(inputs, generation)
     _refuse_other_samples(files, sampling, restart)
     _require_memory(config, worker, encoder, usable, generation)
@@ -191,6 +189,14 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
             f"{files.samples}: was sampled with other settings ({'; '.join(changed)}); set them "
             "back, name other files in data, or --set generation.restart=true to sample anew"
         )
+
+
+def generation_settings(rows: list[Question], config: Config, encoder: Encoder) -> GenerationConfig:
+    """How answers are sampled, with `max_tokens` from all rows that fit: so a higher data.limit
+    samples no answer again.
+    """
+    fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
+    return limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
 
 
 def usable_rows(

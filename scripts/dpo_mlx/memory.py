@@ -24,6 +24,7 @@ from . import device, fusing
 from .config import Config
 from .engine import Engine
 from .errors import UserError
+from .logps import find_head
 from .models import adapter_bytes, dtype_name, gradient_checkpointing, nbytes
 from .pairs import Sequence
 from .sampling import EVALUATED_AT_ONCE
@@ -89,6 +90,7 @@ def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
     Call it inside `models.gradient_checkpointing`, as training runs.
     """
     adapters, engine = adapter_bytes(model), Engine(model, check=False)
+    model.train()
     return Need(
         f"an update with sequences of {len(longest.ids)} tokens",
         "lower data.max_length, set train.grad_checkpoint: true",
@@ -106,6 +108,8 @@ def sampling(
     `prompt` tokens. `key` is the config key that lowers the batch. If the model carries adapters,
     their optimizer state counts too.
     """
+    find_head(model)  # or a model that cannot be trained would fail below
+    model.eval()
     adapters = adapter_bytes(model)
     empty, kinds = make_prompt_cache(model), _kinds(model.layers)
     growth: dict[str, int] = {}
@@ -157,6 +161,15 @@ class Lengths:
     answer: int
     longest: Sequence
 
+    @property
+    def scored(self) -> Sequence:
+        """The longest sequence that is scored: sampled answers are, too."""
+        return max(
+            self.longest,
+            Sequence((0,) * (self.prompt + self.answer), self.prompt),
+            key=lambda sequence: len(sequence.ids),
+        )
+
 
 def stage_06(model: nn.Module, config: Config, lengths: Lengths, processes: int = 1) -> list[Need]:
     """Sampling the rejected answers."""
@@ -171,7 +184,11 @@ def stage_10(model: nn.Module, config: Config, lengths: Lengths, processes: int 
     key = "train.eval_questions"
     with gradient_checkpointing(model, config.train.grad_checkpoint):
         update = training(model, lengths.longest, processes)
-    return [update, sampling(model, batch, lengths.prompt, lengths.answer, key, processes)]
+    return [
+        update,
+        sampling(model, batch, lengths.prompt, lengths.answer, key, processes),
+        replace(scoring(model, lengths.scored), processes=processes),
+    ]
 
 
 def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
@@ -182,25 +199,33 @@ def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
     after = get_total_parameters(model) * dtype.size
     weights = max(before, after)
     quantized = after * (config.fuse.quantize or 0) // (8 * dtype.size)
-    remedy = "set fuse.dtype: null or float16, or use the adapters as they are (--adapter-path)"
+    smaller = "set fuse.dtype: null, or " if dtype == mx.float32 and config.fuse.dtype else ""
+    remedy = f"{smaller}use the adapters as they are (--adapter-path)"
     layer = _peak(lambda: fusing.fuse_largest_layer(model, dtype))
     with fusing.activations_in_float32(model):
         comparing = scoring(model, longest)
-    embedding = comparing.weights - before
+        embedding = nbytes(model.model.embed_tokens.parameters())  # beside the model's own
     return [
         Need(f"fusing into {dtype_name(dtype)}", remedy, weights + quantized, adapters, layer),
         replace(comparing, remedy=remedy, weights=weights, work=comparing.work + embedding),
     ]
 
 
-def stage_12(model: nn.Module, config: Config, lengths: Lengths) -> list[Need]:
-    """Answering the held-out questions, and scoring the valid pairs."""
+def stage_12(
+    model: nn.Module, config: Config, lengths: Lengths, other_weights: int = 0
+) -> list[Need]:
+    """Answering the held-out questions, and scoring pairs and answers.
+
+    The base and the fused model take turns; `other_weights` are the bytes of the one that `model`
+    is not.
+    """
     batch = min(config.generation.batch_size, config.smoke.questions, lengths.questions)
     key = "generation.batch_size"
-    return [
+    needs = [
         sampling(model, batch, lengths.prompt, lengths.answer, key),
-        scoring(model, lengths.longest),
+        scoring(model, lengths.scored),
     ]
+    return [replace(need, weights=max(need.weights, other_weights)) for need in needs]
 
 
 def _read_prompts(model: nn.Module, caches: list[Any], batch: int, prompt: int) -> None:

@@ -51,6 +51,7 @@ def load(
 
     Raises UserError, with remedies, when the model cannot be loaded.
     """
+    device.release()
     device.bound()
     try:
         folder = _fetch(name)
@@ -83,13 +84,18 @@ def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
         )
     if Path(name).is_dir():
         return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not is_hub_name(name):
         return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
     return (
         f"model {name}: cannot be fetched from the hub. Download it on another machine and set "
         "model to the folder; or check the name and log in with `hf auth login`; or try "
         f"config/smollm2-135m_demo.yaml, which needs no hub. ({reason})"
     )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is owner/name, and no folder's path."""
+    return name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def _fetch(name: str) -> Path:
@@ -258,6 +264,11 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
             f"{path.parent} and run 10_train_dpo.py again"
         ) from error
     return tensors
+
+
+def weight_bytes(name: str) -> int:
+    """Bytes of the weights of a model that is on this machine."""
+    return sum(path.stat().st_size for path in folder_of(name).glob("*.safetensors"))
 
 
 def nbytes(tree: Any) -> int:

@@ -64,7 +64,6 @@ def _report(config: Config) -> Report:
     return _compare(config, pairs_by_split, _tuned(config, pairs_by_split))
 
 
-@device.releasing
 def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     """Everything that needs the fused model in memory."""
     loaded = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
@@ -95,11 +94,13 @@ def _require_memory(
         answer=config.generation.max_tokens or 0,
         longest=max(pairs.sequences(encoded), key=lambda sequence: len(sequence.ids)),
     )
-    need = memory.require(memory.stage_12(loaded.model, config, lengths), config.model)
+    need = memory.require(
+        memory.stage_12(loaded.model, config, lengths, models.weight_bytes(config.model)),
+        config.model,
+    )
     print(f"12: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
-@device.releasing
 def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned) -> Report:
     """Sample the base model's answers, and compare both models."""
     config = replace(config, generation=tuned.generation)

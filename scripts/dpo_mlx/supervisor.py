@@ -34,6 +34,9 @@ from .errors import UserError
 # to the file that this variable names.
 RANK_0 = "DPO_RANK_0"
 
+# In the run's folder: the minutes of each stage, by script, and the digest of the config.
+PLAN = "plan.json"
+
 STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
 SECONDS_BETWEEN_NEWLINES = 2
 
@@ -59,7 +62,7 @@ class SharedProcess:
     """A stage in the processes that `mlx.launch` starts; rank 0 speaks for all of them."""
 
     def __init__(self, command: list[str], launch: str) -> None:
-        self._stopping = False
+        self._stopping = self._stop_wanted = False
         descriptor, name = tempfile.mkstemp(prefix="rank-0-")
         os.close(descriptor)
         self._rank_0 = Path(name)
@@ -78,23 +81,27 @@ class SharedProcess:
 
     def stop(self) -> None:
         """Ask rank 0, once it has started, to save and end; the others end with it."""
-        self._stopping = True
+        self._stopping = self._stop_wanted = True
         if numbers := self._numbers():
             with suppress(ProcessLookupError):
                 os.kill(numbers[0], signal.SIGTERM)
             self._stopping = False
 
     def wait(self) -> int:
-        """Rank 0's exit code; KILLED if it started but left none, 1 if it never started."""
+        """Rank 0's exit code; LOST if a process died, 1 if rank 0 never started.
+
+        When a process dies, mlx.launch ends the others with SIGTERM.
+        """
         while self._is_running():
             if self._stopping:
                 self.stop()
             self._type_newline()
         numbers = self._numbers()
         self._rank_0.unlink()
-        if len(numbers) == 1:
-            return aborts.KILLED
-        return numbers[1] if numbers else 1
+        if not numbers:
+            return 1
+        ended_by_launcher = not self._stop_wanted and numbers[1:] == [128 + signal.SIGTERM]
+        return aborts.LOST if len(numbers) == 1 or ended_by_launcher else numbers[1]
 
     def _is_running(self) -> bool:
         try:
@@ -111,6 +118,8 @@ class SharedProcess:
 
     def _numbers(self) -> list[int]:
         """What rank 0 has written so far: its process number, its exit code."""
+        if not self._rank_0.exists():  # a signal that comes after the end
+            return []
         return [int(word) for word in self._rank_0.read_text().split()]
 
 
@@ -158,10 +167,9 @@ class Supervisor:
             if retry > self._retries:
                 _say(f"error: {fault}. Not starting it again (--retries {self._retries})")
                 return code
+            # The first time always: checkpoints are minutes apart, and 11 and 12 leave none.
             if retry > 1 and not has_grown(before, self._kept_work()):
-                _say(
-                    f"error: {fault}. Not starting it again: it made no progress this time"
-                )
+                _say(f"error: {fault}. Not starting it again: it made no progress this time")
                 return code
             _say(f"-- {fault}. Starting it again from where it was ({retry} of {self._retries})")
 
@@ -195,11 +203,15 @@ def has_grown(before: dict[Path, int], after: dict[Path, int]) -> bool:
     return any(size > before.get(path, 0) or path not in before for path, size in after.items())
 
 
-def minutes_to_go(plan: Path, name: str) -> float | None:
-    """Minutes of the stages after `name`, from the plan that `--check` wrote; None without one."""
+def minutes_to_go(config: Config, name: str) -> float | None:
+    """Minutes of the stages after `name`, from the plan that `--check` wrote for this config; None
+    without one.
+    """
     try:
-        minutes = json.loads(plan.read_text(encoding="utf-8"))["minutes"]
-        return sum(float(value) for stage, value in minutes.items() if stage > name)
+        plan = json.loads((config.run / PLAN).read_text(encoding="utf-8"))
+        if plan["config"] != configs.digest(config):
+            return None
+        return sum(float(value) for stage, value in plan["minutes"].items() if stage > name)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -223,7 +235,7 @@ def _blas_threads(launch: str) -> str:
     return os.environ.get("OPENBLAS_NUM_THREADS") or str(max(1, cores // max(1, processes)))
 
 
-def _has_cpu_for_two() -> bool:
+def has_cpu_for_two() -> bool:
     """On a CPU, two processes with half of the cores each are faster than one with all."""
     if (os.cpu_count() or 1) < 2:
         return False
@@ -234,7 +246,7 @@ def _has_cpu_for_two() -> bool:
 
 def _starter(command: list[str], launch: str) -> Callable[[], Process | SharedProcess]:
     """A function that starts the stage the way `--launch` says."""
-    if launch == "none" or (launch == "auto" and not _has_cpu_for_two()):
+    if launch == "none" or (launch == "auto" and not has_cpu_for_two()):
         return lambda: Process(command)
     if launch == "auto":
         script = Path(command[1]).name
@@ -287,7 +299,7 @@ def main() -> None:
     )
     code = supervisor.run()
     if config is not None and code in (0, STOPPED_BY_GUARD):
-        _say_minutes_to_go(minutes_to_go(config.run / "plan.json", name))
+        _say_minutes_to_go(minutes_to_go(config, name))
     sys.exit(code)
 
 

@@ -152,7 +152,8 @@ class Trainer:
         # Dropout depends on the update alone, not on what was sampled before it.
         seed = batch_seed(self.config.seed, update)
         scores, gradient, broken = self.worker.gradient(self.phase, examples, seed)
-        if update == self.first + 1:
+        # The reference has no dropout; the evaluation before checks the valid pairs without it.
+        if update == self.first + 1 and not self.config.lora.dropout:
             self._check_start(examples, scores)
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
         about = {
@@ -236,21 +237,30 @@ class Trainer:
         """Before the first update the policy is the reference: the margin is 0, DPO's loss ln 2.
 
         On one machine the same kernels compute both, so they are equal; other machines of the run
-        may round differently. Raises UserError for a difference that rounding does not explain.
+        may round differently. Raises UserError for a difference that rounding does not explain, and
+        says it when one machine alone differs from itself.
         """
         dtype, largest = dtype_of(self.model), 0.0
         for example, score in zip(examples, scores, strict=True):
             if not isinstance(score, PairScore):
                 continue  # SFT's train pairs have no reference
             for side, pi, ref in zip(example.pair.sides, score.pi, score.ref, strict=True):
+                if not math.isfinite(pi):
+                    continue  # an update that is not finite is skipped, and its pair named
                 off, limit = abs(float(pi) - float(ref)), rounding_limit(side.answer_length, dtype)
                 if not off <= limit:
                     raise UserError(self._start_fault(example.pair, side, float(pi), off, limit))
                 largest = max(largest, off)
         if largest > LEAST_DIFFERENCE:
+            reason = (
+                "different machines round differently, which is harmless"
+                if self.worker.size > self.worker.here
+                else "rounding can explain that, so training goes on. On one machine they should "
+                "be equal: please report it with the output of ./train_dpo_run1.sh --selftest"
+            )
             print(
                 f"10: before the first update the policy's log-probs are up to {largest:.2g} nats "
-                "off the reference's: different machines round differently, which is harmless"
+                f"off the reference's: {reason}"
             )
 
     def _start_fault(
