@@ -69,8 +69,12 @@ started=$SECONDS
 use_venv .venv requirements.txt
 find_openblas
 if [ -n "$only" ]; then
-  [ "$only" = 02_check_run.py ] || options=()
   export LD_PRELOAD=$MLX_PRELOAD
+  if [ "$only" = 01_selftest.py ]; then
+    options=()
+  else  # the demo's model must be there to be checked
+    python scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "${options[@]}"
+  fi
   exec python "scripts/phase1-check-machine/$only" ${options[@]+"${options[@]}"}
 fi
 if is_mac && command -v caffeinate > /dev/null; then

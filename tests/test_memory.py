@@ -25,6 +25,7 @@ from dpo_mlx.sampling import Batch, sample_batch
 from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.trainer import Trainer
 from dpo_mlx.worker import Worker
+from mlx.utils import tree_map_with_path
 from runs import wrote
 
 WIDE = {
@@ -100,7 +101,9 @@ def test_refused_when_it_cannot_fit(
 @pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (6, 200, 300)])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) -> None:
-    """What sampling takes beside the weights lies within 25% of the plan, short and long."""
+    """What sampling takes beside the weights, short and long, is at most 15% over the plan, and the
+    plan at most 40% over it: the peak depends a little on what else the machine does.
+    """
     model = loaded(kind)
     need = memory.sampling(model, batch, prompt, answer, "generation.batch_size")
     prompts = [[7 + i for i in range(prompt)] for _ in range(batch)]
@@ -111,14 +114,19 @@ def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) ->
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
-    assert need.work == pytest.approx(mx.get_peak_memory() - before, rel=0.25)
+    peak = mx.get_peak_memory() - before
+    assert peak / 1.15 <= need.work <= 1.4 * peak
+
+
+def bfloat16_base(path: str, weight: mx.array) -> mx.array:
+    return weight if "lora_" in path else weight.astype(mx.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_stage_11_is_planned(kind: str) -> None:
     """Fusing and comparing in float32, over a bfloat16 base: the peak is within 15% of the plan."""
     model = loaded(kind)
-    model.apply(lambda w: w.astype(mx.bfloat16), lambda m, k, _: "lora_" not in k)
+    model.update(tree_map_with_path(bfloat16_base, model.parameters()))
     config = Config(
         model="",
         run_dir="",
@@ -148,10 +156,10 @@ def test_the_larger_of_both_models_counts_in_stage_12(granite: Path) -> None:
         train=TrainConfig(learning_rate=1e-4),
     )
     lengths = memory.Lengths(questions=2, prompt=30, answer=20, longest=sequence(40))
-    alone = memory.stage_12(model, config, lengths)
-    beside = memory.stage_12(model, config, lengths, other_weights=10**9)
-    assert [need.weights for need in beside] == [10**9] * 2
-    assert [need.work for need in beside] == pytest.approx([n.work for n in alone], rel=0.1)
+    own = memory.nbytes(model.parameters())
+    for other, expected in ((0, own), (10**9, 10**9)):
+        needs = memory.stage_12(model, config, lengths, other)
+        assert [need.weights for need in needs] == [expected] * 2
     assert len(lengths.scored.ids) == 50, "a sampled answer is scored, too"
 
 

@@ -221,8 +221,9 @@ def test_check_and_selftest_take_the_chain_s_place(sandbox):
     sandbox.exit(s01=1, s02=4)
     assert sandbox.run("--selftest")[0] == 1
     assert sandbox.run("--set", "seed=1", "--check")[0] == 4
-    selftest, check = sandbox.calls
+    selftest, demo_model, check = sandbox.calls
     assert (selftest["stage"], selftest["arguments"]) == ("01", [])
+    assert (demo_model["stage"], check["stage"]) == ("05", "02"), "the demo's model comes first"
     assert check["arguments"] == ["--config", str(sandbox.config), "--set", "seed=1"]
 
 

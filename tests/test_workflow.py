@@ -28,4 +28,4 @@ def test_the_workflow_runs_what_its_comment_says() -> None:
     ]
     words = " ".join(commands).split()
     assert all((REPOSITORY / Path(word)).is_file() for word in words if "/" in word)
-    assert "has not been run yet" in text
+    assert "has not run yet" in text

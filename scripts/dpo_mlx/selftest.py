@@ -186,7 +186,7 @@ def check_first_loss(config: Config) -> str:
 def check_reference(config: Config) -> str:
     """The reference's scorer gives the log-probs that training sees before its first update."""
     loaded, worker = team.load(config, train=True)
-    sequences = _sequences(Encoder(loaded.tokenizer))
+    sequences = _sequences(Encoder.of(loaded.tokenizer, config))
     reference = worker.log_probs(sequences)
     policy = [float(worker.engine.log_prob_and_gradient(s)[0]) for s in sequences]
     largest = max(abs(p - r) for p, r in zip(policy, reference, strict=True))
@@ -203,7 +203,10 @@ def check_batch(config: Config) -> str:
     is clearly likelier in a pass over that prompt alone.
     """
     loaded = models.load(config.model)
-    encoder, settings = Encoder(loaded.tokenizer), GenerationConfig(max_tokens=ANSWER_TOKENS)
+    encoder, settings = (
+        Encoder.of(loaded.tokenizer, config),
+        GenerationConfig(max_tokens=ANSWER_TOKENS),
+    )
     prompts = [encoder.prompt(question) for question in PROMPTS]
     tokenizer = _Numbers(loaded.tokenizer.eos_token_ids)
     answers = sample_batch(loaded.model, tokenizer, Batch(prompts, 0, greedy=True), settings)
@@ -223,7 +226,7 @@ def check_memory(config: Config) -> str:
     """The peak of an update of two pairs stays within the memory plan."""
     loaded, worker = team.load(config, train=True)
     question, answer = "Why is it so?", "**So it is.** " * 14
-    pair = Encoder(loaded.tokenizer).pair(Pair(question, answer, answer.upper()))
+    pair = Encoder.of(loaded.tokenizer, config).pair(Pair(question, answer, answer.upper()))
     with models.gradient_checkpointing(worker.model, config.train.grad_checkpoint):
         plan = memory.training(worker.model, pair.chosen)
     device.release()
@@ -272,7 +275,7 @@ def check_decoding(config: Config) -> str:
     Metal has separate kernels for a single token, in Mamba blocks and in attention.
     """
     loaded = models.load(config.model)
-    ids = list(_sequences(Encoder(loaded.tokenizer))[0].ids)
+    ids = list(_sequences(Encoder.of(loaded.tokenizer, config))[0].ids)
     cache, rows = make_prompt_cache(loaded.model), []
     for token in ids:
         rows.append(_log_probs(loaded.model, [token], cache))

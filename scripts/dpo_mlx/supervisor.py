@@ -183,8 +183,10 @@ class Supervisor:
         return code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the stage. It counts as one request, however many signals arrive."""
-        self._signalled = self._signalled or signal.Signals(number)
+        """Pass the first signal on to the stage: more of them are the same request."""
+        if self._signalled is not None:
+            return
+        self._signalled = signal.Signals(number)
         if self._process is not None:
             self._process.stop()
 
