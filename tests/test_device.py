@@ -26,8 +26,8 @@ STAGES = {
 
 
 def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device recommends counts, then nearly all of a GPU's own memory, then the machine's
-    memory.
+    """Metal's recommended working set wins, then nearly all of a GPU's own memory, then the
+    machine's memory.
     """
     info: dict[str, Any] = {"max_recommended_working_set_size": 11, "total_memory": 100}
     monkeypatch.setattr(mx, "device_info", lambda: info)
@@ -40,7 +40,7 @@ def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Python's collector of circles never runs by itself."""
+    """Python's garbage collector never runs by itself."""
     gc.collect()
     gc.disable()
     yield
@@ -49,7 +49,7 @@ def no_collector() -> Iterator[None]:
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
-    """A model of 9 MB, so that a second one beside it shows."""
+    """A model of 9 MB, large enough that a second one in memory shows."""
     size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     return tiny.folder(tmp_path / "wide", "llama", **size)
 
@@ -61,9 +61,9 @@ def test_every_stage_is_bounded_and_holds_one_model(
     monkeypatch: pytest.MonkeyPatch,
     no_collector: None,
 ) -> None:
-    """F3 and F6: stages 06, 10, 11 and 12 set the memory and the cache limit before they load a
-    model, and none of the models that stages 11 and 12 load is in memory when the next one is,
-    though Python's collector never runs.
+    """F3 and F6: stages 06, 10, 11 and 12 set the memory and cache limits before they load a model.
+    Stages 11 and 12 free each model before they load the next, even if Python's garbage collector
+    never runs.
     """
     settings["model"] = str(wide)
     settings["train"] |= {"grad_accumulation": 8, "eval_every": 100, "eval_questions": 2}
@@ -96,7 +96,7 @@ def test_every_stage_is_bounded_and_holds_one_model(
 
 
 def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) -> None:
-    """No circle: a model is freed with the engine that scores with it, without a collection."""
+    """An engine is in no reference cycle, so its model is freed without the garbage collector."""
     from dpo_mlx.engine import Engine
     from test_adapters import SEQUENCE, adapted
 

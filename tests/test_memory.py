@@ -101,8 +101,8 @@ def test_refused_when_it_cannot_fit(
 @pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (6, 200, 300)])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) -> None:
-    """What sampling takes beside the weights, short and long, is at most 15% over the plan, and the
-    plan at most 40% over it: the peak depends a little on what else the machine does.
+    """For short and long answers, the measured memory is at most 15% over the plan, and the plan at
+    most 40% over the measured memory: the peak depends a little on the machine's other work.
     """
     model = loaded(kind)
     need = memory.sampling(model, batch, prompt, answer, "generation.batch_size")
@@ -164,7 +164,7 @@ def test_the_larger_of_both_models_counts_in_stage_12(granite: Path) -> None:
 
 
 def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several needs the largest is refused, with its own remedy and the figures."""
+    """The error names the largest need, with its own remedy and figures."""
     small = memory.Need("an update", "lower a", 10**9, 0, 10**9)
     large = memory.Need("sampling 32 answers", "lower b", 10**9, 0, 2 * 10**9, processes=2)
     monkeypatch.setattr(device, "available", lambda: 6 * 10**9)

@@ -178,8 +178,8 @@ def test_a_wrong_reference_of_one_training_pair_stops_the_run(make):
 
 
 def test_two_unlike_machines_do_not_stop_a_run(make, tmp_path, llama, capsys):
-    """In bfloat16 another kernel moves an answer's log-prob by tenths of a nat: a reference that
-    another machine computed is told, and trained against.
+    """In bfloat16 another kernel moves an answer's log-prob by tenths of a nat. A reference from
+    another machine gets a line, and training goes on.
     """
     run = make({"off": 0.2}, model=in_bfloat16(llama, tmp_path / "model"), grad_accumulation=7)
     run.run()
@@ -190,8 +190,8 @@ def test_two_unlike_machines_do_not_stop_a_run(make, tmp_path, llama, capsys):
 
 
 def test_a_wrong_computation_is_told_from_a_wrong_file(make, monkeypatch):
-    """Where the gradient's path itself scores otherwise, deleting the reference would not help: the
-    message says so, and what to report.
+    """If scoring with a gradient is wrong, deleting the reference would not help: the message says
+    so, and what to report.
     """
     right = Engine.log_prob_and_gradient
 
