@@ -8,7 +8,7 @@ import sys
 # Exit codes as a shell reports them: 128 + the signal that ended the process.
 ABORTED, KILLED = 128 + signal.SIGABRT, 128 + signal.SIGKILL
 CRASHED = 128 + signal.SIGSEGV, 128 + signal.SIGBUS
-# A process of several died, and its own code is unknown (sysexits.h: EX_TEMPFAIL).
+# One of several processes died, and its exit code is unknown (sysexits.h: EX_TEMPFAIL).
 LOST = 75
 CODES = ABORTED, KILLED, *CRASHED, LOST
 
@@ -21,8 +21,8 @@ def explain(code: int, platform: str = sys.platform) -> str:
         return f"the system most likely ran out of memory; {LESS_MEMORY}"
     if code == LOST:
         return (
-            "one of its processes died, most likely because memory ran out; --launch none needs "
-            f"less memory, or {LESS_MEMORY}"
+            "one of its processes died, most likely because memory ran out; use --launch none, "
+            f"which needs less memory, or {LESS_MEMORY}"
         )
     if code in CRASHED:
         return "a library crashed; if it happens again, report it with the lines above"

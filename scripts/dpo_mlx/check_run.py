@@ -115,7 +115,7 @@ def _print_download(name: str) -> None:
         print(f"check: download: none, the model is in {models.folder_of(name)}", flush=True)
     except (OSError, ValueError):
         if not models.is_hub_name(name):
-            return  # loading it says what is wrong
+            return  # loading the model reports what is wrong
         size, reason = download_size(name)
         print(f"check: download: {name}, {f'{size / 1e9:.2f} GB' if size else reason}", flush=True)
         durable.require_space(Path(HF_HUB_CACHE), size, "HF_HOME, in the environment,")

@@ -135,7 +135,7 @@ class Engine:
 
 
 def scoring_mode(model: nn.Module) -> None:
-    """Training's mode without dropout: some models take other kernels in training."""
+    """Training mode without dropout, as some models use other kernels in training mode."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):

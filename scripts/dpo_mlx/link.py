@@ -23,7 +23,7 @@ LOST = (
 
 
 class LostProcess(UserError):
-    """Another process of the run has died, or its machine has."""
+    """Another process of the run, or its machine, is gone."""
 
 
 class Link:
@@ -75,7 +75,7 @@ class Link:
             mx.eval(result)
         except RuntimeError as error:
             if aborts.of_gpu_error(error) is not None:
-                raise  # a command of this process failed, before it waited
+                raise  # this process's own GPU command failed
             self.busy = True  # nobody is there to be told that it ends
             raise LostProcess(LOST) from error
         return result

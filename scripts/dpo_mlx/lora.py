@@ -30,9 +30,8 @@ class OnceRoundedLoRA(LoRALinear):
 
 def _sum_rounded_once(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """c + a @ b, summed in float32 before it is rounded."""
-    if (
-        a.size == a.shape[-1]
-    ):  # Metal's kernel for one row rounds a @ b first, that for two does not
+    # Metal's kernel for a single row rounds a @ b first; its kernel for two rows does not.
+    if a.size == a.shape[-1]:
         return mx.addmm(mx.repeat(c, 2, axis=-2), mx.repeat(a, 2, axis=-2), b)[..., :1, :]
     return mx.addmm(c, a, b)
 

@@ -192,8 +192,8 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
 
 
 def generation_settings(rows: list[Question], config: Config, encoder: Encoder) -> GenerationConfig:
-    """How answers are sampled, with `max_tokens` from all rows that fit: so a higher data.limit
-    samples no answer again.
+    """How answers are sampled. `max_tokens` comes from all rows that fit, so that raising
+    data.limit does not sample any answer again.
     """
     fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
     return limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])

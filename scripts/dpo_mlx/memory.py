@@ -108,7 +108,7 @@ def sampling(
     `prompt` tokens. `key` is the config key that lowers the batch. If the model carries adapters,
     their optimizer state counts too.
     """
-    find_head(model)  # or a model that cannot be trained would fail below
+    find_head(model)  # report a model that cannot be trained before it fails below
     model.eval()
     adapters = adapter_bytes(model)
     empty, kinds = make_prompt_cache(model), _kinds(model.layers)
@@ -163,7 +163,7 @@ class Lengths:
 
     @property
     def scored(self) -> Sequence:
-        """The longest sequence that is scored: sampled answers are, too."""
+        """The longest sequence to score. Sampled answers are scored too."""
         return max(
             self.longest,
             Sequence((0,) * (self.prompt + self.answer), self.prompt),
@@ -216,8 +216,7 @@ def stage_12(
 ) -> list[Need]:
     """Answering the held-out questions, and scoring pairs and answers.
 
-    The base and the fused model take turns; `other_weights` are the bytes of the one that `model`
-    is not.
+    The base and the fused model take turns in memory: `other_weights` is the other one's bytes.
     """
     batch = min(config.generation.batch_size, config.smoke.questions, lengths.questions)
     key = "generation.batch_size"

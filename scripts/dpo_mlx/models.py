@@ -94,7 +94,7 @@ def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model's name is owner/name, and no folder's path."""
+    """Whether a model's name has the form owner/name, and is not a path."""
     return name.count("/") == 1 and not name.startswith((".", "/"))
 
 

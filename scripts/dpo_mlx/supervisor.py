@@ -34,7 +34,7 @@ from .errors import UserError
 # to the file that this variable names.
 RANK_0 = "DPO_RANK_0"
 
-# In the run's folder: the minutes of each stage, by script, and the digest of the config.
+# Each stage's minutes, by script, and the config's digest, in the run's folder.
 PLAN = "plan.json"
 
 STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
@@ -118,7 +118,7 @@ class SharedProcess:
 
     def _numbers(self) -> list[int]:
         """What rank 0 has written so far: its process number, its exit code."""
-        if not self._rank_0.exists():  # a signal that comes after the end
+        if not self._rank_0.exists():  # the signal came after the stage's end
             return []
         return [int(word) for word in self._rank_0.read_text().split()]
 
@@ -167,7 +167,8 @@ class Supervisor:
             if retry > self._retries:
                 _say(f"error: {fault}. Not starting it again (--retries {self._retries})")
                 return code
-            # The first time always: checkpoints are minutes apart, and 11 and 12 leave none.
+            # The first abort always gets a retry: checkpoints are minutes apart, and stages 11 and
+            # 12 save none.
             if retry > 1 and not has_grown(before, self._kept_work()):
                 _say(f"error: {fault}. Not starting it again: it made no progress this time")
                 return code

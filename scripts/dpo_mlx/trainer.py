@@ -152,7 +152,8 @@ class Trainer:
         # Dropout depends on the update alone, not on what was sampled before it.
         seed = batch_seed(self.config.seed, update)
         scores, gradient, broken = self.worker.gradient(self.phase, examples, seed)
-        # The reference has no dropout; the evaluation before checks the valid pairs without it.
+        # The reference is scored without dropout. The first evaluation checks the valid pairs
+        # without it too.
         if update == self.first + 1 and not self.config.lora.dropout:
             self._check_start(examples, scores)
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
@@ -238,7 +239,7 @@ class Trainer:
 
         On one machine the same kernels compute both, so they are equal; other machines of the run
         may round differently. Raises UserError for a difference that rounding does not explain, and
-        says it when one machine alone differs from itself.
+        prints a line when a single machine's scores differ.
         """
         dtype, largest = dtype_of(self.model), 0.0
         for example, score in zip(examples, scores, strict=True):
@@ -246,7 +247,7 @@ class Trainer:
                 continue  # SFT's train pairs have no reference
             for side, pi, ref in zip(example.pair.sides, score.pi, score.ref, strict=True):
                 if not math.isfinite(pi):
-                    continue  # an update that is not finite is skipped, and its pair named
+                    continue  # the update will be skipped, and its pair named
                 off, limit = abs(float(pi) - float(ref)), rounding_limit(side.answer_length, dtype)
                 if not off <= limit:
                     raise UserError(self._start_fault(example.pair, side, float(pi), off, limit))
@@ -256,7 +257,7 @@ class Trainer:
                 "different machines round differently, which is harmless"
                 if self.worker.size > self.worker.here
                 else "rounding can explain that, so training goes on. On one machine they should "
-                "be equal: please report it with the output of ./train_dpo_run1.sh --selftest"
+                "be equal; please report it with the output of ./train_dpo_run1.sh --selftest"
             )
             print(
                 f"10: before the first update the policy's log-probs are up to {largest:.2g} nats "
