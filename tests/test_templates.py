@@ -268,7 +268,8 @@ def test_every_stage_makes_its_encoder_of_the_config():
     assert [name for name, text in source.items() if "Encoder(" in text] == []
     assert [name for name, text in source.items() if ".apply_chat_template(" in text] == []
     users = {name for name, text in source.items() if "Encoder.of(" in text}
-    assert users == {"make_pairs.py", "job.py", "fuse_adapters.py", "smoke_test.py"}
+    stages = {"make_pairs.py", "job.py", "fuse_adapters.py", "smoke_test.py"}
+    assert users == {*stages, "check_run.py", "selftest.py"}
 
 
 def test_changed_arguments_are_other_samples(settings, write_config, granite_4):

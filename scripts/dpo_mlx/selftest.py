@@ -203,10 +203,8 @@ def check_batch(config: Config) -> str:
     is clearly likelier in a pass over that prompt alone.
     """
     loaded = models.load(config.model)
-    encoder, settings = (
-        Encoder.of(loaded.tokenizer, config),
-        GenerationConfig(max_tokens=ANSWER_TOKENS),
-    )
+    encoder = Encoder.of(loaded.tokenizer, config)
+    settings = GenerationConfig(max_tokens=ANSWER_TOKENS)
     prompts = [encoder.prompt(question) for question in PROMPTS]
     tokenizer = _Numbers(loaded.tokenizer.eos_token_ids)
     answers = sample_batch(loaded.model, tokenizer, Batch(prompts, 0, greedy=True), settings)
