@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, memory, models
+from dpo_mlx import device, job, memory, models
+from dpo_mlx.config import Config
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import ALL, PRECOMPUTE, train_dpo
 
 STAGES = {
     "06": make_pairs,
@@ -107,3 +109,34 @@ def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) 
     assert mx.get_active_memory() > before + 8_000_000
     del engine
     assert mx.get_active_memory() < before + 1_000_000
+
+
+def test_a_reference_belongs_to_the_device_that_computed_it(
+    settings: dict[str, Any],
+    write_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """F5: another device, MLX version or scan chunk rounds differently. The stored reference is
+    then computed again, and the line says why; otherwise it is kept.
+    """
+    config = configs.load(write_config(settings))
+    make_pairs(config)
+    train_dpo(config, PRECOMPUTE)
+    stored = (config.run / "reference/base/train.jsonl").read_bytes()
+
+    def stale(config: Config) -> str:
+        """What is said of the stored reference when it is wanted again."""
+        capsys.readouterr()
+        train_dpo(config, PRECOMPUTE)
+        return capsys.readouterr().out
+
+    assert "stale" not in stale(config)
+    other_chunk = replace(config, train=replace(config.train, scan_chunk=7))
+    assert "stale: train.scan_chunk: 64 -> 7" in stale(other_chunk)
+    assert (config.run / "reference/base/train.jsonl").read_bytes() != stored
+    assert "stale: train.scan_chunk: 7 -> 64" in stale(config)
+    monkeypatch.setattr(device, "name", lambda: "Apple M9 (Metal)")
+    assert "-> Apple M9 (Metal)" in stale(config)
+    monkeypatch.setattr(job, "version", lambda package: "99.0")
+    assert "stale: mlx: " in stale(config)
