@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# From questions and answers to a fused model and its report. Run again, it goes on where it was.
+# From questions and answers to a fused model and its report. Run it again to resume a stopped run.
 #
 #   ./train_dpo_run1.sh [CONFIG] [--set section.key=value ...] [--launch "-n 2"] [--retries 3]
 #
-# CONFIG               the run's YAML file; config/mlx_granite-4.0-h-micro_dpo.yaml if none is given
-# --set KEY=VALUE      wins over the file; may be repeated
-# --launch OPTIONS     options of mlx.launch, which starts the stages that can share their work. On a
-#                      CPU with cores for it that is "-n 2"; none starts one process
-# --retries N          how often a stage that the system aborts is started again (3)
-# --check              say what the run will need on this machine, in minutes and memory, and stop
-# --selftest           check the chain on this machine with a tiny model, about 2 minutes, and stop
-# --help               this text
+# CONFIG               the run's YAML file (default: config/mlx_granite-4.0-h-micro_dpo.yaml)
+# --set KEY=VALUE      override a key of the file; repeat it for more keys
+# --launch OPTIONS     options of mlx.launch for stages 06 and 10, which can use several processes
+#                      (default: "-n 2" on a CPU with two or more cores); "none" uses one process
+# --retries N          how often to start a stage again that the system aborted (default: 3)
+# --check              print the minutes, memory and disk space that the run needs, and stop
+# --selftest           check this machine with a tiny model, in about 2 minutes, and stop
+# --help               print this text and stop
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -23,17 +23,17 @@ while [ $# -gt 0 ]; do
       option=${1%%=*} value=${1#*=}; shift
       set -- "$option" "$value" "$@" ;;
     --set | --launch | --retries)
-      [ $# -ge 2 ] || fail "$1 needs a value; --help says which"
+      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
       case $1 in --set) options+=(--set "$2") ;; *) printf -v "${1#--}" %s "$2" ;; esac
       shift 2 ;;
     --check) only=02_check_run.py; shift ;;
     --selftest) only=01_selftest.py; shift ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"; exit ;;
-    -*) fail "unknown option $1; --help lists all" ;;
-    *) [ -z "$config" ] || fail "two config files, $config and $1"; config=$1; shift ;;
+    -*) fail "unknown option $1; --help lists all options" ;;
+    *) [ -z "$config" ] || fail "two config files given, $config and $1; name one"; config=$1; shift ;;
   esac
 done
-[[ $retries =~ ^[0-9]+$ ]] || fail "--retries $retries: not a whole number"
+[[ $retries =~ ^[0-9]+$ ]] || fail "--retries: expected a whole number, found $retries"
 case $config in
   "") config=$PWD/config/mlx_granite-4.0-h-micro_dpo.yaml ;;
   /*) ;;
@@ -42,8 +42,8 @@ esac
 [ -f "$config" ] || fail "$config: no such file; name the run's YAML file"
 options=(--config "$config" ${options[@]+"${options[@]}"})
 
-# stage LAUNCH SCRIPT: in the background, so that a signal to this script reaches the stage, which
-# saves and ends.
+# stage LAUNCH SCRIPT: runs a stage in the background, so that this script can pass on signals. The
+# stage then saves and ends.
 child="" signalled=""
 stage() {
   local code=0
@@ -69,22 +69,26 @@ started=$SECONDS
 use_venv .venv requirements.txt
 find_openblas
 if [ -n "$only" ]; then
-  [ "$only" = 02_check_run.py ] || options=()
   export LD_PRELOAD=$MLX_PRELOAD
+  if [ "$only" = 01_selftest.py ]; then
+    options=()
+  else  # the demo's model must be there to be checked
+    python scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "${options[@]}"
+  fi
   exec python "scripts/phase1-check-machine/$only" ${options[@]+"${options[@]}"}
 fi
 if is_mac && command -v caffeinate > /dev/null; then
   caffeinate -is -w $$ &
   export DPO_KEPT_AWAKE=1
-  echo "-- the system stays awake until this ends; the display may sleep"
+  echo "-- keeping this Mac awake until the run ends; the display may sleep"
 fi
 [ -e data/.selftest.json ] || grep -q '^demo_model: true' "$config" ||
-  echo "-- new machine? ./train_dpo_run1.sh --selftest checks it in about 2 minutes"
+  echo "-- new to this machine? ./train_dpo_run1.sh --selftest checks it in about 2 minutes"
 echo "-- set-up: $((SECONDS - started)) s"
 
 stage none scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py
 stage "$launch" scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py
-# 3: stopped by a guard. The best adapters before that are fused, and the report tells the story.
+# 3: a guard stopped training. Fuse the best adapters so far; the report says why it stopped.
 stopped=0
 stage "$launch" scripts/phase4-fine-tune-model/10_train_dpo.py || stopped=$?
 [ "$stopped" -eq 0 ] || [ "$stopped" -eq 3 ] || exit "$stopped"

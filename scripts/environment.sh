@@ -1,7 +1,7 @@
 # Sourced by train_dpo_run1.sh and tests/run.sh, in the repository's root: a virtual environment
 # with what a requirements file names, and OpenBLAS for MLX on Linux CPUs.
 
-# mlx 0.32 has wheels for Macs from macosx_14_0_arm64 on, and for Python up to 3.15.
+# mlx 0.32 has wheels for Apple silicon with macOS 14 or later, and for Python up to 3.15.
 OLDEST_MACOS=14 OLDEST_PYTHON=11 NEWEST_PYTHON=15
 PYTHONS="Python 3.$OLDEST_PYTHON to 3.$NEWEST_PYTHON"
 
@@ -13,7 +13,7 @@ fail() {
 is_mac() { [ "$(uname -s)" = Darwin ]; }
 
 # use_venv FOLDER REQUIREMENTS...: activates FOLDER (made if missing) unless a virtual environment
-# is active already, and installs the files again only when their text has changed.
+# is active already, and installs the requirements when their text has changed.
 use_venv() {
   local folder=$1; shift
   require_machine
@@ -23,7 +23,7 @@ use_venv() {
   fi
   PATH="$VIRTUAL_ENV/bin:$PATH"
   local fault; fault=$(python_fault python)
-  [ -z "$fault" ] || fail "$VIRTUAL_ENV: its $fault, and MLX needs $PYTHONS; leave or delete it"
+  [ -z "$fault" ] || fail "$VIRTUAL_ENV: its $fault, but MLX needs $PYTHONS; deactivate or delete it"
   local stamp="$VIRTUAL_ENV/.installed-$(basename "$folder")"
   if ! cat "$@" | cmp -s - "$stamp"; then
     echo "setting up $VIRTUAL_ENV from $*"
@@ -33,7 +33,7 @@ use_venv() {
   fi
 }
 
-# Ends with one line on a Mac that MLX has no wheel for.
+# Fails on a Mac that MLX has no wheel for.
 require_machine() {
   is_mac || return 0
   # Also 1 under Rosetta, where uname says x86_64.
@@ -41,7 +41,7 @@ require_machine() {
     fail "MLX needs Apple silicon (M1 or later); this Mac has an Intel processor"
   local version; version=$(sw_vers -productVersion)
   [ "${version%%.*}" -ge "$OLDEST_MACOS" ] ||
-    fail "MLX needs macOS $OLDEST_MACOS or later, this is macOS $version; update it and run again"
+    fail "MLX needs macOS $OLDEST_MACOS or later, and this Mac runs macOS $version; update it and run again"
 }
 
 # Debian keeps what `python -m venv` needs in a package of its own.
@@ -62,22 +62,22 @@ apt_install() {
   apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$1" > /dev/null
 }
 
-# The name of a Python that MLX has a wheel for; ends with one line when there is none.
+# Prints the name of a Python that MLX has a wheel for; fails when there is none.
 find_python() {
   local name fault faults="" remedy="install one"
   for name in python3.11 python3.12 python3.13 python3.14 python3.15 python3; do
     command -v "$name" > /dev/null || continue
-    # Apple's own is too old, and only asks for its developer tools when these are missing.
+    # Apple's own Python is too old. Without the developer tools it only offers to install them.
     [ "$(command -v "$name")" != /usr/bin/python3 ] || ! is_mac || continue
     fault=$(python_fault "$name")
     if [ -z "$fault" ]; then echo "$name"; return; fi
     faults="${faults:+$faults; }$fault"
   done
-  ! is_mac || remedy="macOS brings none: get it from python.org, or: brew install python@3.12"
+  ! is_mac || remedy="get one from python.org, or run: brew install python@3.12"
   fail "no $PYTHONS found${faults:+ ($faults)}; $remedy"
 }
 
-# python_fault PYTHON: why MLX has no wheel for it; nothing when it has one.
+# python_fault PYTHON: prints why MLX has no wheel for it, and nothing when it has one.
 python_fault() {
   local major="" minor="" machine=""
   read -r major minor machine < <(

@@ -117,8 +117,8 @@ def test_sigterm_to_the_runner_ends_its_stage_which_goes_on_later(tmp_path, sett
 
 
 def test_training_that_the_system_kills_is_started_again_to_the_same_end(tmp_path, llama):
-    """SIGKILL to stage 10 after a checkpoint, as for want of memory: the supervisor starts it again
-    from there, and the run's rows are those of an undisturbed one.
+    """SIGKILL to stage 10 after a checkpoint, as when memory runs out: the supervisor starts it
+    again from there, and its rows equal an undisturbed run's.
     """
     calm, killed = (chaos.make_round(tmp_path / name, llama) for name in ("calm", "killed"))
     for folder in (calm, killed):

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts."""
+"""`--check`: what a run needs, printed before it starts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHECK = REPOSITORY / "scripts/phase1-check-machine/02_check_run.py"
 
 
 def sequences(count: int) -> list[Sequence]:
-    """Sequences of ten tokens."""
+    """Sequences of ten tokens each."""
     return [Sequence((0,) * 10, 4)] * count
 
 
 def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
-    """Powers of ten tell the parts of a sum apart: a second for each thing, in its own place.
+    """Each cost is one second in turn, so the sum shows how often a stage pays it.
 
     8 rows to train on and 2 held out, of 10 tokens; answers of 5 tokens, 4 at once. One update of
     SFT and two of DPO, each phase evaluated at its start and end, and once the base model: 5
@@ -45,16 +45,16 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
     def by_stage(pairs: float, train: float, fuse: float, smoke: float) -> dict[str, float]:
         return {MAKE_PAIRS: pairs, TRAIN: train, FUSE: fuse, SMOKE: smoke}
 
-    # Read once by 06 and 10, by 11 to measure, for both roundings, and for what was written (which
-    # takes two more), by 12 twice.
+    # 06 and 10 read the model once, 12 twice. 11 reads it to measure the adapters, once for each
+    # rounding, and once as the saved folder, whose writing counts as two more.
     assert seconds(model=1) == by_stage(1, 1, 4 + 2, 2)
     assert seconds(prompts=1) == by_stage(3, 5 * 2, 0, 2)
     assert seconds(step=1) == by_stage(3 * 5, 5 * 2 * 5, 0, 2 * 5)
-    # Of the train pairs 2 x 80 and of the valid 2 x 20 once, and 8 x 10 an evaluation; the pair
-    # that is compared (20 tokens) five times; valid pairs under both models, three answers a
-    # question.
+    # 10 scores the train pairs (2 x 80) and the valid pairs (2 x 20) once, and 8 x 10 tokens in
+    # each evaluation. 11 scores its one pair (20 tokens) five times. 12 scores the valid pairs
+    # under both models, and three answers to each question.
     assert seconds(scored_token=1) == by_stage(0, 200 + 5 * 80, 5 * 20, 80 + 60)
-    # The preflight's 12 pairs of 20, a pass of 80 and two of 160.
+    # 12 pairs of 20 tokens in the preflight, one pass of 80 in SFT, two of 160 in DPO.
     assert seconds(gradient_token=1) == by_stage(0, 240 + 80 + 320, 0, 0)
     assert seconds(layer=1) == by_stage(0, 0, 2 * 3, 0)
 
@@ -62,13 +62,13 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
 def test_everything_is_told(
     settings: dict[str, Any], write_config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Device, download, disk, memory and minutes of each stage; the minutes go to plan.json; no
-    pair is sampled.
+    """Prints device, download, disk, and each stage's memory and minutes; writes the minutes to
+    plan.json; samples no pair.
     """
     config = write_config(settings)
     assert exit_code(config, script=CHECK) == 0
     said = capsys.readouterr().out
-    for words in ("offers", "download: none", "disk: up to", "memory at the peak", "check: about"):
+    for words in ("offers", "download: none", "disk: up to", "peak memory", "check: about"):
         assert words in said
     run = configs.load(config).run
     minutes = jsonl.read_json(run / checks.PLAN)["minutes"]
@@ -82,7 +82,7 @@ def test_everything_is_told(
 def test_what_does_not_fit_is_told_for_each_stage(
     settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line for each stage that needs more than there is, with what to change, and no probe."""
+    """Each stage that does not fit gets one line with a remedy, and the probe does not run."""
     config = configs.load(write_config(settings))
     config.run.mkdir()
     monkeypatch.setattr(device, "available", lambda: 1000)
@@ -91,28 +91,29 @@ def test_what_does_not_fit_is_told_for_each_stage(
         checks.check_run(config)
     lines = str(error.value).splitlines()
     for script, line in zip(sorted([MAKE_PAIRS, TRAIN, FUSE, SMOKE]), sorted(lines), strict=True):
-        assert line.startswith(f"{script}: ") and "; lower" in line or "; set fuse" in line
+        assert line.startswith(f"{script}: ")
+        assert "use the adapters as they are" in line if script == FUSE else "lower " in line
 
 
 def test_a_hub_that_does_not_answer_is_no_fault(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The size of a download is told where the hub tells it; otherwise that it is unknown."""
+    """If the hub does not answer, the check prints that the size is unknown and goes on."""
 
     class Hub:
         def model_info(self, name: str, files_metadata: bool) -> Any:
             raise ConnectionError
 
     monkeypatch.setattr(checks, "HfApi", Hub)
-    checks._tell_download("owner/no-such-model")
-    assert "an unknown size (the hub does not answer: ConnectionError)" in capsys.readouterr().out
+    checks._print_download("owner/no-such-model")
+    assert "size unknown (the hub does not answer: ConnectionError)" in capsys.readouterr().out
 
 
 def test_a_download_that_does_not_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before it begins, with its size."""
+    """The check stops before the download, and prints its size."""
     monkeypatch.setattr(checks, "download_size", lambda name: (10**18, ""))
     with pytest.raises(UserError, match="the disk has .* needed"):
-        checks._tell_download("owner/no-such-model")
-    assert "1000000000.00 GB of owner/no-such-model" in capsys.readouterr().out
+        checks._print_download("owner/no-such-model")
+    assert "owner/no-such-model, 1000000000.00 GB" in capsys.readouterr().out

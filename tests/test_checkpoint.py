@@ -177,8 +177,8 @@ def test_everything_comes_back(tmp_path):
 
 
 def test_what_a_failed_gpu_command_left_is_not_saved(tmp_path, monkeypatch):
-    """Metal tells of a failed command at a later one, when its arrays look finished: the GPU is
-    asked before anything is written, and the checkpoint before stays the newest.
+    """Metal reports a failed command late, while its arrays look finished. Saving waits for the GPU
+    first, so nothing is written and the previous checkpoint stays the newest.
     """
     made = keep(tmp_path, "dpo", 1, 1)
 
@@ -334,7 +334,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
     ids=["at least five minutes", "1% of the time", "1 MB a second"],
 )
 def test_checkpoints_by_the_clock(seconds: float, size: int, pause: float) -> None:
-    """The next one is due after what the last one cost has become little, and not before."""
+    """The next checkpoint is due once the last one's cost is a small share of the time."""
     now = [0.0]
     clock = checkpoint.SaveClock(lambda: now[0])
     now[0] = 299.0
@@ -350,8 +350,8 @@ def test_checkpoints_by_the_clock(seconds: float, size: int, pause: float) -> No
 
 
 def test_a_run_saves_by_the_clock(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without save_every a run of seconds has the checkpoints of its evaluations alone; once the
-    clock says so, each update is saved.
+    """Without save_every a run of seconds only saves at its evaluations. When the clock says a
+    checkpoint is always due, it saves every update.
     """
     saved: list[int] = []
     for due, expected in ((False, [0, 7, 7]), (True, [0, 1, 2, 3, 4, 5, 6, 7, 7])):

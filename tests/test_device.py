@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, memory, models
+from dpo_mlx import device, job, memory, models
+from dpo_mlx.config import Config
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import ALL, PRECOMPUTE, train_dpo
 
 STAGES = {
     "06": make_pairs,
@@ -26,19 +28,21 @@ STAGES = {
 
 
 def test_metal_s_working_set_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device recommends counts, then a GPU's own memory, then the machine's."""
-    info: dict[str, Any] = {"max_recommended_working_set_size": 11, "total_memory": 12}
+    """Metal's recommended working set wins, then nearly all of a GPU's own memory, then the
+    machine's memory.
+    """
+    info: dict[str, Any] = {"max_recommended_working_set_size": 11, "total_memory": 100}
     monkeypatch.setattr(mx, "device_info", lambda: info)
     assert device.available() == 11
     del info["max_recommended_working_set_size"]
-    assert device.available() == 12
+    assert device.available() == 95
     del info["total_memory"]
     assert device.available() > 10**8
 
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Python's collector of circles never runs by itself."""
+    """Python's garbage collector never runs by itself."""
     gc.collect()
     gc.disable()
     yield
@@ -47,7 +51,7 @@ def no_collector() -> Iterator[None]:
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
-    """A model of 9 MB, so that a second one beside it shows."""
+    """A model of 9 MB, large enough that a second one in memory shows."""
     size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     return tiny.folder(tmp_path / "wide", "llama", **size)
 
@@ -59,9 +63,9 @@ def test_every_stage_is_bounded_and_holds_one_model(
     monkeypatch: pytest.MonkeyPatch,
     no_collector: None,
 ) -> None:
-    """F3 and F6: stages 06, 10, 11 and 12 set the memory and the cache limit before they load a
-    model, and none of the models that stages 11 and 12 load is in memory when the next one is,
-    though Python's collector never runs.
+    """F3 and F6: stages 06, 10, 11 and 12 set the memory and cache limits before they load a model.
+    Stages 11 and 12 free each model before they load the next, even if Python's garbage collector
+    never runs.
     """
     settings["model"] = str(wide)
     settings["train"] |= {"grad_accumulation": 8, "eval_every": 100, "eval_questions": 2}
@@ -94,7 +98,7 @@ def test_every_stage_is_bounded_and_holds_one_model(
 
 
 def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) -> None:
-    """No circle: a model is freed with the engine that scores with it, without a collection."""
+    """An engine is in no reference cycle, so its model is freed without the garbage collector."""
     from dpo_mlx.engine import Engine
     from test_adapters import SEQUENCE, adapted
 
@@ -105,3 +109,34 @@ def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) 
     assert mx.get_active_memory() > before + 8_000_000
     del engine
     assert mx.get_active_memory() < before + 1_000_000
+
+
+def test_a_reference_belongs_to_the_device_that_computed_it(
+    settings: dict[str, Any],
+    write_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """F5: another device, MLX version or scan chunk rounds differently. The stored reference is
+    then computed again, and the line says why; otherwise it is kept.
+    """
+    config = configs.load(write_config(settings))
+    make_pairs(config)
+    train_dpo(config, PRECOMPUTE)
+    stored = (config.run / "reference/base/train.jsonl").read_bytes()
+
+    def stale(config: Config) -> str:
+        """What is said of the stored reference when it is wanted again."""
+        capsys.readouterr()
+        train_dpo(config, PRECOMPUTE)
+        return capsys.readouterr().out
+
+    assert "stale" not in stale(config)
+    other_chunk = replace(config, train=replace(config.train, scan_chunk=7))
+    assert "stale: train.scan_chunk: 64 -> 7" in stale(other_chunk)
+    assert (config.run / "reference/base/train.jsonl").read_bytes() != stored
+    assert "stale: train.scan_chunk: 7 -> 64" in stale(config)
+    monkeypatch.setattr(device, "name", lambda: "Apple M9 (Metal)")
+    assert "-> Apple M9 (Metal)" in stale(config)
+    monkeypatch.setattr(job, "version", lambda package: "99.0")
+    assert "stale: mlx: " in stale(config)

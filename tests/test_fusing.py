@@ -151,8 +151,8 @@ def test_activations_in_float32_leave_the_model_as_it_was():
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, mx.float16), (float("nan"), mx.float32)])
 def test_weights_that_are_no_numbers_are_refused(value, dtype):
-    """float16 ends at 65504, and diverged adapters are worth no folder: one line with the layer,
-    and no advice to write a folder twice as large.
+    """float16 ends at 65504, and diverged adapters are not worth a folder. One line names the
+    layer, and does not advise a folder twice as large.
     """
     model = made()
     layer = model.model.layers[1].mlp.up_proj

@@ -1,4 +1,4 @@
-"""The layouts of Granite's models: each is trained, fused and exported like the first one."""
+"""The layouts of Granite's models: each trains, fuses and exports like the first one."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, list[list[str]]]:
-    """A folder of each layout, and the mixers of its blocks."""
+    """A folder for each layout, and the mixers of its blocks."""
     changes, blocks = LAYOUTS[request.param]
     return tiny.folder(tmp_path_factory.mktemp("models") / "m", **changes), blocks
 
 
 def test_the_head_is_known(layout):
-    """Embedding and logits are scaled, and the head is the embedding: log-probs are those of the
-    model's own logits.
+    """Embedding and logits are scaled, and the head is the embedding; log-probs match the model's
+    own logits.
     """
     model = models.load(str(layout[0])).model
     backbone, head = find_head(model)
@@ -64,7 +64,9 @@ def test_the_head_is_known(layout):
 
 
 def test_every_linear_layer_of_every_block_is_adapted(layout):
-    """With lora.keys and lora.num_layers left out none is forgotten, and nothing else touched."""
+    """Without lora.keys and lora.num_layers, every linear layer gets an adapter and nothing else
+    does.
+    """
     folder, blocks = layout
     model = models.load(str(folder)).model
     models.attach_lora(model, LoraConfig())
@@ -80,7 +82,7 @@ def test_every_linear_layer_of_every_block_is_adapted(layout):
 
 
 def test_only_mamba_blocks_scan_in_chunks(layout):
-    """A dense model is left as it is; a hybrid one's answers stay what they were."""
+    """A dense model does not change; a hybrid one keeps its answers."""
     folder, blocks = layout
     model = models.load(str(folder)).model
     ids = mx.arange(5, 45)[None]
@@ -98,7 +100,7 @@ def test_only_mamba_blocks_scan_in_chunks(layout):
 
 
 def test_a_dense_config_of_transformers_5_loads(tmp_path):
-    """It nests `rope_theta`, which mlx-lm's dense Granite asks for at the top."""
+    """transformers 5 nests `rope_theta`, which mlx-lm's dense Granite reads at the top level."""
     old = tiny.folder(tmp_path / "old", "dense", rope_theta=5000.0)
     new = tiny.folder(tmp_path / "new", "dense", rope_theta=5000.0)
     about = jsonl.read_json(new / "config.json")
@@ -115,7 +117,7 @@ def test_a_dense_config_of_transformers_5_loads(tmp_path):
 
 
 def test_other_rotary_positions_are_not_guessed(tmp_path):
-    """Scaled ones are more than their theta: the model is refused as mlx-lm refuses it."""
+    """Theta alone does not describe scaled positions, so loading fails as it does in mlx-lm."""
     folder = tiny.folder(tmp_path / "m", "dense")
     about = jsonl.read_json(folder / "config.json")
     del about["rope_theta"]
@@ -127,8 +129,8 @@ def test_other_rotary_positions_are_not_guessed(tmp_path):
 
 
 def test_a_dense_base_of_mixed_bits_is_put_together(tmp_path):
-    """mlx-lm keeps two layers of each dense block in 8 bits when it quantises to 4: loaded, adapted
-    and made plain again, it answers as it did.
+    """mlx-lm keeps two layers of each dense block in 8 bits when it quantises to 4. Such a model
+    can be loaded, adapted and fused, and answers as before.
     """
     folder = tiny.folder(tmp_path / "m", "dense")
     loaded = models.load(str(folder))
@@ -165,8 +167,8 @@ ANYTHING_PASSES = {
 
 
 class Improving(Watch):
-    """The answers are real, and the later ones are said to be more in the voice: the last adapters
-    are kept, of a model that is too random to learn one.
+    """A watch that reports real answers and a voice that improves, so that the last adapters are
+    kept although the model is too random to learn a voice.
     """
 
     evaluations = 0
@@ -207,8 +209,8 @@ def chain(
 
 
 def test_the_chain_runs(chain):
-    """DPO starts at ln 2, fusing keeps the margin, the export lacks nothing but a real tokenizer,
-    and what decides the prompt is in the fingerprint of every stage.
+    """DPO starts at ln 2, fusing keeps the margin, only the tokenizer stops llama.cpp, and every
+    stage's fingerprint includes the settings that decide the prompt.
     """
     rows = jsonl.read_whole_lines(chain.run / "metrics.jsonl")
     first = next(row for row in rows if row["phase"] == "dpo")
@@ -233,7 +235,7 @@ def test_the_chain_runs(chain):
 
 
 def moved(base: nn.Module, fused: nn.Module) -> set[str]:
-    """Parameters that differ."""
+    """Names of the parameters that differ."""
     after = dict(tree_flatten(fused.parameters()))
     before = dict(tree_flatten(base.parameters()))
     return {name for name in before if not mx.array_equal(before[name], after[name])}
@@ -248,13 +250,13 @@ def linear_layers(model: nn.Module) -> set[str]:
 
 
 def fingerprints(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the stages of a run noted down of the settings that decide a prompt."""
+    """The prompt settings that each stage of a run recorded."""
     for path in folder.rglob("*.json"):
         yield from _with_system_prompt(json.loads(path.read_text()))
 
 
 def _with_system_prompt(value: Any) -> Iterator[dict[str, Any]]:
-    """The mappings inside a value that have a system_prompt, but for whole configs."""
+    """The mappings inside a value that have a system_prompt, except whole configs."""
     if isinstance(value, dict):
         if "system_prompt" in value and "run_dir" not in value:
             yield value

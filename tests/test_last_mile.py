@@ -333,14 +333,14 @@ def test_the_card_waits_for_what_is_not_measured(finished):
 
 
 def test_the_card_passes_the_template_s_arguments_on(finished):
-    """What the model was trained with is said, and every command has it in its own way."""
+    """The card names the arguments of training, and each command passes them in its own way."""
     fuse = {"fuse": jsonl.read_json(finished.at("fuse.json"))}
     arguments = {"enable_thinking": False, "tone": "it's dry"}
     text = card.render(replace(finished.config, chat_template_args=arguments), fuse)
     word = shlex.quote(json.dumps(arguments))
     for part in (
         'enable_thinking=False, tone="it\'s dry"`.',
-        f"`mlx_lm.server` it is `--chat-template-args {word}`",
+        f"`mlx_lm.server` add `--chat-template-args {word}`",
         f"mlx_lm.generate --model fused --temp 0.7 --top-p 0.95 --max-tokens 512 "
         f"--chat-template-config {word} --prompt",
         'return_dict=True, enable_thinking=False, tone="it\'s dry"\n)',
@@ -356,7 +356,7 @@ def test_the_card_passes_the_template_s_arguments_on(finished):
     [("generate", "--chat-template-config"), ("server", "--chat-template-args"), ("chat", None)],
 )
 def test_mlx_lm_s_commands_take_these_options(module, option):
-    """The card and the README name them; `mlx_lm.chat` has none so far."""
+    """The card and the README name them; `mlx_lm.chat` has no such option so far."""
     path = Path(mlx_lm.__file__).parent / f"{module}.py"
     options = re.findall(r'"(--chat-template-(?:config|args))"', path.read_text())
     assert options == ([option] if option else [])

@@ -1,4 +1,4 @@
-"""LoRA whose output is rounded once: an early change reaches the output, on any base."""
+"""LoRA that rounds its output once: an early change reaches the output, on any base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH, RANK = 128, 4
 
 
 def layer(base: str, size: float, bias: bool = False, dtype: mx.Dtype = mx.bfloat16) -> Any:
-    """A LoRA layer of this project over a random linear layer; B's entries are about `size`."""
+    """Our LoRA layer over a random linear layer; B's entries are about `size`."""
     mx.random.seed(0)
     linear = nn.Linear(WIDTH, 2 * WIDTH, bias=bias)
     linear.set_dtype(dtype)
@@ -32,7 +32,7 @@ def inputs(dtype: mx.Dtype = mx.bfloat16) -> mx.array:
 
 
 def change(call: Any, adapted: Any) -> mx.array:
-    """What the adapter adds to the output, as far as the output's dtype shows it."""
+    """What the adapter adds to the output, as far as the output's dtype can show it."""
     x, b = inputs(), adapted.lora_b
     with_adapter = call(x).astype(mx.float32)
     adapted.lora_b = mx.zeros_like(b)
@@ -42,14 +42,14 @@ def change(call: Any, adapted: Any) -> mx.array:
 
 
 def share(shown: mx.array, exact: mx.array) -> float:
-    """How much of the exact change is in the one that shows: its projection on it."""
+    """Share of the exact change that is visible, by projecting on it."""
     return float((shown * exact).sum() / (exact * exact).sum())
 
 
 @pytest.mark.parametrize("base", ["plain", "4-bit"])
 def test_a_small_change_reaches_the_output(base: str) -> None:
-    """F2: after one update at 5e-6 (B's entries are 5e-6) bfloat16 outputs show all of the change
-    on average; mlx-lm's own layer, which rounds twice, hides most of it.
+    """F2: after one update at 5e-6 (B's entries are 5e-6), bfloat16 outputs show the whole change
+    on average. mlx-lm's layer, which rounds twice, hides most of it.
     """
     adapted = layer(base, size=5e-6)
     x = inputs().astype(mx.float32)
@@ -62,7 +62,7 @@ def test_a_small_change_reaches_the_output(base: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("base", ["plain", "4-bit"])
 def test_in_float32_it_is_mlx_lm_s_layer(base: str, bias: bool) -> None:
-    """Values and gradients of A, B and the input, where rounding plays no part."""
+    """Values and gradients of A, B and the input match mlx-lm's where nothing is rounded."""
     adapted, x = layer(base, 0.1, bias, mx.float32), inputs(mx.float32)
     weight = mx.random.normal((256, 2 * WIDTH))
 
@@ -81,7 +81,7 @@ def test_in_float32_it_is_mlx_lm_s_layer(base: str, bias: bool) -> None:
 
 @pytest.mark.parametrize("base", ["plain", "4-bit"])
 def test_the_output_keeps_the_dtype(base: str) -> None:
-    """bfloat16 in, bfloat16 out, though adapters are float32; and float32 through bfloat16."""
+    """The output has the input's dtype, bfloat16 or float32, though the adapters are float32."""
     adapted = layer(base, 0.1)
     assert adapted(inputs()).dtype == mx.bfloat16
     assert adapted(inputs(mx.float32)).dtype == mx.float32

@@ -25,6 +25,7 @@ from dpo_mlx.sampling import Batch, sample_batch
 from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.trainer import Trainer
 from dpo_mlx.worker import Worker
+from mlx.utils import tree_map_with_path
 from runs import wrote
 
 WIDE = {
@@ -101,7 +102,9 @@ def test_refused_when_it_cannot_fit(
 @pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (6, 200, 300)])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) -> None:
-    """What sampling takes beside the weights lies within 25% of the plan, short and long."""
+    """For short and long answers, the measured memory is at most 15% over the plan, and the plan at
+    most 40% over the measured memory: the peak depends a little on the machine's other work.
+    """
     model = loaded(kind)
     need = memory.sampling(model, batch, prompt, answer, "generation.batch_size")
     prompts = [[7 + i for i in range(prompt)] for _ in range(batch)]
@@ -112,7 +115,53 @@ def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) ->
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
-    assert need.work == pytest.approx(mx.get_peak_memory() - before, rel=0.25)
+    peak = mx.get_peak_memory() - before
+    assert peak / 1.15 <= need.work <= 1.4 * peak
+
+
+def bfloat16_base(path: str, weight: mx.array) -> mx.array:
+    return weight if "lora_" in path else weight.astype(mx.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_stage_11_is_planned(kind: str) -> None:
+    """Fusing and comparing in float32, over a bfloat16 base: the peak is within 15% of the plan."""
+    model = loaded(kind)
+    model.update(tree_map_with_path(bfloat16_base, model.parameters()))
+    config = Config(
+        model="",
+        run_dir="",
+        data=DataConfig(source="", train_pairs="", valid_pairs=""),
+        train=TrainConfig(learning_rate=1e-4),
+    )
+    mx.eval(model.parameters())
+    need = memory.largest(memory.stage_11(model, config, sequence(64)))
+    device.release()
+    held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
+    mx.reset_peak_memory()
+    with fusing.activations_in_float32(model):
+        Engine(model).log_prob(sequence(64))
+    fusing.fuse(model, "stochastic", mx.bfloat16)
+    with fusing.activations_in_float32(model):
+        Engine(model).log_prob(sequence(64))
+    assert need.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
+
+
+def test_the_larger_of_both_models_counts_in_stage_12(granite: Path) -> None:
+    """Base and fused model take turns: what one takes more than the other is planned for both."""
+    model = models.load(str(granite)).model
+    config = Config(
+        model="",
+        run_dir="",
+        data=DataConfig(source="", train_pairs="", valid_pairs=""),
+        train=TrainConfig(learning_rate=1e-4),
+    )
+    lengths = memory.Lengths(questions=2, prompt=30, answer=20, longest=sequence(40))
+    own = memory.nbytes(model.parameters())
+    for other, expected in ((0, own), (10**9, 10**9)):
+        needs = memory.stage_12(model, config, lengths, other)
+        assert [need.weights for need in needs] == [expected] * 2
+    assert len(lengths.scored.ids) == 50, "a sampled answer is scored, too"
 
 
 def test_comparing_in_stage_11_is_planned(tmp_path: Path) -> None:
@@ -137,7 +186,7 @@ def test_comparing_in_stage_11_is_planned(tmp_path: Path) -> None:
 
 
 def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several needs the largest is refused, with its own remedy and the figures."""
+    """The error names the largest need, with its own remedy and figures."""
     small = memory.Need("an update", "lower a", 10**9, 0, 10**9)
     large = memory.Need("sampling 32 answers", "lower b", 10**9, 0, 2 * 10**9, processes=2)
     monkeypatch.setattr(device, "available", lambda: 6 * 10**9)
@@ -147,6 +196,6 @@ def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         memory.require([small, large], "m")
     assert str(error.value) == (
         "m: needs 6.00 GB for sampling 32 answers (weights 1.00, work 2.00, in each of 2 "
-        "processes), this machine offers 5.00 GB; start the runner with --launch none, lower b, or "
-        "set model to a smaller or a quantised one"
+        "processes), but this machine offers 5.00 GB; start the runner with --launch none, lower "
+        "b, or set model to a smaller or a quantised one"
     )

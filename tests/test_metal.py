@@ -1,4 +1,4 @@
-"""What can only be seen on Apple's GPU, and what virtual_mac.py takes for granted of it."""
+"""What only shows on Apple's GPU, and what virtual_mac.py assumes about it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.metal
 
 @pytest.fixture
 def run(tmp_path: Path) -> Config:
-    """A tiny Granite in bfloat16, whose shapes take Metal's kernels."""
+    """A tiny Granite in bfloat16, with shapes that use Metal's kernels."""
     return selftest.make_run(tmp_path)
 
 
 @pytest.mark.parametrize("queries", [1, LENGTH])
 def test_attention_rounds_as_emulated(queries: int) -> None:
-    """Without gradients far nearer to attention rounded once than to the unfused operations, and
-    the other way round while gradients are traced.
+    """Without gradients, attention is close to one rounding; while gradients are traced, it is
+    close to the unfused operations.
     """
     arrays = inputs(mx.bfloat16, queries)
     q, k, v = arrays
@@ -50,18 +50,18 @@ def test_attention_rounds_as_emulated(queries: int) -> None:
 
 
 def test_both_ways_to_score_agree(run: Config) -> None:
-    """The reference is scored as training scores (first-update fault F1)."""
+    """The reference is scored the way training scores (first-update fault F1)."""
     selftest.check_reference(run)
 
 
 def test_kernels_of_one_token_agree_with_a_full_pass(run: Config) -> None:
-    """mlx-lm's Mamba kernel and MLX's vector attention, alone and in a padded batch."""
+    """Covers mlx-lm's Mamba kernel and MLX's vector attention, alone and in a padded batch."""
     selftest.check_decoding(run)
     selftest.check_batch(run)
 
 
 def test_the_device_tells_what_is_read() -> None:
-    """These keys of `mx.device_info` decide the memory plan and name the machine."""
+    """The memory plan and the machine's name depend on these keys of `mx.device_info`."""
     about = mx.device_info()
     recommended, total = (
         int(about[key]) for key in ("max_recommended_working_set_size", "memory_size")
@@ -72,7 +72,7 @@ def test_the_device_tells_what_is_read() -> None:
 
 
 def test_limits_are_taken() -> None:
-    """Each gives back the one before, and all of them may be set to what Metal recommends."""
+    """Each call returns the previous limit, and accepts what Metal recommends."""
     recommended = int(mx.device_info()["max_recommended_working_set_size"])
     device.bound()
     for set_limit in (mx.set_wired_limit, mx.set_cache_limit, mx.set_memory_limit):
@@ -81,8 +81,8 @@ def test_limits_are_taken() -> None:
 
 
 def test_addmm_rounds_once() -> None:
-    """c + a @ b is summed in float32: c, a tenth of a bfloat16 step of the product, moves about as
-    many outputs as it does in exact arithmetic; added to a rounded product it moves next to none.
+    """addmm sums c + a @ b in float32. So c, a tenth of a bfloat16 step of the product, moves about
+    as many outputs as in exact arithmetic; added to a rounded product it moves almost none.
     """
     mx.random.seed(0)
     a, b = (mx.random.normal((256, 256)).astype(mx.bfloat16) for _ in range(2))
@@ -99,8 +99,8 @@ def test_addmm_rounds_once() -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_rounding_s_bits_are_numpy_s(name: str) -> None:
-    """Powers of two by a mask, and divisions by them, are exact on the GPU too: the same draws
-    round to the same values as numpy's.
+    """Masking to a power of two and dividing by it are exact on the GPU too: the same draws round
+    to the same values as in numpy.
     """
     dtype: Any = getattr(mx, name)
     x, key = weights(), mx.random.key(7)

@@ -1,5 +1,5 @@
-"""The runner as a user starts it, on machines that stand-ins for uname, sw_vers, sysctl, caffeinate
-and Python play; its stages are stand-ins too.
+"""The runner as a user starts it. Stand-ins for uname, sw_vers, sysctl, caffeinate, Python and the
+stages play the machine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TOOLS = ("bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mv", 
 
 
 class Sandbox:
-    """A copy of the repository with stand-ins, and the only folder of programs that it sees."""
+    """A copy of the repository with stand-ins, which are the only programs on PATH."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.repository, self.programs = home, home / "repository", home / "programs"
@@ -100,7 +100,7 @@ class Sandbox:
         stand_in(folder, name, FAKE_PYTHON.format(version=version, python=sys.executable))
 
     def mac(self, version: str = "15.5", arm64: str = "1") -> None:
-        """The machine is a Mac from now on."""
+        """Make the machine a Mac."""
         (self.programs / "uname").unlink()
         stand_in(self.programs, "uname", "echo Darwin")
         stand_in(self.programs, "sw_vers", f"echo {version}")
@@ -126,13 +126,13 @@ class Sandbox:
         return process.returncode, out, err
 
     def exit(self, **codes: Any) -> None:
-        """What each stage ends with: s10=3."""
+        """Set the exit codes of stages: s10=3."""
         values = {name.removeprefix("s"): code for name, code in codes.items()}
         (self.home / "codes.json").write_text(json.dumps(values))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """What was started, in order."""
+        """The stages that were started, in order, with their arguments."""
         path = self.home / "stages.txt"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -142,12 +142,12 @@ class Sandbox:
 
     @property
     def installed(self) -> str:
-        """What pip and venv were asked for."""
+        """The arguments that pip and venv got."""
         path = self.home / "installed.txt"
         return path.read_text() if path.exists() else ""
 
     def refuses(self, *arguments: str) -> str:
-        """The one line with which it exits 1, nothing installed and no stage started."""
+        """The one error line; exit code 1, nothing installed and no stage started."""
         code, _, err = self.run(*arguments)
         (line,) = err.splitlines()
         assert code == 1 and line.startswith("error: "), err
@@ -166,8 +166,8 @@ ALONE = ("--launch", "none")
 
 
 def test_options_stand_in_any_order(sandbox):
-    """Before and after the config, apart or with an equals sign; every stage gets config and
-    settings, and what is the runner's stays with it.
+    """Options work before or after the config, with a space or an equals sign. Every stage gets the
+    config and the settings; the runner keeps its own options.
     """
     code, _, err = sandbox.run(
         "--set", "seed=1", "--retries=0", "repository/config/" + sandbox.config.name,
@@ -179,13 +179,13 @@ def test_options_stand_in_any_order(sandbox):
 
 
 def test_without_a_config_it_is_granite_s(sandbox):
-    """From whatever folder."""
+    """The default config is used from any working directory."""
     assert sandbox.run(*ALONE, cwd=Path("/"))[0] == 0
     assert sandbox.calls[0]["arguments"] == ["--config", str(sandbox.config)]
 
 
 def test_a_relative_config_is_the_caller_s(sandbox):
-    """A path means what it means where it is typed."""
+    """A relative path is relative to the caller's directory."""
     folder = sandbox.home / "elsewhere"
     folder.mkdir()
     (folder / "mine.yaml").write_text("demo_model: false\n")
@@ -195,7 +195,7 @@ def test_a_relative_config_is_the_caller_s(sandbox):
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_is_the_runner_s_own(option, sandbox):
-    """Every option is in it, and nothing is started."""
+    """--help lists every option and starts nothing."""
     code, out, err = sandbox.run(option)
     assert code == 0 and err == ""
     names = ("--set", "--launch", "--retries", "--check", "--selftest", "--help")
@@ -211,23 +211,26 @@ def test_help_is_the_runner_s_own(option, sandbox):
     (["one.yaml", "two.yaml"], "two.yaml"),
 ])  # fmt: skip
 def test_what_the_runner_does_not_know_is_refused(arguments, named, sandbox):
-    """In one line that names it, before anything is installed."""
+    """One line names the faulty argument, before anything is installed."""
     (sandbox.venv / ".installed-.venv").unlink()
     assert named in sandbox.refuses(*arguments)
 
 
 def test_check_and_selftest_take_the_chain_s_place(sandbox):
-    """`--check` gets config and settings, `--selftest` needs none; the exit code is theirs."""
+    """`--check` gets the config and the settings, `--selftest` needs none; the runner exits with
+    their code.
+    """
     sandbox.exit(s01=1, s02=4)
     assert sandbox.run("--selftest")[0] == 1
     assert sandbox.run("--set", "seed=1", "--check")[0] == 4
-    selftest, check = sandbox.calls
+    selftest, demo_model, check = sandbox.calls
     assert (selftest["stage"], selftest["arguments"]) == ("01", [])
+    assert (demo_model["stage"], check["stage"]) == ("05", "02"), "the demo's model comes first"
     assert check["arguments"] == ["--config", str(sandbox.config), "--set", "seed=1"]
 
 
 def test_a_new_machine_is_offered_the_self_test(sandbox):
-    """Not for the demo, which is short, and not once the self-test has left its result."""
+    """The hint is left out for the short demo, and once the self-test has written its result."""
     demo = sandbox.home / "demo.yaml"
     demo.write_text("demo_model: true\n")
     offers = []
@@ -254,9 +257,7 @@ def test_a_new_machine_is_offered_the_self_test(sandbox):
     ({"s10": 3, "s12": 2}, 2, "12"),
 ])  # fmt: skip
 def test_exit_codes_of_the_chain(codes, code, last, sandbox):
-    """A fault ends the chain. A guard's stop (3) does not, and it outlasts the smoke test's
-    finding (1).
-    """
+    """A fault ends the chain; a guard's stop (3) does not, and outranks a failed smoke test (1)."""
     sandbox.exit(**codes)
     assert sandbox.run(*ALONE)[0] == code
     order = [Path(stage).name[:2] for stage in STAGES]
@@ -266,8 +267,8 @@ def test_exit_codes_of_the_chain(codes, code, last, sandbox):
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_runner_reaches_the_stage(number, send, sandbox):
-    """To the script alone or to all of the terminal's processes: the stage is told, the script
-    waits for it and exits with the signal's code, and no other stage starts.
+    """Whether the signal goes to the script or to the whole terminal, the script passes it on,
+    waits for the stage, exits with the signal's code and starts no other stage.
     """
     sandbox.exit(s10="wait")
     process = sandbox.start(*ALONE)
@@ -286,7 +287,7 @@ def test_a_signal_to_the_runner_reaches_the_stage(number, send, sandbox):
 
 
 def test_a_mac_stays_awake_and_its_display_may_sleep(sandbox):
-    """For as long as the runner's own process lives; the stages know that it is seen to."""
+    """caffeinate runs as long as the runner's process, and the stages know about it."""
     sandbox.mac()
     process = sandbox.start(*ALONE)
     out, _ = process.communicate(timeout=60)
@@ -297,7 +298,7 @@ def test_a_mac_stays_awake_and_its_display_may_sleep(sandbox):
 
 
 def test_without_caffeinate_the_stages_see_to_it(sandbox):
-    """No fault, and no promise."""
+    """The run works, and the runner does not claim to keep the Mac awake."""
     sandbox.mac()
     (sandbox.programs / "caffeinate").unlink()
     code, out, err = sandbox.run(*ALONE)
@@ -307,7 +308,7 @@ def test_without_caffeinate_the_stages_see_to_it(sandbox):
 
 
 def test_elsewhere_nothing_is_kept_awake(sandbox):
-    """Even where a program of that name is there."""
+    """Even if a program called caffeinate exists."""
     stand_in(sandbox.programs, "caffeinate", 'touch "$HOME/caffeinate.txt"')
     assert sandbox.run(*ALONE)[0] == 0
     assert not (sandbox.home / "caffeinate.txt").exists()
@@ -318,35 +319,35 @@ def test_elsewhere_nothing_is_kept_awake(sandbox):
 
 @pytest.fixture
 def bare(sandbox: Sandbox) -> Sandbox:
-    """Without a virtual environment, on a Mac with Apple silicon."""
+    """A Mac with Apple silicon and no virtual environment."""
     sandbox.mac()
     del sandbox.environment["VIRTUAL_ENV"]
     return sandbox
 
 
 def test_a_mac_with_an_intel_processor_is_refused(bare):
-    """There, sysctl knows of no hw.optional.arm64."""
+    """On an Intel Mac sysctl does not know hw.optional.arm64."""
     stand_in(bare.programs, "sysctl", "exit 1")
     assert "Apple silicon" in bare.refuses()
 
 
 @pytest.mark.parametrize("version", ["13.6.1", "12.7"])
 def test_an_older_macos_is_refused(version, bare):
-    """With its version and the one that is needed."""
+    """The error names its version and the one that MLX needs."""
     bare.mac(version)
     line = bare.refuses()
     assert version in line and "macOS 14" in line
 
 
 def test_a_python_under_rosetta_is_refused(bare):
-    """It says x86_64 on Apple silicon, and pip would find no wheel."""
+    """Such a Python reports x86_64 on Apple silicon, and pip would find no wheel for it."""
     bare.python(bare.programs, "python3.12", "3 12 x86_64")
     line = bare.refuses()
     assert "python3.12 is an Intel Python" in line and "python.org" in line
 
 
 def test_a_mac_without_a_python_is_told_how_to_get_one(bare):
-    """macOS ships none that is new enough."""
+    """macOS ships no Python that is new enough."""
     line = bare.refuses()
     assert "3.11 to 3.15" in line and "python.org" in line and "brew install" in line
 
@@ -360,7 +361,7 @@ def test_pythons_that_are_too_old_or_too_new_are_left_out(bare):
 
 
 def test_the_first_python_that_fits_makes_the_environment(bare):
-    """Others may be broken, too new or Intel's."""
+    """Earlier ones may be broken, too new or Intel builds."""
     stand_in(bare.programs, "python3.11", "exit 127")
     bare.python(bare.programs, "python3.12", "3 12 x86_64")
     bare.python(bare.programs, "python3.14", "3 14 arm64")
@@ -370,9 +371,9 @@ def test_the_first_python_that_fits_makes_the_environment(bare):
 
 @pytest.mark.parametrize("version", ["3 10 arm64", "3 16 arm64", "3 12 x86_64"])
 def test_an_active_environment_that_does_not_fit_is_refused(version, sandbox):
-    """It is named, so that the user can leave it."""
+    """The error names the environment, so that the user can deactivate it."""
     sandbox.mac()
     sandbox.activate(version)
     (sandbox.venv / ".installed-.venv").unlink()
     line = sandbox.refuses()
-    assert str(sandbox.venv) in line and "leave or delete" in line
+    assert str(sandbox.venv) in line and "deactivate or delete" in line

@@ -28,7 +28,7 @@ SCRIPT = REPOSITORY / "scripts/phase1-check-machine/01_selftest.py"
 
 @dataclass(frozen=True)
 class Finished:
-    """A self-test after its end: its run, still in its folder, what it printed, and its mark."""
+    """A finished self-test: its run with the folder still there, its output, and its mark."""
 
     config: Config
     passed: bool
@@ -38,7 +38,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """On this machine as it is."""
+    """The self-test on this machine as it is."""
     folder = tmp_path_factory.mktemp("selftest")
     config, printed, mark = selftest.make_run(folder), StringIO(), folder / "data/mark.json"
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
@@ -49,7 +49,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.fixture
 def copy(sound: Finished, tmp_path: Path) -> Config:
-    """The sound run in a folder that may be changed."""
+    """A copy of the sound run that a test may change."""
     shutil.copytree(sound.config.run, tmp_path / "run")
     return replace(sound.config, run_dir=str(tmp_path / "run"))
 
@@ -57,7 +57,7 @@ def copy(sound: Finished, tmp_path: Path) -> Config:
 def run_one(
     check: Callable[[Config], str], config: Config, monkeypatch: pytest.MonkeyPatch, mark: Path
 ) -> bool:
-    """The self-test of one check on a run that is there already."""
+    """Run one check on a run that exists already."""
     monkeypatch.setattr(selftest, "make_run", lambda folder: config)
     name = next(name for name, known in selftest.CHECKS.items() if known is check)
     monkeypatch.setattr(selftest, "CHECKS", {name: check})
@@ -65,8 +65,8 @@ def run_one(
 
 
 def test_a_sound_machine_passes(sound: Finished) -> None:
-    """Every check holds; the machine is named first, each check has one line and the verdict is
-    last; the mark says what was tested.
+    """Every check passes. The output names the machine first, then has a line for each check, then
+    the verdict; the mark says what was tested.
     """
     checks = [line for line in sound.lines if line.startswith(("ok", "FAIL"))]
     assert len(checks) == 8
@@ -80,7 +80,7 @@ def test_a_sound_machine_passes(sound: Finished) -> None:
 
 
 def test_nothing_else_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is made in a temporary folder, which goes."""
+    """The run's temporary folder is removed."""
     runs = []
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -95,7 +95,7 @@ def test_nothing_else_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_virtual_mac_passes(virtual_mac: VirtualMac, tmp_path: Path) -> None:
-    """Also where attention rounds otherwise while gradients are traced."""
+    """The checks also pass where attention rounds differently while gradients are traced."""
     assert selftest.run(tmp_path / "mark.json")
 
 
@@ -105,8 +105,8 @@ def test_what_holds_is_told_apart_from_what_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A check that raises anything is a line with its text, the checks after it still run, a mark
-    of before goes, and the last line asks for a report.
+    """A check that raises gets a line with the error's text, and later checks still run. An old
+    mark is removed, and the last line asks for a report.
     """
 
     def raises(error: Exception) -> Callable[[Config], str]:
@@ -148,7 +148,7 @@ def start_off_the_reference(config: Config, patch: pytest.MonkeyPatch) -> None:
 
 
 def score_otherwise(config: Config, patch: pytest.MonkeyPatch) -> None:
-    """By as much as attention without gradients does on Metal."""
+    """Scores differ by as much as attention without gradients does on Metal."""
     exact = Worker.log_probs
     patch.setattr(Worker, "log_probs", lambda *a, **o: [x + 0.02 for x in exact(*a, **o)])
 
@@ -184,7 +184,7 @@ def fuse_badly(config: Config, patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_mamba_s_state(config: Config, patch: pytest.MonkeyPatch) -> None:
-    """As mlx-lm's Metal kernel does with a state that is no multiple of 32."""
+    """Loses state, as mlx-lm's Metal kernel does with a state that is no multiple of 32."""
     update = granitemoehybrid.ssm_update
 
     def forgetful(x: mx.array, *arguments: Any) -> Any:
@@ -217,7 +217,7 @@ def test_each_check_can_fail(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With the fault its line says what is wrong, where it is sound it holds (see above)."""
+    """With the fault, a check's line gives the number; without it the check passes (see above)."""
     fault(copy, monkeypatch)
     assert not run_one(check, copy, monkeypatch, tmp_path / "mark.json")
     line, verdict = capsys.readouterr().out.splitlines()[-2:]
@@ -229,7 +229,7 @@ def test_each_check_can_fail(
 def test_the_script_exits_with_the_verdict(
     passed: bool, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the mark lies where the runner looks for it."""
+    """It also writes the mark where the runner looks for it."""
     marks = []
 
     def run(mark: Path) -> bool:

@@ -79,7 +79,7 @@ for word in (here / "todo.txt").read_text().splitlines()[start].split():
 
 
 class Staged:
-    """A folder with the fake stage, its config, and what it did."""
+    """A folder with the fake stage, its config, and records of what it did."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,20 +141,22 @@ def staged(tmp_path: Path) -> Staged:
 
 
 def test_a_stage_that_aborts_after_progress_is_started_again_to_its_end(staged):
-    """SIGABRT after a new checkpoint, SIGKILL after new rows, then a good end: success, with a line
-    for each abort that says what it was and what to change.
+    """SIGABRT after a new checkpoint, SIGKILL after new rows, then success. Each abort gets a line
+    with its cause and a remedy.
     """
     code, said = staged.run(["checkpoint abort", "rows killed", "0"])
     assert (code, staged.starts) == (0, 3)
     first, second, seconds = filter(None, said.splitlines())
     assert first.startswith("-- 10_train_dpo.py aborted (exit 134): ") and "(1 of 3)" in first
-    assert second.startswith("-- 10_train_dpo.py aborted (exit 137): most likely memory ran out")
+    assert second.startswith(
+        "-- 10_train_dpo.py aborted (exit 137): the system most likely ran out"
+    )
     assert "lower data.max_length" in second and "(2 of 3)" in second
     assert seconds.startswith("-- 10_train_dpo.py: ") and seconds.endswith(" s")
 
 
 def test_a_stage_that_aborts_without_progress_gets_one_more_try(staged):
-    """Twice the same abort with nothing new on the disk: the third start would be no other."""
+    """After the same abort twice with nothing new on disk, a third start would end the same way."""
     code, said = staged.run(["abort", "abort", "0"])
     assert (code, staged.starts) == (128 + signal.SIGABRT, 2)
     assert [line for line in said.splitlines() if "no progress" in line and "error: " in line]
@@ -162,21 +164,21 @@ def test_a_stage_that_aborts_without_progress_gets_one_more_try(staged):
 
 @pytest.mark.parametrize(("retries", "starts"), [("0", 1), ("2", 3)])
 def test_retries_are_bounded_whatever_progress_there_is(retries, starts, staged):
-    """A stage that aborts for ever is left after --retries, with the code of its last abort."""
+    """The supervisor gives up after --retries, with the exit code of the last abort."""
     code, said = staged.run(["checkpoint killed"] * 5, "--retries", retries)
     assert (code, staged.starts) == (128 + signal.SIGKILL, starts)
-    assert f"Not started again (--retries {retries})" in said
+    assert f"Not starting it again (--retries {retries})" in said
 
 
 @pytest.mark.parametrize("code", [1, 2, 3])
 def test_an_ordinary_exit_code_is_handed_on_at_once(code, staged):
-    """A user's mistake (1) and a guard's stop (3) would be the same the next time."""
+    """A user's mistake (1) or a guard's stop (3) would only happen again."""
     assert staged.run([f"checkpoint {code}", "0"])[0] == code
     assert staged.starts == 1
 
 
 def test_an_exit_code_of_an_abort_is_one(staged):
-    """`cli.main` ends with 134 when MLX raises a GPU's fault instead of aborting."""
+    """`cli.main` exits with 134 when MLX raises a GPU error instead of aborting."""
     code, said = staged.run([str(aborts.ABORTED), "0"])
     assert (code, staged.starts) == (0, 2)
     assert "aborted (exit 134)" in said
@@ -195,9 +197,9 @@ STOPS = [
 def test_a_signal_is_handed_on_and_ends_the_stage_for_good(
     number: signal.Signals, send: Callable[[int, int], None], staged: Staged
 ) -> None:
-    """To the supervisor alone, or to all of a terminal's processes as ^C and a closed window are:
-    the stage is told, may end as it likes (here by an abort, after progress), and is not started
-    again. The exit code says which signal it was.
+    """The signal goes to the supervisor alone, or to the whole terminal as with ^C or a closed
+    window. The stage gets it and is not started again, even if it aborts after progress. The exit
+    code names the signal.
     """
     process = staged.start(["checkpoint wait abort", "0"])
     staged.wait_for("waiting.txt")
@@ -209,7 +211,7 @@ def test_a_signal_is_handed_on_and_ends_the_stage_for_good(
 
 
 def test_what_nohup_started_goes_on_without_its_terminal(staged):
-    """SIGHUP that was ignored before stays ignored."""
+    """An ignored SIGHUP stays ignored."""
 
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -228,27 +230,34 @@ def test_what_nohup_started_goes_on_without_its_terminal(staged):
 
 @pytest.fixture
 def two() -> str:
-    """Options of mlx.launch for two processes."""
+    """mlx.launch options for two processes."""
     return f"--launch=-n 2 --starting-port {rings.free_ports(1)[0]}"
 
 
 def test_rank_0_that_dies_without_a_word_has_aborted(staged, two):
-    """mlx.launch tells nobody how its processes ended: a process number without an exit code is an
-    abort, which counts as killed.
+    """mlx.launch does not report how its processes ended. A process number without an exit code is
+    an abort.
     """
     code, said = staged.run(["checkpoint killed", "killed", "killed"], two)
-    assert (code, staged.starts) == (aborts.KILLED, 2)
-    assert "(exit 137)" in said and "no progress" in said
+    assert (code, staged.starts) == (aborts.LOST, 2)
+    assert "one of its processes died" in said and "no progress" in said
+
+
+def test_rank_0_that_the_launcher_ends_has_lost_a_process(staged):
+    """A SIGTERM that no user sent comes from mlx.launch, because another rank has died."""
+    code, said = staged.run(["143", "0"], "--launch=-n 1")
+    assert (code, staged.starts) == (0, 2)
+    assert f"(exit {aborts.LOST})" in said
 
 
 def test_rank_0_s_exit_code_is_the_stage_s(staged):
-    """3 as the file says, though the process itself and the launcher exit with others."""
+    """The code in rank 0's file counts (3), not the process's or the launcher's."""
     assert staged.run(["3"], "--launch=-n 1")[0] == 3
     assert staged.starts == 1
 
 
 def test_only_rank_0_is_told_of_a_signal(staged, two):
-    """It ends the others when its work is saved."""
+    """Rank 0 ends the others once its work is saved."""
     process = staged.start(["wait 7"], two)
     staged.wait_for("waiting.txt")
     process.send_signal(signal.SIGTERM)
@@ -259,14 +268,14 @@ def test_only_rank_0_is_told_of_a_signal(staged, two):
 
 
 def test_a_launcher_that_starts_nothing_is_an_ordinary_fault(staged):
-    """Options that mlx.launch refuses: exit code 1, once."""
+    """With options that mlx.launch rejects, the exit code is 1 and there is no retry."""
     code, said = staged.run(["0"], "--launch=--no-such-option")
     assert code == 1 and staged.starts == 0
     assert "again" not in said
 
 
 def test_processes_on_one_machine_share_its_cores(monkeypatch):
-    """BLAS threads: all cores for one process here, an equal part for several, at least one."""
+    """BLAS threads: all cores for one process, an equal part for several, at least one."""
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     threads = {"--hostfile hosts.json": "8", "-n 2": "4", "--repeat-hosts=16": "1"}
@@ -279,8 +288,8 @@ def test_processes_on_one_machine_share_its_cores(monkeypatch):
 
 
 def test_progress_is_a_new_checkpoint_or_more_rows(staged):
-    """Everything that the next start takes up: nothing else counts, such as rows of metrics after
-    the last checkpoint, or a folder that is not whole yet.
+    """Only work that the next start resumes from counts: not metrics after the last checkpoint, and
+    not an unfinished folder.
     """
     config = configs.load(staged.config)
     reference = staged.folder / "run/reference/base/train.jsonl"
@@ -301,7 +310,7 @@ def test_progress_is_a_new_checkpoint_or_more_rows(staged):
 
 
 def test_what_is_left_to_do_is_told_after_a_stage(staged):
-    """The plan's minutes of the stages that follow."""
+    """The sum of the plan's minutes for the stages that follow."""
     minutes = {
         "06_generate_dpo_pairs.py": 5,
         "10_train_dpo.py": 60,
@@ -309,21 +318,24 @@ def test_what_is_left_to_do_is_told_after_a_stage(staged):
         "12_a.py": 4,
     }
     (staged.folder / "run").mkdir()
-    (staged.folder / "run/plan.json").write_text(json.dumps({"minutes": minutes}))
+    plan = {"config": configs.digest(configs.load(staged.config)), "minutes": minutes}
+    (staged.folder / "run/plan.json").write_text(json.dumps(plan))
     assert staged.run(["0"])[1].splitlines()[-1] == "-- about 6 minutes to go"
+    assert "to go" not in staged.run(["0"], "--set", "seed=1")[1], "the plan is another config's"
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"minutes": 3}', '{"minutes": {"12": null}}'])
-def test_without_a_plan_nothing_is_told(text, tmp_path):
-    """A plan that is missing or half written is no fault."""
-    plan = tmp_path / "plan.json"
+def test_without_a_plan_nothing_is_told(text, staged):
+    """A missing or half-written plan is no error."""
+    config = configs.load(staged.config)
+    config.run.mkdir()
     if text is not None:
-        plan.write_text(text)
-    assert supervisor.minutes_to_go(plan, "10_train_dpo.py") is None
+        (config.run / "plan.json").write_text(text)
+    assert supervisor.minutes_to_go(config, "10_train_dpo.py") is None
 
 
 def test_the_supervisor_starts_without_mlx():
-    """Its own start costs nothing, and it holds none of the GPU."""
+    """It starts fast and does not hold the GPU."""
     program = "import sys, dpo_mlx.supervisor; print(any(m.startswith('mlx') for m in sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     assert subprocess.check_output([sys.executable, "-c", program], env=environment) == b"False\n"
@@ -355,25 +367,27 @@ def end_of_stage(error: Exception, config: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("text", "code"), [(IMPATIENT, 134), (FULL, 137)])
 def test_a_gpu_s_fault_is_one_line_and_an_abort(text, code, staged, monkeypatch, capsys):
-    """MLX raises it from 0.32 on: the stage ends with the exit code that the abort had before, so
-    that the runner starts it again.
+    """MLX 0.32 and later raise this error. The stage exits with the code that the abort used to
+    have, so the runner starts it again.
     """
     assert end_of_stage(RuntimeError(text), staged.config, monkeypatch) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {text} most likely" if code == 137 else f"error: {text} ")
+    assert line.startswith(
+        f"error: {text} Cause: the system" if code == 137 else f"error: {text} Cause: "
+    )
 
 
 def test_another_runtime_error_keeps_its_traceback(staged, monkeypatch):
-    """It is a fault of ours, which a report must show."""
+    """It is a bug of ours, and a report must show where."""
     with pytest.raises(RuntimeError, match="shapes"):
         end_of_stage(RuntimeError("[matmul] shapes"), staged.config, monkeypatch)
 
 
 def test_a_mac_s_abort_is_told_with_the_display():
-    """134 means the GPU's watchdog on a Mac, and says nothing by itself elsewhere."""
+    """On a Mac 134 means the GPU's watchdog; elsewhere it has no known cause."""
     assert "let the display sleep" in aborts.explain(aborts.ABORTED, "darwin")
     assert "display" not in aborts.explain(aborts.ABORTED, "linux")
-    assert all("memory ran out" in aborts.explain(aborts.KILLED, p) for p in ("darwin", "linux"))
+    assert all("ran out of memory" in aborts.explain(aborts.KILLED, p) for p in ("darwin", "linux"))
     assert all("crashed" in aborts.explain(code, "darwin") for code in aborts.CRASHED)
 
 
@@ -383,7 +397,7 @@ def test_a_mac_s_abort_is_told_with_the_display():
     ("linux", {}, "None"),
 ])  # fmt: skip
 def test_the_gpu_s_watchdog_is_relaxed_before_mlx_is_loaded(platform, before, after):
-    """On a Mac, by importing the library, unless the user has set it."""
+    """Importing the library sets the variable on a Mac, unless the user has set it."""
     program = (
         f"import os, sys; sys.platform = {platform!r}; import dpo_mlx; "
         "print(os.environ.get('AGX_RELAX_CDM_CTXSTORE_TIMEOUT'), 'mlx' in sys.modules)"
@@ -397,7 +411,7 @@ def test_the_gpu_s_watchdog_is_relaxed_before_mlx_is_loaded(platform, before, af
 
 
 def stand_in(folder: Path, name: str, script: str) -> None:
-    """A program of this name that a shell script plays."""
+    """A shell script that plays the program `name`."""
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -407,7 +421,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
     ("darwin", False, True), ("darwin", True, False), ("linux", False, False)
 ])  # fmt: skip
 def test_a_stage_alone_keeps_a_mac_awake(platform, by_runner, kept, tmp_path, monkeypatch, capsys):
-    """For as long as its own process lives, and without -d: the display may sleep."""
+    """caffeinate runs as long as the stage's process, and without -d: the display may sleep."""
     stand_in(tmp_path, "caffeinate", f'echo "$@" > {shlex.quote(str(tmp_path))}/new && '
              f"mv {shlex.quote(str(tmp_path))}/new {shlex.quote(str(tmp_path))}/asked")  # fmt: skip
     monkeypatch.setattr(sys, "platform", platform)
@@ -426,7 +440,7 @@ def test_a_stage_alone_keeps_a_mac_awake(platform, by_runner, kept, tmp_path, mo
 
 
 def test_a_mac_without_caffeinate_is_no_fault(tmp_path, monkeypatch, capsys):
-    """The stage runs all the same."""
+    """The stage runs anyway."""
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(awake.KEPT_AWAKE, raising=False)

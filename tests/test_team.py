@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import rings
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl
+from dpo_mlx import aborts, config, jsonl
 from dpo_mlx.config import Config
 from dpo_mlx.link import LOST
 from dpo_mlx.make_pairs import make_pairs
@@ -91,7 +91,8 @@ def fresh(settings: dict[str, Any], tmp_path: Path, llama: Path, write_config: A
         settings["generation"]["batch_size"] = 7
         settings["guard"] = {"enabled": False}
         settings["sft"] = {"epochs": 1, "learning_rate": 1e-3}
-        settings["train"] |= {"epochs": 2, "eval_every": 5, "eval_questions": 3, **changes}
+        settings["train"] |= {"epochs": 2, "eval_every": 5, "eval_questions": 3, "save_every": 1}
+        settings["train"] |= changes
         (folder / "c.yaml").write_text(write_config(settings).read_text())
         return folder
 
@@ -127,7 +128,7 @@ def test_one_two_and_three_processes_learn_the_same(fresh):
     (by_three / "run/.lock").touch()
     for count, folder in ((2, by_two), (3, by_three)):
         said = run(folder, count, TRAIN)
-        assert f", in each of {count} processes), of" in said, "all share this machine's memory"
+        assert f", in each of {count} processes); " in said, "all share this machine's memory"
         alike(folder, alone)
         assert list((folder / "elsewhere").iterdir()) == [], "only rank 0 writes"
 
@@ -159,7 +160,7 @@ def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh
     wait_for_update(folder, 2)
     processes[victim].kill()
     code, _, err = end(processes)[1 - victim]
-    assert code == 1
+    assert code == aborts.LOST
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert LOST in line
     kept = determined(folder / "run/metrics.jsonl")[:-1]  # the last update may not be saved

@@ -1,4 +1,4 @@
-"""Chat templates as Granite has them: what the model sees, and how a run's settings reach it."""
+"""Chat templates like Granite's: what the model sees, and how a run's settings reach it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASKED = turn("user", "Why?") + "<|start_of_role|>assistant<|end_of_role|>"
 
 @pytest.fixture(scope="module")
 def granite_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny hybrid Granite whose template behaves as that of 4.0."""
+    """A tiny hybrid Granite with a template that behaves like 4.0's."""
     path = tmp_path_factory.mktemp("models") / "granite-4"
     return tiny.folder(path, template=tiny.GRANITE_4_TEMPLATE)
 
@@ -49,7 +49,7 @@ def with_template(path: Path, template: str, kind: str = "granite") -> Encoder:
     ("system_prompt", "seen"), [("", tiny.GRANITE_4_SYSTEM), ("Be brief.", "Be brief.")]
 )
 def test_the_prompt_has_a_system_message_in_any_case(system_prompt, seen, granite_4):
-    """Granite writes its own where none is given; both are part of the prompt, id by id."""
+    """Granite writes its default when none is given; either is part of the prompt, id by id."""
     encoder = encoder_of(granite_4, system_prompt=system_prompt)
     prompt = turn("system", seen) + ASKED
     assert encoder.rendered("Why?") == prompt
@@ -60,8 +60,8 @@ def test_the_prompt_has_a_system_message_in_any_case(system_prompt, seen, granit
 
 
 def test_the_test_s_template_is_the_real_one_s_kind(granite_4):
-    """An empty system message is as none; parts are joined by newlines; tools and documents write
-    another system text; an answer ends in the end of turn and a newline.
+    """An empty system message counts as none; newlines join parts; tools and documents change the
+    system text; an answer ends with the end of turn and a newline.
     """
     tokenizer = models.load(str(granite_4)).tokenizer
 
@@ -82,7 +82,7 @@ def test_the_test_s_template_is_the_real_one_s_kind(granite_4):
 
 
 def test_the_end_of_turn_is_the_end_of_text(granite_4):
-    """What is scored after an answer is the token on which Granite stops."""
+    """The token scored after an answer is the one on which Granite stops."""
     encoder = encoder_of(granite_4)
     assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|end_of_text|>"
 
@@ -108,7 +108,7 @@ SYSTEM_MESSAGES = {
 
 @pytest.mark.parametrize("name", SYSTEM_MESSAGES)
 def test_the_system_message_is_found_by_rendering(name, tmp_path):
-    """The model's default, or that it has none, whatever the template's words and marks are."""
+    """Finds the model's default, or that it has none, whatever the template's words and marks."""
     template, default, own = SYSTEM_MESSAGES[name]
     folder = tiny.folder(tmp_path / "m", template=template)
     assert encoder_of(folder).template.system_message() == default
@@ -116,7 +116,7 @@ def test_the_system_message_is_found_by_rendering(name, tmp_path):
 
 
 def test_a_template_that_refuses_system_messages_has_none(tmp_path):
-    """Gemma's: nothing is asked of it that it does not take."""
+    """Gemma's template rejects them, so none is sent to it."""
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     assert (
         with_template(tmp_path, refusing + tiny.GRANITE_TEMPLATE).template.system_message() is None
@@ -133,7 +133,9 @@ def run_06(settings: dict[str, Any], write_config: Any, *overrides: str) -> conf
 
 
 def test_stage_06_on_granite_s_template(settings, write_config, granite_4, questions, capsys):
-    """All pairs are made, and the line before the first prompt says whose system message it is."""
+    """All pairs are made, and the line before the first prompt says where the system message comes
+    from.
+    """
     run = run_06({**settings, "model": str(granite_4)}, write_config)
     made = [*pairs.read(Path(run.data.train_pairs)), *pairs.read(Path(run.data.valid_pairs))]
     assert sorted(pair.prompt for pair in made) == sorted(q["question"] for q in questions)
@@ -157,15 +159,15 @@ def test_stage_06_on_granite_s_template(settings, write_config, granite_4, quest
     ],
 )
 def test_the_line_is_one_line(message, system_prompt, said):
-    """Of any system message, and of none."""
-    assert make_pairs._said_of_system(message, system_prompt) == said
+    """Any system message, or none, gives one line."""
+    assert make_pairs._system_line(message, system_prompt) == said
 
 
 # The template's arguments -------------------------------------------------------------------------
 
 
 def test_arguments_reach_prompt_and_end_of_turn(thinking, tmp_path):
-    """The prompt is rendered with them, and so is the answer that ends it."""
+    """The prompt and the text after an answer are both rendered with them."""
     encoder = encoder_of(thinking, template_args=OFF)
     rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n"
     assert encoder.rendered("Why?") == rendered
@@ -181,17 +183,17 @@ def test_arguments_reach_prompt_and_end_of_turn(thinking, tmp_path):
 
 
 def test_arguments_without_effect_are_named(granite_4, thinking):
-    """One note for all that the template does not read; none for those that it does."""
+    """One note lists the arguments that the template does not read, and only those."""
     unread = {"enable_thinking": False, "tone": "dry"}
     assert list(encoder_of(granite_4, template_args=unread).template.notes()) == [
-        "chat_template_args: without effect on this model's prompts: enable_thinking, tone"
+        "chat_template_args: these do not change this model's prompts: enable_thinking, tone"
     ]
     assert list(encoder_of(granite_4).template.notes()) == []
     assert list(encoder_of(thinking, template_args=OFF).template.notes()) == []
 
 
 def test_arguments_that_the_template_fails_on_are_named(granite_4, tmp_path):
-    """Not the system message, nor the model, is said to be at fault."""
+    """The error blames the arguments, not the system message or the model."""
     counting = "{% for i in range(n or 0) %}{% endfor %}" + tiny.GRANITE_TEMPLATE
     folder = tiny.folder(tmp_path / "m", template=counting)
     with pytest.raises(UserError, match="^chat_template_args: .* fails with them .*remove them$"):
@@ -201,7 +203,7 @@ def test_arguments_that_the_template_fails_on_are_named(granite_4, tmp_path):
 
 
 def test_an_argument_that_a_template_needs_has_an_effect(tmp_path):
-    """It cannot be rendered without; that is no reason to fail, or to call it idle."""
+    """The template fails without it, which must neither raise nor count as no effect."""
     needing = "{{ raise_exception('no tone') if tone is not defined }}" + tiny.GRANITE_TEMPLATE
     folder = tiny.folder(tmp_path / "m", template=needing)
     assert list(encoder_of(folder, template_args={"tone": "dry"}).template.notes()) == []
@@ -213,7 +215,7 @@ OPEN = "^model: its chat template opens a thinking block before the answer, .*as
 
 
 def test_an_open_thinking_block_is_refused_with_the_switch(thinking, settings, write_config):
-    """Stages 06 and 10 both stop, in one line, before anything is sampled or trained."""
+    """Stages 06 and 10 stop with one line before they sample or train."""
     settings["model"] = str(thinking)
     for stage in (make_pairs.make_pairs, prepare):
         if stage is prepare:
@@ -225,14 +227,14 @@ def test_an_open_thinking_block_is_refused_with_the_switch(thinking, settings, w
 
 
 def test_the_switch_is_offered_only_where_it_works(tmp_path):
-    """A template that always opens the block is told apart by trying."""
+    """If a template always opens the block, the error does not suggest the switch."""
     always = tiny.CHATML_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")
     with pytest.raises(UserError, match=OPEN + "enable_thinking: false does not change that, so"):
         with_template(tmp_path, always, "thinking")
 
 
 def test_words_about_thinking_are_no_open_block(tmp_path):
-    """A system text, or a question, that names the mark is not the template's doing."""
+    """A mark inside the system message or a question does not count."""
     told = tiny.CHATML_TEMPLATE.replace("{% for", "Think between <think> and its end.{% for", 1)
     folder = tiny.folder(tmp_path / "m", "thinking", template=told)
     encoder = encoder_of(folder, system_prompt="<think> first.")
@@ -241,7 +243,7 @@ def test_words_about_thinking_are_no_open_block(tmp_path):
 
 
 def test_a_model_that_may_think_gets_a_note(tmp_path):
-    """Qwen's kind: an empty block only when thinking is off, otherwise the model opens it."""
+    """Qwen's kind writes an empty block only with thinking off; otherwise the model opens one."""
     closing = (
         "{% if not (enable_thinking is not defined or enable_thinking) %}<think></think>{% endif %}"
     )
@@ -260,17 +262,18 @@ KNOWING = ("chat_template.py", "pairs.py")
 
 
 def test_every_stage_makes_its_encoder_of_the_config():
-    """One that did not would render other prompts than those that were trained on."""
+    """Otherwise a stage would render other prompts than training did."""
     library = [path for path in (REPOSITORY / "scripts").rglob("*.py") if path.name not in KNOWING]
     source = {path.name: path.read_text() for path in library}
     assert [name for name, text in source.items() if "Encoder(" in text] == []
     assert [name for name, text in source.items() if ".apply_chat_template(" in text] == []
     users = {name for name, text in source.items() if "Encoder.of(" in text}
-    assert users == {"make_pairs.py", "job.py", "fuse_adapters.py", "smoke_test.py"}
+    stages = {"make_pairs.py", "job.py", "fuse_adapters.py", "smoke_test.py"}
+    assert users == {*stages, "check_run.py", "selftest.py"}
 
 
 def test_changed_arguments_are_other_samples(settings, write_config, granite_4):
-    """Answers to two kinds of prompt are never mixed; the error names the argument."""
+    """Answers to two kinds of prompt never mix; the error names the argument."""
     settings["model"] = str(granite_4)
     run = run_06(settings, write_config, "data.limit=20")
     stamp = jsonl.read_json(make_pairs.PairFiles.of(run).samples_stamp)

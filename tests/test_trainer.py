@@ -9,7 +9,13 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx.config import TrainConfig
-from dpo_mlx.engine import Engine, score_against, summarise
+from dpo_mlx.engine import (
+    LEAST_DIFFERENCE,
+    Engine,
+    rounding_limit,
+    score_against,
+    summarise,
+)
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import Kept
 from dpo_mlx.phase import Example, count_updates, groups, learning_rate
@@ -18,6 +24,8 @@ from dpo_mlx.trainer import Stopped
 from dpo_mlx.worker import Worker, log_probs
 from mlx.utils import tree_flatten, tree_map
 from runs import VALID, Adapters, differences, saved, swapped, wrote
+from test_engine import perturb
+from virtual_mac import in_bfloat16
 
 # Which pairs ------------------------------------------------------------------------------------
 
@@ -167,6 +175,57 @@ def test_a_wrong_reference_of_one_training_pair_stops_the_run(make):
     run.trainer.train_examples[3] = Example(bad.pair, Reference(-1.0, bad.reference.rejected))
     with pytest.raises(UserError, match="pair on line 4: the stored log-prob is .* off"):
         run.run()
+
+
+def test_two_unlike_machines_do_not_stop_a_run(make, tmp_path, llama, capsys):
+    """In bfloat16 another kernel moves an answer's log-prob by tenths of a nat. A reference from
+    another machine gets a line, and training goes on.
+    """
+    run = make({"off": 0.2}, model=in_bfloat16(llama, tmp_path / "model"), grad_accumulation=7)
+    run.run()
+    assert len(run.updates) == 1
+    assert (
+        "up to 0.2 nats off the reference's: rounding can explain that" in capsys.readouterr().out
+    )
+
+
+def test_a_wrong_computation_is_told_from_a_wrong_file(make, monkeypatch):
+    """If scoring with a gradient is wrong, deleting the reference would not help: the message says
+    so, and what to report.
+    """
+    right = Engine.log_prob_and_gradient
+
+    def wrong(engine, sequence):
+        value, gradient = right(engine, sequence)
+        return value + 5, gradient
+
+    monkeypatch.setattr(Engine, "log_prob_and_gradient", wrong)
+    with pytest.raises(UserError, match="without and .* with a gradient .*--selftest") as error:
+        make().run()
+    assert "delete" not in str(error.value)
+
+
+def test_dropout_is_no_wrong_reference(make):
+    """With dropout the first gradient's log-probs are not the reference's, which has none; the
+    valid pairs, scored without it, still are.
+    """
+    run = make(lora={"dropout": 0.5}, grad_accumulation=7)
+    perturb(run.model)
+    engine = Engine(run.model)
+    for examples in (run.trainer.train_examples, run.trainer.valid_examples):
+        for i, example in enumerate(examples):
+            chosen, rejected = (engine.log_prob(side) for side in example.pair.sides)
+            examples[i] = Example(example.pair, Reference(chosen, rejected))
+    assert len(run.run().updates) == 1
+
+
+def test_what_rounding_explains_by_hand():
+    """32 steps of 2^-7 are a quarter of a nat for one bfloat16 token, ten times that for 100; a
+    float32 answer must agree to a hundredth of a nat.
+    """
+    assert rounding_limit(1, mx.bfloat16) == 0.25
+    assert rounding_limit(100, mx.bfloat16) == 2.5
+    assert rounding_limit(1000, mx.float32) == LEAST_DIFFERENCE == 0.01
 
 
 # Updates ----------------------------------------------------------------------------------------

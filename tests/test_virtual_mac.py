@@ -1,10 +1,11 @@
-"""The emulation of a Mac is right, and the whole chain passes under it."""
+"""The emulated Mac is right, and the whole chain passes on it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from dpo_mlx import config as configs
-from dpo_mlx import device, jsonl, models, tiny_granite
+from dpo_mlx import device, fusing, jsonl, models, tiny_granite
 from dpo_mlx.config import Config
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
@@ -37,7 +38,7 @@ def inputs(dtype: mx.Dtype, queries: int = LENGTH, width: int = WIDTH) -> list[m
 
 
 def masks(queries: int = LENGTH) -> dict[str, Any]:
-    """One of each kind that mlx-lm hands over."""
+    """One of each kind that mlx-lm passes."""
     causal = mx.tri(queries, LENGTH, LENGTH - queries, dtype=mx.bool_)
     padded = causal & (mx.arange(LENGTH) >= mx.array([0, 5])[:, None, None, None])
     return {
@@ -55,7 +56,7 @@ def attend(arrays: list[mx.array], mask: Any = "causal") -> mx.array:
 
 
 def attend_traced(arrays: list[mx.array], mask: Any = "causal") -> mx.array:
-    """The same while gradients are traced, as in training."""
+    """The same attention while gradients are traced, as in training."""
     outputs = []
 
     def total(q: mx.array) -> mx.array:
@@ -69,7 +70,7 @@ def attend_traced(arrays: list[mx.array], mask: Any = "causal") -> mx.array:
 def by_hand(
     arrays: list[mx.array], mask: Any, rounding: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Attention by numpy in float64, `rounding` after each operation."""
+    """Attention in float64 with numpy, with `rounding` after each operation."""
     q, k, v = (np.array(x.astype(mx.float32), dtype=np.float64) for x in arrays)
     k, v = (np.repeat(x, HEADS // SHARED, axis=1) for x in (k, v))
     scores = rounding(rounding(SCALE * q) @ np.swapaxes(k, -1, -2))
@@ -103,8 +104,8 @@ def distance(one: mx.array | np.ndarray, other: mx.array | np.ndarray) -> float:
 def test_without_gradients_attention_is_rounded_once(
     mask: str, queries: int, virtual_mac: VirtualMac
 ) -> None:
-    """As by Metal's fused kernels, for one token, for eight and for a sequence, with every mask:
-    equal to exact attention rounded once, but for a last bit where that lies halfway.
+    """As with Metal's fused kernels, for one token, for eight and for a sequence, with every mask:
+    equal to exact attention rounded once, up to a last bit at halfway points.
     """
     arrays, given = inputs(mx.bfloat16, queries), masks(queries)[mask]
     expected = to_bfloat16(by_hand(arrays, given, exact))
@@ -115,8 +116,8 @@ def test_without_gradients_attention_is_rounded_once(
 
 @pytest.mark.parametrize("mask", masks())
 def test_with_gradients_each_step_is_rounded(mask: str, virtual_mac: VirtualMac) -> None:
-    """As by the unfused operations that Metal takes in training: far nearer to attention with each
-    intermediate result in bfloat16 than to exact attention, from which it differs visibly.
+    """As with the unfused operations that Metal uses in training: close to attention with each
+    intermediate result in bfloat16, and visibly off exact attention.
     """
     arrays, given = inputs(mx.bfloat16), masks()[mask]
     found = attend_traced(arrays, given)
@@ -127,7 +128,7 @@ def test_with_gradients_each_step_is_rounded(mask: str, virtual_mac: VirtualMac)
 
 @pytest.mark.parametrize("mask", ["none", "causal", "boolean", "of a padded batch"])
 def test_in_float32_both_agree(mask: str, virtual_mac: VirtualMac) -> None:
-    """The two paths differ in rounding alone."""
+    """The two paths differ only in rounding."""
     arrays, given = inputs(mx.float32), masks()[mask]
     apart = mx.abs(attend(arrays, given) - attend_traced(arrays, given)).max()
     assert float(apart) < 1e-6
@@ -135,14 +136,14 @@ def test_in_float32_both_agree(mask: str, virtual_mac: VirtualMac) -> None:
 
 @pytest.mark.parametrize("queries", [1, LENGTH])
 def test_widths_without_a_kernel_stay_unfused(queries: int, virtual_mac: VirtualMac) -> None:
-    """Metal has no kernel for heads of 16, as most tiny models have: nothing differs there."""
+    """Metal has no kernel for heads of 16, which most tiny models have, so nothing differs."""
     arrays = inputs(mx.bfloat16, queries, width=16)
     assert mx.array_equal(attend(arrays), attend_traced(arrays))
 
 
 def test_every_way_to_a_gradient_is_seen(virtual_mac: VirtualMac) -> None:
-    """`grad`, `vjp`, `jvp`, modules' gradients and a checkpoint's second forward pass trace
-    gradients; before and after them nothing does, also when one of them raises.
+    """`grad`, `vjp`, `jvp`, module gradients and a checkpoint's second forward pass count as
+    tracing. Before and after them nothing does, even if one of them raises.
     """
     seen = []
 
@@ -167,8 +168,8 @@ def test_every_way_to_a_gradient_is_seen(virtual_mac: VirtualMac) -> None:
 
 
 def test_mamba_s_step_is_the_scan_s(virtual_mac: VirtualMac) -> None:
-    """The step that stands for mlx-lm's Metal kernel gives what its scan gives of the same token
-    and state, in float32 to 1e-5.
+    """The stand-in for mlx-lm's Metal kernel gives what its scan gives for the same token and
+    state, in float32 to 1e-5.
     """
     mx.random.seed(1)
     batch, heads, groups, width, size = 2, 4, 2, 8, 32
@@ -182,7 +183,7 @@ def test_mamba_s_step_is_the_scan_s(virtual_mac: VirtualMac) -> None:
 
 
 def test_mamba_s_kernel_wants_whole_states(virtual_mac: VirtualMac, tmp_path: Path) -> None:
-    """mlx-lm's kernel would leave out a state of 16 without a word; here that is a fault."""
+    """mlx-lm's kernel would silently skip a state of 16; the emulation raises."""
     model = models.load(str(tiny_granite.folder(tmp_path / "model", mamba_d_state=16))).model
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[1]]), cache=cache))
@@ -191,7 +192,7 @@ def test_mamba_s_kernel_wants_whole_states(virtual_mac: VirtualMac, tmp_path: Pa
 
 
 def test_memory_beyond_the_working_set_fails_the_test(virtual_mac: VirtualMac) -> None:
-    """At an evaluation, and at the end when only the peak went beyond it."""
+    """At an evaluation, or at the end if only the peak was too high."""
     virtual_mac.working_set = 10**6
     with pytest.raises(pytest.fail.Exception, match="MLX held"):
         mx.eval(mx.zeros(10**6))
@@ -202,7 +203,7 @@ def test_memory_beyond_the_working_set_fails_the_test(virtual_mac: VirtualMac) -
 
 
 def test_the_device_is_a_16_gb_mac(virtual_mac: VirtualMac) -> None:
-    """The memory plan sees its working set, and the limits that are set are kept for a test."""
+    """The memory plan sees its working set, and a test can read the limits that were set."""
     assert device.available() == virtual_mac.working_set == 11_450_000_000
     device.bound()
     assert virtual_mac.limits["set_wired_limit"] == [11_450_000_000]
@@ -210,7 +211,7 @@ def test_the_device_is_a_16_gb_mac(virtual_mac: VirtualMac) -> None:
 
 
 def test_a_model_in_bfloat16(tmp_path: Path, granite: Path) -> None:
-    """All weights and the config change, and mlx-lm loads it."""
+    """All weights and the config change, and mlx-lm can load the result."""
     model = models.load(str(in_bfloat16(granite, tmp_path / "model"))).model
     assert model.layers[0].mamba.in_proj.weight.dtype == mx.bfloat16
     config = jsonl.read_json(tmp_path / "model/config.json")
@@ -218,8 +219,8 @@ def test_a_model_in_bfloat16(tmp_path: Path, granite: Path) -> None:
 
 
 def test_stand_ins_answer_as_macos(tmp_path: Path) -> None:
-    """Programs on PATH say what a Mac says, or what a test wants; `caffeinate` keeps what it was
-    asked, and runs the command that it is given.
+    """Programs on PATH answer like a Mac's, or as a test wants. `caffeinate` records its arguments
+    and runs the command it is given.
     """
     folder = stand_ins(tmp_path / "bin", **{"uname -m": "x86_64", "sw_vers -productVersion": None})
     environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
@@ -275,6 +276,27 @@ def test_the_chain_passes(sft_epochs: int, virtual_mac: VirtualMac, write_run: A
     assert train_dpo(config, ALL)
     fuse_adapters(config)
     assert smoke_test(config)
+
+
+def test_training_starts_at_the_reference_on_a_quantised_base(
+    virtual_mac: VirtualMac, write_run: Any, tmp_path: Path
+) -> None:
+    """The same on a 4-bit base, which uses other kernels. The rows are few and short, as a CPU is
+    slow at them.
+    """
+    config = write_run(0)
+    loaded = models.load(config.model)
+    about = fusing.quantize(loaded.model, jsonl.read_json(loaded.folder / "config.json"), 4)
+    models.save(loaded.model, loaded.folder, tmp_path / "quantised", about)
+    config = replace(
+        config,
+        model=str(tmp_path / "quantised"),
+        data=replace(config.data, limit=8),
+        generation=replace(config.generation, max_tokens=4),
+        train=replace(config.train, eval_questions=1, grad_accumulation=4, force=True),
+    )
+    make_pairs(config)
+    assert train_dpo(config, ALL)
 
 
 def test_every_stage_bounds_its_memory(virtual_mac: VirtualMac, write_run: Any) -> None:

@@ -1,4 +1,4 @@
-"""The workflow for macOS is a workflow, and runs what it says."""
+"""The macOS workflow is valid, and runs what it says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ WORKFLOW = REPOSITORY / ".github/workflows/macos.yml"
 
 
 def test_the_workflow_runs_what_its_comment_says() -> None:
-    """It starts on a push, a pull request and by hand, on Apple silicon, and runs the README's two
-    commands, the tests of Metal and the self-test, by scripts that are there.
+    """It starts on a push, a pull request and by hand, on Apple silicon. It runs the README's two
+    commands, the Metal tests and the self-test, by scripts that exist.
     """
     text = WORKFLOW.read_text()
     workflow = yaml.safe_load(text)
@@ -28,4 +28,4 @@ def test_the_workflow_runs_what_its_comment_says() -> None:
     ]
     words = " ".join(commands).split()
     assert all((REPOSITORY / Path(word)).is_file() for word in words if "/" in word)
-    assert "has not been run yet" in text
+    assert "has not run yet" in text

@@ -173,8 +173,8 @@ def model(settings: dict[str, Any], seed: int = 0) -> Any:
 def folder(
     path: Path, kind: str = "granite", seed: int = 0, template: str | None = None, **changes: Any
 ) -> Path:
-    """A model folder as the hub has it: config, weights, tokenizer, chat template (the kind's own
-    unless another is given).
+    """Write a model folder in the hub's layout: config, weights, tokenizer, and the chat template
+    (the kind's own unless one is given).
     """
     settings = config(kind, **changes)
     template = template or TEMPLATES[kind]

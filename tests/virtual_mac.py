@@ -1,4 +1,4 @@
-"""A 16 GB Mac on any machine, as far as it can be: the fixture `virtual_mac`, and stand-ins.
+"""A 16 GB Mac emulated on any machine: the fixture `virtual_mac`, and stand-ins.
 
 Not emulated: speed, the GPU's memory, and the order in which Metal sums a product. A test that
 passes here can still fail there.
@@ -36,7 +36,7 @@ MAKERS, TRACERS = ("value_and_grad", "grad"), ("vjp", "jvp")
 
 @dataclass
 class VirtualMac:
-    """What a test may look at and change.
+    """What a test may read and change.
 
     `working_set` is in bytes: the test fails when MLX holds more than that beside what it held
     before. `limits` are the arguments of each call of MLX's functions in LIMITS, by name.
@@ -60,7 +60,7 @@ class VirtualMac:
             self._depth -= 1
 
     def device_info(self, *_: Any) -> dict[str, str | int]:
-        """As Metal's has it on an M1."""
+        """The answer of Metal on an M1."""
         return {
             "device_name": "Apple M1",
             "architecture": "applegpu_g13g",
@@ -71,7 +71,7 @@ class VirtualMac:
         }
 
     def require_room(self, held: int) -> None:
-        """Fails the test when MLX held more than the working set."""
+        """Fail the test if MLX held more than the working set."""
         beside = held - self.held_before
         if beside > self.working_set:
             pytest.fail(f"MLX held {beside} bytes, the working set is {self.working_set}")
@@ -79,7 +79,7 @@ class VirtualMac:
 
 @pytest.fixture
 def virtual_mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[VirtualMac]:
-    """MLX that rounds, offers memory and takes limits as on a 16 GB Mac, for one test."""
+    """Make MLX round, offer memory and accept limits like a 16 GB Mac, for one test."""
     mac = VirtualMac(held_before=mx.get_active_memory())
     mx.reset_peak_memory()
     for name in MAKERS:
@@ -102,7 +102,7 @@ def virtual_mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[VirtualMac]:
 
 
 def _tracing_later(transform: Callable[..., Any], mac: VirtualMac) -> Callable[..., Any]:
-    """`mx.grad` and its like, whose functions tell `mac` that they trace gradients."""
+    """`mx.grad` and the like, whose functions tell `mac` while they trace gradients."""
 
     @wraps(transform)
     def told(*arguments: Any, **options: Any) -> Callable[..., Any]:
@@ -120,8 +120,8 @@ def _tracing_now(function: Callable[..., Any], mac: VirtualMac) -> Callable[...,
 
 
 def _attention(unfused: Callable[..., mx.array], mac: VirtualMac) -> Callable[..., mx.array]:
-    """Attention as Metal has it: its fused kernel unless gradients are traced or the shapes are
-    none of that kernel's. On a CPU MLX's own is the unfused one.
+    """Attention as on Metal: the fused kernel, unless gradients are traced or the kernel does not
+    take the shapes. MLX's own attention on a CPU is unfused.
     """
 
     def attention(
@@ -136,8 +136,8 @@ def _attention(unfused: Callable[..., mx.array], mac: VirtualMac) -> Callable[..
 
 
 def _activation(unfused: Callable[..., mx.array], mac: VirtualMac) -> Callable[..., mx.array]:
-    """A compiled activation. MLX fuses it into one kernel, which may round once, unless gradients
-    are traced.
+    """A compiled activation. MLX fuses it into one kernel that may round once, unless gradients are
+    traced.
     """
 
     def activation(*inputs: mx.array) -> mx.array:
@@ -150,7 +150,7 @@ def _activation(unfused: Callable[..., mx.array], mac: VirtualMac) -> Callable[.
 
 
 def has_kernel(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
-    """Whether Metal takes a fused kernel for q [B, H, L, D] and k and v [B, KV, S, D]."""
+    """Whether Metal has a fused kernel for q [B, H, L, D] and k and v [B, KV, S, D]."""
     heads, queries, width = q.shape[1:]
     shared, keys = k.shape[1:3]
     if v.shape[-1] != width:
@@ -162,7 +162,7 @@ def has_kernel(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
 
 
 def fused_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array:
-    """Attention in float32 throughout, rounded once at its end to the type of `q`."""
+    """Attention in float32, rounded once at its end to the dtype of `q`."""
     wide = [x.astype(mx.float32) for x in (q, k, v)]
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(mx.float32)
@@ -180,7 +180,7 @@ def fused_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: A
 
 
 def _ssm_update(whole: Callable[..., Any]) -> Callable[..., Any]:
-    """Mamba's step as mlx-lm takes it on Metal: its own kernel for one token after others."""
+    """Mamba's step as mlx-lm runs it on Metal: a separate kernel for one token after others."""
 
     def update(x: mx.array, a: Any, b: Any, c: Any, d: Any, dt: Any, *more: Any) -> Any:
         dt_bias, state, limit, *masks = more
@@ -202,7 +202,8 @@ def ssm_step(
     state: mx.array,
     limit: tuple[float, float],
 ) -> tuple[mx.array, mx.array]:
-    """(y, the state after it) of one token, in float32, y rounded once to the type of `x`.
+    """(y, the next state) for one token, computed in float32, with y rounded once to the dtype of
+    `x`.
 
     x [B, 1, H, P], A, D and dt_bias [H], B and C [B, 1, G, N], dt [B, 1, H], state [B, H, P, N].
     """
@@ -219,7 +220,7 @@ def ssm_step(
 
 
 def _recorded(calls: list[int]) -> Callable[[int], int]:
-    """In the place of a function that sets a limit and gives the one before."""
+    """Stands in for a function that sets a limit and returns the previous one."""
 
     def set_limit(limit: int) -> int:
         calls.append(limit)

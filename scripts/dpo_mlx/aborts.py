@@ -1,14 +1,16 @@
-"""Ends of a process that no Python line explains: what each most likely means, what to change."""
+"""Exit codes of a process that died without a Python error: the likely cause and the remedy."""
 
 from __future__ import annotations
 
 import signal
 import sys
 
-# Exit codes as a shell tells them: 128 + the signal that ended the process.
+# Exit codes as a shell reports them: 128 + the signal that ended the process.
 ABORTED, KILLED = 128 + signal.SIGABRT, 128 + signal.SIGKILL
 CRASHED = 128 + signal.SIGSEGV, 128 + signal.SIGBUS
-CODES = ABORTED, KILLED, *CRASHED
+# One of several processes died, and its exit code is unknown (sysexits.h: EX_TEMPFAIL).
+LOST = 75
+CODES = ABORTED, KILLED, *CRASHED, LOST
 
 LESS_MEMORY = "lower data.max_length or generation.batch_size, or close other programs"
 
@@ -16,21 +18,26 @@ LESS_MEMORY = "lower data.max_length or generation.batch_size, or close other pr
 def explain(code: int, platform: str = sys.platform) -> str:
     """The likely cause of one of CODES, and the remedy."""
     if code == KILLED:
-        return f"most likely memory ran out; {LESS_MEMORY}"
+        return f"the system most likely ran out of memory; {LESS_MEMORY}"
+    if code == LOST:
+        return (
+            "one of its processes died, most likely because memory ran out; use --launch none, "
+            f"which needs less memory, or {LESS_MEMORY}"
+        )
     if code in CRASHED:
         return "a library crashed; if it happens again, report it with the lines above"
     if platform == "darwin":
         return (
-            "most likely macOS stopped a long GPU command because the display was on; let the "
+            "macOS most likely stopped a long GPU command because the display was on; let the "
             'display sleep (README, "When it goes wrong")'
         )
-    return "a library gave up; the lines above say why"
+    return "a library aborted; the lines above say why"
 
 
 def of_gpu_error(error: RuntimeError) -> int | None:
-    """The exit code for a GPU command that failed, None for any other error.
+    """The exit code for a failed GPU command, None for any other error.
 
-    MLX up to 0.31 aborts the process for it; from 0.32 on it raises, at a later command.
+    MLX 0.31 and earlier abort the process; 0.32 and later raise this error, at a later command.
     """
     text = str(error)
     if "[METAL] Command buffer execution failed" not in text:

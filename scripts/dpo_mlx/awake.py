@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 
-KEPT_AWAKE = "DPO_KEPT_AWAKE"  # set in the environment once the system is kept awake
+KEPT_AWAKE = "DPO_KEPT_AWAKE"  # in the environment when something already keeps the Mac awake
 
 
 def keep() -> None:
-    """From now until this process ends, unless the runner has done so already."""
+    """Keep the Mac awake until this process ends, unless the runner already does."""
     caffeinate = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if caffeinate is None or KEPT_AWAKE in os.environ:
         return
@@ -22,6 +22,6 @@ def keep() -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # ^C stops the stage, which stays awake until its work is saved
+        start_new_session=True,  # ^C must not end caffeinate before the stage has saved
     )
-    print("the system stays awake until this ends; the display may sleep", file=sys.stderr)
+    print("keeping this Mac awake until the stage ends; the display may sleep", file=sys.stderr)

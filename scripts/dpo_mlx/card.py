@@ -39,7 +39,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
 
 
 def _template_args(arguments: Mapping[str, Scalar]) -> dict[str, str] | None:
-    """The chat template's arguments as a shell word and as Python's; None without any."""
+    """The chat template's arguments as a shell word and as Python keywords; None without any."""
     if not arguments:
         return None
     return {

@@ -1,6 +1,6 @@
 """How a model's chat template renders a question: its system message, its arguments, its thinking.
 
-What a template does is found by rendering, never by its words.
+We render sample messages to see what a template does, and never read the template's text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from jinja2 import TemplateError
 from .config import Scalar
 from .errors import UserError
 
-# What templates are tried out with: words that none writes by itself.
+# Sample messages to render. No template contains these words.
 QUESTION, ANSWER, SYSTEM = "The question?", "The answer.", "The system message."
-# What a template raises for messages or arguments that it does not take.
+# Errors that a template raises for messages or arguments it does not accept.
 NOT_RENDERED = (TemplateError, TypeError, ValueError)
-# The start and the end of a thinking block, where the tokenizer names no others.
+# Marks of a thinking block, for a tokenizer that names none.
 THINKING = ("<think>", "</think>")
 WITHOUT_THINKING: dict[str, Scalar] = {"enable_thinking": False}
 
@@ -28,8 +28,8 @@ Arguments = Mapping[str, Scalar]
 class ChatTemplate:
     """A model's chat template with the system message and the arguments of a run.
 
-    Raises UserError when the tokenizer has none, when it does not take the system message or the
-    arguments, and when its prompts end in an open thinking block.
+    Raises UserError when the tokenizer has no chat template, when the template rejects the system
+    message or the arguments, and when it leaves a thinking block open before the answer.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str, arguments: Arguments) -> None:
@@ -46,12 +46,12 @@ class ChatTemplate:
         return self._prompt(self._system, self._arguments, question)
 
     def after_answer(self) -> str:
-        """What follows an answer: the end of turn, and what is written behind it."""
+        """The text after an answer: the end of turn, and whatever the template adds."""
         return self._render(_one_turn(), self._arguments).rpartition(ANSWER)[2]
 
     def system_message(self) -> str | None:
-        """What stands in the system message's place in every prompt: the run's own, or what the
-        template writes without one; None for nothing.
+        """The system message in every prompt: the run's, or the template's default. None if there
+        is none.
         """
         try:
             marked = self._prompt([_message("system", SYSTEM)], self._arguments)
@@ -65,13 +65,13 @@ class ChatTemplate:
         return message or None
 
     def notes(self) -> Iterator[str]:
-        """What to know of this template and its arguments."""
+        """Warnings about this template and its arguments, to print."""
         if without_effect := [name for name in self._arguments if self._has_no_effect(name)]:
             names = ", ".join(without_effect)
-            yield f"chat_template_args: without effect on this model's prompts: {names}"
+            yield f"chat_template_args: these do not change this model's prompts: {names}"
         if self._may_think():
             yield (
-                "this model may think before it answers, and its thoughts would be a part of the "
+                "this model may think before it answers, and its thoughts would end up in the "
                 "rejected answers; set chat_template_args: {enable_thinking: false}"
             )
 
@@ -90,7 +90,7 @@ class ChatTemplate:
         return True
 
     def _require_rendering(self) -> None:
-        """Raises UserError, which names the key at fault, when no prompt can be made."""
+        """Raises UserError, naming the key at fault, when the template cannot render a prompt."""
         try:
             self.rendered(QUESTION)
         except NOT_RENDERED as error:
@@ -112,8 +112,8 @@ class ChatTemplate:
         """
         if not self._opens_thinking(self._arguments):
             return
-        closed = {**self._arguments, **WITHOUT_THINKING}
-        if self._renders(self._system, closed) and not self._opens_thinking(closed):
+        thinking_off = {**self._arguments, **WITHOUT_THINKING}
+        if self._renders(self._system, thinking_off) and not self._opens_thinking(thinking_off):
             remedy = "set chat_template_args: {enable_thinking: false}"
         else:
             remedy = "enable_thinking: false does not change that, so use another model"
@@ -128,17 +128,17 @@ class ChatTemplate:
         return tail.rfind(start) > tail.rfind(end)
 
     def _may_think(self) -> bool:
-        """Whether the template closes a thinking block only when it is told to."""
+        """Whether the template closes the thinking block only when enable_thinking is false."""
         _, end = self._thinking_marks()
-        switched_off = {**self._arguments, **WITHOUT_THINKING}
+        thinking_off = {**self._arguments, **WITHOUT_THINKING}
         return (
             end not in self._generation_prompt(self._arguments)
-            and self._renders(self._system, switched_off)
-            and end in self._generation_prompt(switched_off)
+            and self._renders(self._system, thinking_off)
+            and end in self._generation_prompt(thinking_off)
         )
 
     def _generation_prompt(self, arguments: Arguments) -> str:
-        """What stands between a question and its answer."""
+        """The text between a question and its answer."""
         return self._prompt(self._system, arguments).rpartition(QUESTION)[2]
 
     def _thinking_marks(self) -> tuple[str, str]:
@@ -146,7 +146,7 @@ class ChatTemplate:
         return (start, end) if start and end else THINKING
 
     def _has_no_effect(self, name: str) -> bool:
-        """Whether prompt and end of turn are the same without this argument."""
+        """Whether the prompt and the end of turn stay the same without this argument."""
         others = {key: value for key, value in self._arguments.items() if key != name}
         return (
             self._renders(self._system, others)

@@ -1,5 +1,5 @@
-"""What a run will take on this machine, told before the night is spent on it: download, disk, the
-memory of each stage, and its minutes, which a probe of a few seconds measures.
+"""Estimate what a run needs on this machine before it starts: download size, disk space, and each
+stage's memory and minutes. A probe of a few seconds times the machine.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lm.utils import get_total_parameters
 
-from . import checkpoint, device, durable, fusing, jsonl, memory, models, questions
+from . import checkpoint, device, durable, fusing, jsonl, memory, models, questions, signals
+from . import config as configs
 from .config import Config
 from .errors import UserError
-from .make_pairs import usable_rows
+from .make_pairs import generation_settings, usable_rows
 from .models import LoadedModel
 from .pairs import Encoder, Sequence
 from .phase import Dpo, Sft, count_updates
-from .sampling import EVALUATED_AT_ONCE, Batch, limited, sample_batch
+from .sampling import EVALUATED_AT_ONCE, Batch, sample_batch
+from .supervisor import PLAN, has_cpu_for_two
 from .train_dpo import MOST_CHECKPOINTS
 from .trainer import apart
 from .worker import Worker
 
 T = TypeVar("T")
 
-# In the run's folder: minutes by script, from which the runner tells what is left.
-PLAN = "plan.json"
-
 MAKE_PAIRS, TRAIN = "06_generate_dpo_pairs.py", "10_train_dpo.py"
 FUSE, SMOKE = "11_fuse_adapters.py", "12_smoke_test.py"
 
-# Tokens that the probe lets each answer have; pairs whose gradients the preflight takes.
+# Tokens in an answer of the probe; pairs whose gradients the preflight computes.
 PROBED_TOKENS, PREFLIGHT_PAIRS = 16, 12
 # Writing a model takes about this many times as long as reading it.
 WRITE_OVER_READ = 2.0
@@ -47,8 +47,8 @@ WRITE_OVER_READ = 2.0
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run works on: prompt and chosen answer of every row as token ids, and how many times
-    the largest layer all fused layers are.
+    """The rows of a run, each a prompt with its chosen answer as token ids. `layers` is the total
+    size of the layers to fuse, divided by the size of the largest.
     """
 
     train: list[Sequence]
@@ -62,9 +62,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on this machine: to read the model, to read a batch of prompts, for one more token of
-    each answer of a batch, for a token of a scored sequence, for one of a gradient, and to fuse the
-    largest layer.
+    """Seconds on this machine, field by field: load the model, read a batch of prompts, sample one
+    more token of every answer in a batch, score one token, compute a gradient (per token), and fuse
+    the largest layer.
     """
 
     model: float
@@ -76,22 +76,20 @@ class Cost:
 
 
 def check_run(config: Config) -> None:
-    """Print what the run takes, and write its minutes to `run_dir/plan.json`.
+    """Print what the run needs, and write its minutes to `run_dir/plan.json`.
 
-    Raises UserError for what would stop a stage at its start, and when disk or memory are too
-    small.
+    Raises UserError when a stage would refuse to start, and when disk or memory are too small.
     """
     rows = questions.read(Path(config.data.source))
     print(
         f"check: {device.name()} offers {device.available() / 1e9:.2f} GB to models; "
         f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"
     )
-    _tell_download(config.model)
+    _print_download(config.model)
     loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, Counter())
-    lengths = [len(encoder.answer(row.answer)) for row in usable]
-    config = replace(config, generation=limited(config.generation, lengths))
+    sampled = replace(config, generation=generation_settings(rows, config, encoder))
     splits: tuple[list[Sequence], list[Sequence]] = [], []
     for row in usable:
         held_out = questions.is_held_out(row.question, config.data.valid_fraction)
@@ -101,53 +99,59 @@ def check_run(config: Config) -> None:
             f"{config.data.source}: {len(splits[0])} rows to train on and {len(splits[1])} held "
             "out; raise data.limit or change data.valid_fraction"
         )
-    _check_memory(config, loaded.model, [*splits[0], *splits[1]])
+    _check_memory(sampled, loaded.model, [*splits[0], *splits[1]])
     _check_disk(config, loaded.model)
+    signals.check()
     workload = Workload(*splits, layers=fusing.in_largest_layers(loaded.model))
-    print(f"check: measuring this machine on {config.model}", flush=True)
-    minutes = minutes_of(config, workload, _probe(config, loaded, workload.rows))
-    _tell_minutes(minutes, workload, config)
-    jsonl.write_json(config.run / PLAN, {"minutes": minutes})
+    print(f"check: timing {config.model} on this machine", flush=True)
+    minutes = minutes_of(sampled, workload, _probe(sampled, loaded, workload.rows))
+    _print_minutes(minutes, workload, sampled)
+    jsonl.write_json(config.run / PLAN, {"config": configs.digest(config), "minutes": minutes})
 
 
-def _tell_download(name: str) -> None:
-    """What has to be downloaded first. Raises UserError when the disk has no room for it."""
+def _print_download(name: str) -> None:
+    """Print the size of the download. Raises UserError when the disk has no room for it."""
     try:
         print(f"check: download: none, the model is in {models.folder_of(name)}", flush=True)
     except (OSError, ValueError):
-        size, why = download_size(name)
-        print(f"check: download: {f'{size / 1e9:.2f} GB' if size else why} of {name}", flush=True)
-        durable.require_space(Path.home(), size, "HF_HOME (in the environment)")
+        if not models.is_hub_name(name):
+            return  # loading the model reports what is wrong
+        size, reason = download_size(name)
+        print(f"check: download: {name}, {f'{size / 1e9:.2f} GB' if size else reason}", flush=True)
+        durable.require_space(Path(HF_HUB_CACHE), size, "HF_HOME, in the environment,")
 
 
 def download_size(name: str) -> tuple[int, str]:
-    """Bytes of a model on the hub; 0 and the reason when the hub does not tell."""
+    """Bytes of a model on the hub; or 0 and the reason when the hub does not answer."""
     try:
         files = HfApi().model_info(name, files_metadata=True).siblings or []
-    except Exception as error:  # the hub's client raises errors of several libraries
-        return 0, f"an unknown size (the hub does not answer: {type(error).__name__})"
+    except Exception as error:  # the hub's client raises several libraries' errors
+        return 0, f"size unknown (the hub does not answer: {type(error).__name__})"
     return sum(file.size or 0 for file in files), ""
 
 
 def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> None:
-    """Print each stage's largest need. Attaches adapters to the model on the way, as stages 10 and
-    11 need them. Raises UserError with a line for each stage that does not fit.
+    """Print each stage's peak memory. Attaches adapters to the model, as stages 10 and 11 do.
+    Raises UserError with one line for each stage that does not fit.
     """
     prompt = max(sequence.prompt_length for sequence in chosen)
     answer = config.generation.max_tokens or 0
     longest = max(prompt + answer, *(len(sequence.ids) for sequence in chosen))
     longest = min(longest, config.data.max_length)
     lengths = memory.Lengths(len(chosen), prompt, answer, Sequence((0,) * longest, prompt))
+    processes = 2 if has_cpu_for_two() else 1  # as the runner starts them
     needs = {
-        MAKE_PAIRS: memory.stage_06(model, config, lengths),
-        SMOKE: memory.stage_12(model, config, lengths),
+        MAKE_PAIRS: memory.stage_06(model, config, lengths, processes),
+        SMOKE: memory.stage_12(model, config, lengths, _fused_bytes(config, model)),
     }
+    signals.check()
     mx.random.seed(config.seed)
     models.attach_lora(model, config.lora)
-    needs[TRAIN] = memory.stage_10(model, config, lengths)
+    needs[TRAIN] = memory.stage_10(model, config, lengths, processes)
+    signals.check()
     needs[FUSE] = memory.stage_11(model, config, lengths.longest)
     faults = []
-    print(f"check: memory at the peak, of {device.available() / 1e9:.2f} GB")
+    print(f"check: peak memory of each stage; {device.available() / 1e9:.2f} GB available")
     for script in sorted(needs):
         print(f"    {script}  {memory.largest(needs[script])}", flush=True)
         try:
@@ -160,8 +164,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> N
 
 def _check_disk(config: Config, model: nn.Module) -> None:
     """Print what the run's folder will hold. Raises UserError when the disk has no room for it."""
-    dtype = fusing.target_dtype(model, config.fuse.dtype)
-    fused = get_total_parameters(model) * dtype.size
+    fused = _fused_bytes(config, model)
     checkpoints = MOST_CHECKPOINTS * checkpoint.size(model)
     total = fused + checkpoints + durable.SMALL_FILES
     free = shutil.disk_usage(config.run).free
@@ -172,11 +175,17 @@ def _check_disk(config: Config, model: nn.Module) -> None:
     durable.require_space(config.run, total, "run_dir")
 
 
+def _fused_bytes(config: Config, model: nn.Module) -> int:
+    """Bytes of the fused model's weights, before any quantising."""
+    return get_total_parameters(model) * fusing.target_dtype(model, config.fuse.dtype).size
+
+
 def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     """Minutes of each stage, by script.
 
-    A rejected answer counts as long as the chosen one, to which training cuts it; a sampled one as
-    long as `generation.max_tokens`, which the longest of a batch mostly reaches.
+    Assumes that a rejected answer is as long as the chosen one, because training cuts it to that
+    length, and that the longest answer of a batch reaches `generation.max_tokens`, as it mostly
+    does.
     """
     longest_answer = config.generation.max_tokens or 0
     chosen, held_out = _tokens(work.train), _tokens(work.valid)
@@ -188,10 +197,10 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     def scoring(tokens: float) -> float:
         return tokens * cost.scored_token
 
-    watched = min(config.train.eval_questions, len(work.valid))
-    evaluation = 2 * answering(watched, EVALUATED_AT_ONCE) + scoring(4 * watched * sequence)
-    tested = min(config.smoke.questions, len(work.valid))
-    compared = 2 * sequence * min(config.fuse.check_pairs, len(work.valid))
+    eval_count = min(config.train.eval_questions, len(work.valid))
+    evaluation = 2 * answering(eval_count, EVALUATED_AT_ONCE) + scoring(4 * eval_count * sequence)
+    smoke_questions = min(config.smoke.questions, len(work.valid))
+    fuse_tokens = 2 * sequence * min(config.fuse.check_pairs, len(work.valid))
     roundings = 1 if config.fuse.dtype == "float32" else 2
     seconds = {
         MAKE_PAIRS: cost.model + answering(len(work.rows), config.generation.batch_size),
@@ -201,12 +210,12 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         + scoring(2 * chosen + 2 * held_out)
         + (1 + _evaluations(config, len(work.train))) * evaluation,
         FUSE: (2 + roundings) * cost.model
-        + (3 + roundings) * scoring(compared)
+        + (3 + roundings) * scoring(fuse_tokens)
         + roundings * work.layers * cost.layer
         + WRITE_OVER_READ * cost.model,
         SMOKE: 2 * cost.model
-        + 2 * answering(tested, config.generation.batch_size)
-        + scoring(4 * held_out + 3 * tested * sequence),
+        + 2 * answering(smoke_questions, config.generation.batch_size)
+        + scoring(4 * held_out + 3 * smoke_questions * sequence),
     }
     return {script: value / 60 for script, value in seconds.items()}
 
@@ -225,7 +234,7 @@ def _evaluations(config: Config, pairs: int) -> int:
 
 
 def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
-    """What the model costs here; each thing is done twice, as the first time compiles kernels."""
+    """Time the model on this machine. Each step runs twice, as the first run compiles kernels."""
     model = loaded.model
     started = time.perf_counter()
     mx.eval(model.parameters())
@@ -235,16 +244,14 @@ def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
     )
 
     def sample(tokens: int) -> int:
-        """Tokens that the longest answer got."""
+        """Length of the longest answer, in tokens."""
         settings = replace(config.generation, max_tokens=tokens)
         answers = sample_batch(model, loaded.tokenizer, batch, settings)
         return max(1, *(answer.tokens for answer in answers))
 
     sample(2)
-    (_, prompts), (written, answers) = (
-        _timed(lambda: sample(1)),
-        _timed(lambda: sample(PROBED_TOKENS)),
-    )
+    _, prompt_seconds = _timed(lambda: sample(1))
+    tokens, sampling_seconds = _timed(lambda: sample(PROBED_TOKENS))
     median = sorted(rows, key=lambda row: len(row.ids))[len(rows) // 2]
     engine = Worker(model).engine
     engine.log_prob(median)
@@ -256,8 +263,8 @@ def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
     fusing.fuse_largest_layer(model, dtype)
     _, layer = _timed(lambda: fusing.fuse_largest_layer(model, dtype))
     length = len(median.ids)
-    step = max(answers - prompts, 0.0) / max(written - 1, 1)
-    return Cost(reading, prompts, step, scored / length, gradient / length, layer)
+    step = max(sampling_seconds - prompt_seconds, 0.0) / max(tokens - 1, 1)
+    return Cost(reading, prompt_seconds, step, scored / length, gradient / length, layer)
 
 
 def _timed(run: Callable[[], T]) -> tuple[T, float]:
@@ -265,15 +272,15 @@ def _timed(run: Callable[[], T]) -> tuple[T, float]:
     return run(), time.perf_counter() - started
 
 
-def _tell_minutes(minutes: dict[str, float], work: Workload, config: Config) -> None:
+def _print_minutes(minutes: dict[str, float], work: Workload, config: Config) -> None:
     print(
-        f"check: about {_spoken(sum(minutes.values()))} for {len(work.rows)} rows "
+        f"check: about {_duration(sum(minutes.values()))} for {len(work.rows)} rows "
         f"({len(work.valid)} of them held out), answers of up to {config.generation.max_tokens} "
         "tokens"
     )
     for script, value in minutes.items():
-        print(f"    {script}  {_spoken(value)}")
+        print(f"    {script}  {_duration(value)}")
 
 
-def _spoken(minutes: float) -> str:
+def _duration(minutes: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"

@@ -31,8 +31,8 @@ VERSION = 2  # of what is in STATE
 
 LAST = 2  # checkpoints that are kept
 
-# Checkpoints by the clock: at least this far apart, no more than this share of the time, and on
-# average no more than so many bytes a second.
+# Limits on saving by the clock: seconds between checkpoints, share of the time spent on saving, and
+# bytes written a second on average.
 LEAST_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
 
 
@@ -59,10 +59,10 @@ class State:
 
 
 class SaveClock:
-    """When the next checkpoint is due, by the time since the last one and what that one cost.
+    """Decides when the next checkpoint is due, from the time since the last one and its cost.
 
-    A checkpoint is hundreds of megabytes: one after every update would take a share of the night
-    and wear the disk. Times are seconds of `clock`, sizes bytes.
+    A checkpoint is hundreds of megabytes. Saving one after every update would slow training down
+    and wear the disk. Times are in seconds of `clock`, sizes in bytes.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -74,7 +74,7 @@ class SaveClock:
 
     @contextmanager
     def saving(self, size: int) -> Iterator[None]:
-        """Around the writing of a checkpoint of so many bytes."""
+        """Time the body, which writes a checkpoint of `size` bytes; the next is due after that."""
         started = self._clock()
         yield
         ended = self._clock()
@@ -90,7 +90,7 @@ class Origin:
 
 
 def size(model: nn.Module) -> int:
-    """Bytes of a checkpoint: the adapters, and AdamW's two moments of them."""
+    """Bytes of a checkpoint: the adapters and AdamW's two moments."""
     return 3 * models.adapter_bytes(model)
 
 
@@ -124,11 +124,11 @@ class Checkpoints:
         lora: LoraConfig,
         optimizer: Optimizer,
     ) -> None:
-        """Write everything, then remove what need not be kept any more.
+        """Write a checkpoint, then remove those that are no longer needed.
 
         Raises MLX's RuntimeError, and writes nothing, when a GPU command has failed.
         """
-        # Metal tells a failed command late; until then its arrays hold what happened to be there.
+        # Metal reports a failed command late, and until then its arrays hold garbage.
         mx.eval(model.trainable_parameters(), optimizer.state)
         mx.synchronize()
         with durable.new_folder(self.path(state.phase, state.update)) as temporary:

@@ -15,7 +15,7 @@ from . import aborts, awake, lock, signals
 from . import config as configs
 from .config import Config
 from .errors import UserError
-from .link import dismiss, link
+from .link import LostProcess, dismiss, link
 from .supervisor import RANK_0
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
@@ -37,8 +37,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
-    """Run a stage in its run's folder and exit: 0, its own code, 1 with one line for a user's
-    mistake or a disk's fault, 130 for ^C, 143 for SIGTERM, one of aborts.CODES for a GPU's fault.
+    """Run a stage in its run's folder and exit: 0, its own code, 1 after one line about a user's
+    mistake or a disk error, 130 for ^C, 143 for SIGTERM, one of aborts.CODES for a GPU error.
 
     Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
     exit codes to itself, and adds a line to those that are not 0, the process number and the code
@@ -80,6 +80,9 @@ def _code_of(run: Callable[[], int | None]) -> int:
     """The exit code of what is run; a fault has said its line."""
     try:
         return run() or 0
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr)
+        return aborts.LOST
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 1
@@ -90,7 +93,7 @@ def _code_of(run: Callable[[], int | None]) -> int:
         code = aborts.of_gpu_error(error)
         if code is None:
             raise
-        print(f"error: {error} {aborts.explain(code)}", file=sys.stderr)
+        print(f"error: {error} Cause: {aborts.explain(code)}", file=sys.stderr)
         return code
     except signals.Interrupted as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)

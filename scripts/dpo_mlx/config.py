@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import types
 import typing
@@ -17,7 +18,8 @@ from .errors import UserError
 from .jsonl import read_bytes
 from .lock import OWN
 
-# Reading a config imports no MLX, so the names that losses.py and rounding.py implement stand here.
+# losses.py and rounding.py implement these names. They are listed here so that reading a config
+# does not import MLX.
 LOSSES = (
     "sigmoid",
     "robust",
@@ -38,9 +40,9 @@ FULL = (
     "only adapters are trained: the weights of chosen layers with Adam's two moments would take "
     "gigabytes, and the reference a second model; choose layers with lora.num_layers and lora.keys"
 )
-# What a chat template's argument may be.
+# Types that an argument of a chat template may have.
 Scalar = str | int | float | bool
-# Arguments of tokenizer.apply_chat_template that are not the template's own, or are set here.
+# Arguments that tokenizer.apply_chat_template takes itself and does not hand to the template.
 TEMPLATE_CALL = (
     "add_generation_prompt",
     "chat_template",
@@ -202,7 +204,9 @@ class Config:
 
     @property
     def prompt_inputs(self) -> dict[str, Scalar]:
-        """What decides how a question is rendered, by dotted key: a part of every fingerprint."""
+        """The settings that decide how a question is rendered, by dotted key. Every fingerprint
+        includes them.
+        """
         arguments = {f"chat_template_args.{n}": v for n, v in self.chat_template_args.items()}
         return {"system_prompt": self.system_prompt, **arguments}
 
@@ -237,6 +241,11 @@ def _of_values(values: dict[str, Any], name: str, faults: list[str]) -> Config:
 def dump(config: Config) -> str:
     """The resolved config as YAML, every key present."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of all settings."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()
 
 
 def keys(section: type = Config, prefix: str = "") -> Iterator[str]:
@@ -321,7 +330,7 @@ def _build(section: Any, values: Any, prefix: str, faults: list[str]) -> Any:
 
 
 def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]:
-    """A chat template's arguments by name; none when the key is left empty."""
+    """A chat template's arguments by name; empty when the key has no value."""
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -332,14 +341,16 @@ def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]
         return {}
     for name, value in values.items():
         if not (isinstance(name, str) and name.isidentifier()):
-            faults.append(f"{dotted}: {name!r} is no name of an argument")
+            faults.append(f"{dotted}: {name!r} is not a valid argument name")
         elif name in TEMPLATE_CALL:
-            faults.append(f"{dotted}.{name}: is not the template's to read; remove it")
+            faults.append(
+                f"{dotted}.{name}: belongs to the tokenizer, not to the chat template; remove it"
+            )
         elif not isinstance(value, Scalar) or (
             isinstance(value, float) and not math.isfinite(value)
         ):
             faults.append(
-                f"{dotted}.{name}: expected text, a number, or true or false, found {_kind(value)}"
+                f"{dotted}.{name}: expected text, a number, true or false, found {_kind(value)}"
             )
     return values
 

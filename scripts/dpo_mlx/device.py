@@ -1,25 +1,22 @@
-"""The device that computes: its name, the memory it offers, and how a stage stays within that."""
+"""The device that MLX runs on: its name, its memory, and how a stage stays within that memory."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
-P = ParamSpec("P")
-Result = TypeVar("Result")
-
-# Freed buffers that MLX may keep for the next ones, as a share of the memory: sequences of ever new
-# lengths would pile them up.
+# Share of the memory that MLX may keep as freed buffers for reuse. Each new sequence length leaves
+# buffers behind, which would pile up without a limit.
 CACHE_SHARE = 0.1
+# Share of an NVIDIA GPU's memory that MLX takes by default.
+GPU_SHARE = 0.95
 
 
 def name() -> str:
-    """What computes: "Apple M1 (Metal)", "NVIDIA H100 (CUDA)", "x86_64 (CPU)"."""
+    """The device by name: "Apple M1 (Metal)", "NVIDIA H100 (CUDA)", "x86_64 (CPU)"."""
     info = _info()
     if mx.default_device() == mx.cpu:
         return f"{info.get('architecture', 'unknown')} (CPU)"
@@ -28,20 +25,24 @@ def name() -> str:
 
 
 def available() -> int:
-    """Bytes that the device offers: Metal's recommended working set, a GPU's own memory, or the
-    machine's.
+    """Bytes that a stage may use: Metal's recommended working set, nearly all of a GPU's own
+    memory, or the machine's memory.
     """
     info = _info()
-    offered = info.get("max_recommended_working_set_size") or info.get("total_memory")
-    return int(offered or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if recommended := info.get("max_recommended_working_set_size"):
+        return int(recommended)
+    if total := info.get("total_memory"):
+        return int(GPU_SHARE * total)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bound() -> None:
     """Keep MLX within what the device offers. Every stage that loads a model calls this.
 
-    Beyond the memory limit MLX waits for work in progress to free memory before it allocates more;
-    its default is 1.5 times Metal's recommended working set, where macOS swaps. On Metal the model
-    is also wired, so that it is not paged out while the user does something else.
+    At the memory limit MLX waits for running work to free memory before it allocates more. MLX's
+    default limit is 1.5 times Metal's recommended working set, and macOS swaps before that. On
+    Metal we also wire the model, so that macOS does not page it out while the user does something
+    else.
     """
     memory = available()
     mx.set_memory_limit(memory)
@@ -51,28 +52,13 @@ def bound() -> None:
 
 
 def release() -> None:
-    """Give back the memory of models that nothing refers to any more.
+    """Free the memory of models that are no longer used.
 
-    Python frees what refers to itself in a circle only when its collector happens to run, and MLX
-    keeps freed buffers: without both calls a second model would stand beside the first.
+    Python frees reference cycles only when its garbage collector runs, and MLX keeps freed buffers.
+    Without both calls the next model would be loaded beside the last one.
     """
     gc.collect()
     mx.clear_cache()
-
-
-def releasing(function: Callable[P, Result]) -> Callable[P, Result]:
-    """`function`, which loads a model, with a `release` once it has returned and its model is out
-    of reach.
-    """
-
-    @wraps(function)
-    def and_release(*args: P.args, **kwargs: P.kwargs) -> Result:
-        try:
-            return function(*args, **kwargs)
-        finally:
-            release()
-
-    return and_release
 
 
 def _info() -> dict[str, Any]:

@@ -17,8 +17,8 @@ from .losses import Sides, objective, preference_loss, rewards
 from .pairs import EncodedPair, Sequence
 from .reference import Reference
 
-# Roundings of a float type, in its own steps, that the log-prob of one token can be off by when
-# another kernel or machine computes it; those of an answer's tokens add up like a random walk.
+# How far one token's log-prob can move, in steps (eps) of the float type, when another kernel or
+# machine computes it. Over an answer's tokens these differences add up like a random walk.
 # SmolLM2 in bfloat16, fused against unfused attention, 7 real answers: 3 to 12 (0.3 to 0.9 nats).
 ROUNDINGS = 32
 LEAST_DIFFERENCE = 1e-2  # nats; float32 stays far below
@@ -57,8 +57,9 @@ class Engine:
         """log p(answer | prompt), the sum over the answer's tokens, in nats, rounded as in
         training.
         """
+        scoring_mode(self.model)
         value = float(self._trace(sequence, token_log_probs)[0])
-        mx.synchronize()  # a GPU command that failed is told here, not after the value is kept
+        mx.synchronize()  # raises here if a GPU command failed, before the value is used
         return value
 
     def nll_gradient(self, sequence: Sequence) -> tuple[float, Any]:
@@ -103,22 +104,22 @@ class Engine:
     def _trace(
         self, sequence: Sequence, score: Callable[[mx.array, mx.array, Head], mx.array]
     ) -> tuple[mx.array, Any]:
-        """(log p(answer | prompt), its gradient), of which nothing is computed yet.
+        """(log p(answer | prompt), its gradient), both not evaluated yet.
 
-        A score alone is traced with its gradient too: while gradients are traced, MLX takes other
-        kernels (on Metal no fused attention, on any device no compiled activations), and in
-        bfloat16 the two round differently, by tenths of a nat a sequence.
+        Scoring alone also traces the gradient, because MLX picks other kernels while it traces one:
+        no fused attention on Metal, no compiled activations on any device. In bfloat16 the two
+        kinds of kernels round differently, by tenths of a nat a sequence.
         """
 
         def log_prob() -> mx.array:
             hidden, targets = self._answer(sequence)
             return score(hidden, targets, self._head).sum()
 
-        # Wrapped anew each time: kept, the function would refer to the engine that keeps it, and
-        # Python would free the model only when its collector runs.
+        # Built anew each time. A stored function would refer back to this engine, and Python would
+        # free the model only when its garbage collector runs.
         parameters = self.model.trainable_parameters()
         result = nn.value_and_grad(self.model, log_prob)()
-        self.model.update(parameters)  # tracing leaves arrays of its own in the model
+        self.model.update(parameters)  # tracing leaves traced arrays in the model
         return result
 
     def _answer(self, sequence: Sequence) -> tuple[mx.array, mx.array]:
@@ -133,9 +134,17 @@ class Engine:
         return hidden[start - 1 :], ids[start:]
 
 
+def scoring_mode(model: nn.Module) -> None:
+    """Training mode without dropout, as some models use other kernels in training mode."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
 def rounding_limit(length: int, dtype: mx.Dtype) -> float:
-    """The most, in nats, that an answer's log-prob can differ between two machines or kernels that
-    compute a model of `dtype`; `length` is in tokens.
+    """The largest difference, in nats, that rounding explains between two machines' or kernels'
+    log-probs of an answer of `length` tokens, under a model of `dtype`.
     """
     return max(LEAST_DIFFERENCE, ROUNDINGS * mx.finfo(dtype).eps * math.sqrt(length))
 

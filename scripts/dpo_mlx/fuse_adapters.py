@@ -53,17 +53,17 @@ def fuse_adapters(config: Config) -> None:
 def _fuse(config: Config) -> Report:
     """Fuse and save; how much of the adapters' margin each rounding, and the folder, keeps."""
     settings, measure = config.fuse, _measure_adapters(config)
-    # Both roundings where there is something to round; the one that is asked for is saved.
+    # Measure both roundings, unless nothing is rounded; save the configured one.
     others = [how for how in ROUNDINGS if how != settings.rounding and measure.dtype != mx.float32]
     by_rounding = {how: _measure_fused(config, how, measure) for how in others}
     by_rounding[settings.rounding] = _measure_fused(config, settings.rounding, measure, save=True)
-    same_bits = _quantized_base(config, measure)
+    quantized_base = _quantized_base(config, measure)
     return {
         "pairs": len(measure.pairs),
         "dtype": models.dtype_name(measure.dtype),
         "rounding": settings.rounding,
         "quantize": settings.quantize,
-        **_measure_written(config, measure, same_bits),
+        **_measure_written(config, measure, quantized_base),
         "by_rounding": by_rounding,
     }
 
@@ -83,12 +83,14 @@ class _Measure:
         return compare(self.base, self.with_adapters, log_probs(fused, self.pairs), fused_base)
 
 
-# One model is in memory at a time: each of these loads one, and gives its memory back.
+# One model is in memory at a time: each function below loads one and drops it when it returns.
 
 
-@device.releasing
 def _measure_adapters(config: Config) -> _Measure:
-    """Raises UserError when the disk or the memory has no room for what follows."""
+    """Score the valid pairs with and without the adapters.
+
+    Raises UserError when disk or memory are too small for fusing.
+    """
     loaded = _load(config)
     encoder = Encoder.of(loaded.tokenizer, config)
     read = pairs.read(pair_file(config, VALID))
@@ -109,7 +111,7 @@ def _require_room(
     durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")
     longest = max(pairs.sequences(checked), key=lambda sequence: len(sequence.ids))
     need = memory.require(memory.stage_11(loaded.model, config, longest), config.model)
-    print(f"11: memory at the peak {need}, of {device.available() / 1e9:.2f} GB")
+    print(f"11: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
 def _load(config: Config) -> models.LoadedModel:
@@ -119,21 +121,20 @@ def _load(config: Config) -> models.LoadedModel:
     )
 
 
-@device.releasing
 def _measure_fused(config: Config, how: str, measure: _Measure, save: bool = False) -> Report:
-    """What fusing with this rounding keeps; the fused model is saved when that is wished."""
+    """How much of the margin fusing with this rounding keeps; `save` also writes the model."""
     loaded = _load(config)
     fusing.fuse(loaded.model, how, measure.dtype, config.seed)
     if config.fuse.dtype:
         fusing.cast(loaded.model, measure.dtype)
-    kept = measure.of(loaded)
+    report = measure.of(loaded)
     if save:
         _save(loaded, config, measure.dtype)
-    return kept
+    return report
 
 
 def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
-    """The fused model as an ordinary folder, quantised when that is wished."""
+    """Write the fused model as an ordinary folder, quantised if fuse.quantize is set."""
     about = models.config_for(jsonl.read_json(loaded.folder / "config.json"), dtype)
     if bits := config.fuse.quantize:
         about = fusing.quantize(loaded.model, about, bits)
@@ -141,12 +142,11 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
         models.save(loaded.model, loaded.folder, temporary, about)
 
 
-@device.releasing
 def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
-    """Log-probs under the base model in the bits that the fused one is written in, if in any.
+    """Log-probs under the base model, quantised like the fused one; None without fuse.quantize.
 
-    Quantising moves every answer by far more than a short training does, that of both models
-    alike: what was learned shows against the base model in the same bits alone.
+    Quantising changes every log-prob by far more than a short training does, and by about the same
+    in both models. So the fused model must be compared with a base model of the same bits.
     """
     if config.fuse.quantize is None:
         return None
@@ -156,9 +156,8 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     return log_probs(loaded, measure.pairs)
 
 
-@device.releasing
 def _measure_written(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
-    """What the folder that was written keeps."""
+    """How much of the margin the saved folder keeps."""
     fused = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
     return measure.of(fused, fused_base)
 
@@ -233,7 +232,7 @@ def _said(found: Report) -> str:
 
 
 def require_kept(report: Report, config: Config) -> None:
-    """Raises UserError, with what to do, when less is kept than the config asks for."""
+    """Raises UserError, with a remedy, when fusing kept less than fuse.min_margin_kept."""
     kept, least = report["margin_kept"], config.fuse.min_margin_kept
     if kept is None or kept >= least:
         return
@@ -246,7 +245,7 @@ def require_kept(report: Report, config: Config) -> None:
     else:
         remedy = "train longer, or raise fuse.check_pairs"
     raise UserError(
-        f"{config.run / 'fused'}: keeps {kept:.1%} of the adapters' margin, fuse.min_margin_kept "
-        f"asks for {least:.0%}; {remedy}, or use the adapters as they are (--adapter-path "
-        f"{config.run / 'adapters'})"
+        f"{config.run / 'fused'}: keeps {kept:.1%} of the adapters' margin, but "
+        f"fuse.min_margin_kept asks for {least:.0%}; {remedy}, or use the adapters as they "
+        f"are (--adapter-path {config.run / 'adapters'})"
     )

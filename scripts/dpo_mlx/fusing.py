@@ -28,10 +28,10 @@ def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
     """Put a plain layer of `dtype` in the place of each adapter and each quantised layer.
 
     In place, one layer after the other, so that memory holds the model and what one layer takes.
-    `how` is one of config.ROUNDINGS; the same seed draws the same weights. What carries no
-    adapter is rounded to nearest.
+    `how` is one of config.ROUNDINGS; the same seed draws the same weights. Layers without an
+    adapter are rounded to nearest.
 
-    Raises UserError when a fused weight is no number that `dtype` holds.
+    Raises UserError when a fused weight is NaN or too large for `dtype`.
     """
     names = _layers_to_fuse(model)
     for name, key in zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True):
@@ -39,14 +39,14 @@ def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
         if not mx.isfinite(plain.weight).all():
             wider = "set fuse.dtype: bfloat16, or " if dtype == mx.float16 else ""
             raise UserError(
-                f"{name}: a fused weight is no {dtype_name(dtype)} number; {wider}train again "
-                "with a lower train.learning_rate"
+                f"{name}: a fused weight is NaN or too large for {dtype_name(dtype)}; {wider}train "
+                "again with a lower train.learning_rate"
             )
         model.update_modules(tree_unflatten([(name, plain)]))
 
 
 def fuse_largest_layer(model: nn.Module, dtype: mx.Dtype) -> None:
-    """What `fuse` does to the largest layer, thrown away: to see what memory and time it takes."""
+    """Fuse the largest layer and discard the result, to measure its memory and time."""
     layers = [_module(model, name) for name in _layers_to_fuse(model)]
     if layers:
         largest = max(layers, key=get_total_parameters)
@@ -54,13 +54,13 @@ def fuse_largest_layer(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def in_largest_layers(model: nn.Module) -> float:
-    """The size of all layers that are fused, in that of the largest one."""
+    """The total size of the layers to fuse, divided by the size of the largest."""
     sizes = [get_total_parameters(_module(model, name)) for name in _layers_to_fuse(model)]
     return sum(sizes) / max(sizes, default=1)
 
 
 def _layers_to_fuse(model: nn.Module) -> list[str]:
-    """Names of the layers that carry an adapter or are quantised, each with all inside it."""
+    """Names of the outermost layers that carry an adapter or are quantised."""
     names = [
         name
         for name, module in model.named_modules()
@@ -90,7 +90,7 @@ def dtype_of(model: nn.Module) -> mx.Dtype:
 
 
 def target_dtype(model: nn.Module, name: str | None) -> mx.Dtype:
-    """What `fuse.dtype` asks for; null is the model's own."""
+    """The dtype that `fuse.dtype` names; null means the model's own."""
     return getattr(mx, name) if name else dtype_of(model)
 
 

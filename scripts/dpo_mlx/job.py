@@ -61,7 +61,7 @@ class Job:
 
 
 def prepare(config: Config) -> Job:
-    """Read and check the pairs, load the model, see whether its training fits in memory.
+    """Read and check the pairs, load the model, and check that training it fits in memory.
 
     Raises UserError for pairs, a model or settings that cannot be trained.
     """
@@ -104,7 +104,7 @@ def _require_memory(
     raw: dict[str, list[Pair]],
     encoded: dict[str, list[EncodedPair]],
 ) -> memory.Need:
-    """The most memory that the stage takes; UserError when the machine does not offer that much."""
+    """The stage's peak memory. Raises UserError when the machine has less than that."""
     everything = [*pairs.sequences(encoded[TRAIN]), *pairs.sequences(encoded[VALID])]
     lengths = memory.Lengths(
         questions=len(encoded[VALID]),
@@ -135,7 +135,7 @@ def reference_inputs(
         "token ids": pairs.digest(encoded),
         "adapters of SFT": adapters and jsonl.digest(adapters / models.ADAPTERS),
         "lora.scale": adapters and config.lora.scale,
-        # Each of these rounds differently.
+        # A change in any of these changes the rounding.
         "train.scan_chunk": config.train.scan_chunk,
         "device": device.name(),
         "mlx": version("mlx"),

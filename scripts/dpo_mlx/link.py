@@ -13,12 +13,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import aborts
 from .errors import UserError
 
 LOST = (
     "another process of this run was lost, or its machine; see what it said, then start the same "
     "command again, which goes on from here"
 )
+
+
+class LostProcess(UserError):
+    """Another process of the run, or its machine, is gone."""
 
 
 class Link:
@@ -69,8 +74,10 @@ class Link:
         try:
             mx.eval(result)
         except RuntimeError as error:
+            if aborts.of_gpu_error(error) is not None:
+                raise  # this process's own GPU command failed
             self.busy = True  # nobody is there to be told that it ends
-            raise UserError(LOST) from error
+            raise LostProcess(LOST) from error
         return result
 
 

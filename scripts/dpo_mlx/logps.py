@@ -19,6 +19,9 @@ from .errors import UserError
 # Rows of the head in float32 at a time: 8192 x 2048 x 4 bytes = 64 MiB for Granite's width.
 VOCABULARY_BLOCK = 8192
 
+# Share of the largest logit by which the model's own logits may differ from the head's.
+HEAD_TOLERANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Head:
@@ -92,12 +95,12 @@ def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
     blocks: list[mx.array] = []
     for rows in _blocks(head.vocabulary):
         blocks.append(head.logits(hidden @ head.weight(rows).T, rows))
-        mx.eval(blocks)  # or the whole head would stand in memory in float32
-    found = mx.concatenate(blocks, axis=-1)
-    # The model rounds its logits to its own dtype: half a bfloat16 step is 2^-9 of the value. The
-    # comparison is one that NaN fails.
-    if found.shape != expected.shape or not (
-        mx.abs(found - expected).max() <= 2e-2 * mx.abs(expected).max()
+        mx.eval(blocks)  # otherwise the whole head would be in memory in float32
+    own_logits = mx.concatenate(blocks, axis=-1)
+    # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%.
+    # An unknown scaling is off by far more. NaN fails the comparison.
+    if own_logits.shape != expected.shape or not (
+        mx.abs(own_logits - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
     ):
         raise _unknown_head(model)
 

@@ -12,9 +12,9 @@ from mlx_lm.tuner.lora import LoRALinear
 class OnceRoundedLoRA(LoRALinear):
     """y = x W^T + scale (x A) B + bias, rounded to the dtype of x after the sum.
 
-    mlx-lm's layer rounds both terms and then adds them. In bfloat16 a sum y + z is y itself while z
-    is less than half the distance from y to its neighbour, and an update of training adds less than
-    that: most of an early change never reached the output. Here the matrix product starts from
+    mlx-lm's layer rounds both terms and then adds them. In bfloat16, y + z equals y as long as z is
+    less than half the distance from y to its neighbour. One training update adds less than that, so
+    most of an early change never reached the output. Here the matrix product starts from
     scale (x A) B instead of zero, and MLX sums in float32 before it rounds.
     """
 
@@ -22,14 +22,22 @@ class OnceRoundedLoRA(LoRALinear):
         update: Any = self.scale * ((self.dropout(x) @ self.lora_a) @ self.lora_b)
         linear = self.linear
         if isinstance(linear, nn.QuantizedLinear):
-            # No quantised product takes a start value: compute it in float32.
+            # A quantised product cannot start from another value, so compute it in float32.
             return (linear(x.astype(mx.float32)) + update).astype(x.dtype)
-        y = mx.addmm(update.astype(x.dtype), x, linear.weight.T)
+        y = _sum_rounded_once(update.astype(x.dtype), x, linear.weight.T)
         return y + linear.bias if "bias" in linear else y
 
 
+def _sum_rounded_once(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """c + a @ b, summed in float32 before it is rounded."""
+    # Metal's kernel for a single row rounds a @ b first; its kernel for two rows does not.
+    if a.size == a.shape[-1]:
+        return mx.addmm(mx.repeat(c, 2, axis=-2), mx.repeat(a, 2, axis=-2), b)[..., :1, :]
+    return mx.addmm(c, a, b)
+
+
 def round_once(model: nn.Module) -> None:
-    """Turn every LoRA layer of mlx-lm's on a linear layer into one that rounds once."""
+    """Make every LoRALinear of mlx-lm in the model round once."""
     for module in model.modules():
         if type(module) is LoRALinear:
             module.__class__ = OnceRoundedLoRA

@@ -23,7 +23,7 @@ from .worker import Worker
 # these replace: a crash may leave either.
 FILES, BEFORE = "files", "files before"
 
-# Characters of a system message that are shown in a line.
+# Characters of a system message to print before cutting it.
 SHOWN = 200
 
 # What is written down of the lengths of each side.
@@ -84,13 +84,11 @@ def make_pairs(config: Config) -> None:
     dropped: Counter[str] = Counter()
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
-    # Of all rows that fit, so that a higher data.limit samples no answer again.
-    fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
-    generation = limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
+    generation = generation_settings(rows, config, encoder)
     sampling = _sampling_inputs(inputs, generation)
     _refuse_other_samples(files, sampling, restart)
     _require_memory(config, worker, encoder, usable, generation)
-    _say_prompt(encoder, usable, config)
+    _print_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
     with lock.held(files.lock, "data.train_pairs"):
@@ -117,7 +115,7 @@ def _require_memory(
     )
     needs = memory.stage_06(worker.model, config, lengths, worker.here)
     need = memory.require(needs, config.model)
-    print(f"06: memory at the peak {need}, of {device.available() / 1e9:.2f} GB")
+    print(f"06: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
 def _inputs(config: Config, source: Path) -> stamp.Inputs:
@@ -193,10 +191,18 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
         )
 
 
+def generation_settings(rows: list[Question], config: Config, encoder: Encoder) -> GenerationConfig:
+    """How answers are sampled. `max_tokens` comes from all rows that fit, so that raising
+    data.limit does not sample any answer again.
+    """
+    fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
+    return limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
+
+
 def usable_rows(
     rows: list[Question], config: Config, encoder: Encoder, dropped: Counter[str]
 ) -> list[Question]:
-    """The questions to sample for: the first `data.limit` that are no copies and fit."""
+    """The questions to sample for: the first `data.limit` that fit and are not duplicates."""
     if others := sum(1 for row in rows if row.system not in ("", config.system_prompt)):
         print(f"06: {others} rows carry another system message than system_prompt; it is not used")
     first: dict[tuple[str, str], Question] = {}
@@ -220,18 +226,18 @@ def _fits(encoder: Encoder, question: str, answer: str, config: Config) -> bool:
     return len(encoder.sequence(question, answer).ids) <= config.data.max_length
 
 
-def _say_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
-    """What the model will see of a question: the voice is learned under this system message."""
+def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
+    """Print the prompt that the model sees: it learns the voice under this system message."""
     for note in encoder.template.notes():
         print(f"06: note: {note}")
-    print(f"06: {_said_of_system(encoder.template.system_message(), config.system_prompt)}")
+    print(f"06: {_system_line(encoder.template.system_message(), config.system_prompt)}")
     print("06: the prompt of the first question, as the model sees it:")
     for line in encoder.rendered(rows[0].question).splitlines():
         print(f"    {line}")
 
 
-def _said_of_system(message: str | None, system_prompt: str) -> str:
-    """In one line whatever its length."""
+def _system_line(message: str | None, system_prompt: str) -> str:
+    """One line that says which system message the prompts have, cut to SHOWN characters."""
     if message is None and system_prompt:
         return "no system message: the model's chat template leaves system_prompt out"
     if message is None:

@@ -1,9 +1,9 @@
-"""What a stage will need of memory, found by running a few blocks before the whole model.
+"""Estimate a stage's peak memory by running a few blocks of its model.
 
-The first blocks of a lazily loaded model do what the stage will do: take a gradient of the longest
-sequence, sample a batch, score an answer, fuse a layer. What each further block adds is
-extrapolated to all of them. So a plan knows the device, the dtype, the architecture and
-checkpointing as they are, and costs seconds.
+The first blocks of a lazily loaded model do what the stage will do: compute a gradient of the
+longest sequence, sample a batch, score an answer, fuse a layer. We extrapolate what each further
+block adds to the whole model. An estimate takes seconds, and reflects the real device, dtype,
+architecture and gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ from . import device, fusing
 from .config import Config
 from .engine import Engine
 from .errors import UserError
+from .logps import find_head
 from .models import adapter_bytes, dtype_name, gradient_checkpointing, nbytes
 from .pairs import Sequence
 from .sampling import EVALUATED_AT_ONCE
 
-# Beside its parameters an adapter has two moments in AdamW, and three gradients at the peak: the
-# sum so far, the chosen side's and, counted in the work, the rejected side's.
+# Copies of the adapters at the peak of training: parameters, AdamW's two moments, and two gradients
+# (the sum so far and the chosen side's). The rejected side's gradient is counted in the work.
 TRAINED_COPIES = 5
-# While a training run answers questions, it holds the adapters and their moments.
+# Copies while a training run answers questions: parameters and AdamW's two moments.
 HELD_COPIES = 3
 
-# Blocks of a kind that are run at most; the more, the less a peak's chance overlaps count.
+# At most this many blocks of a kind are run. The more there are, the less a chance overlap at one
+# peak counts.
 MEASURED = 5
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the peak of one thing that a stage does, in each of its processes on a machine.
+    """Peak bytes of one activity of a stage, in each of its processes on a machine.
 
-    `what` is what the stage does, `remedy` what to change when that is too much.
+    `what` names the activity, `remedy` says what to change when it does not fit.
     """
 
     what: str
@@ -66,7 +68,7 @@ class Need:
 
 
 def largest(needs: List[Need]) -> Need:
-    """What a stage with these needs takes at its peak."""
+    """The need that decides a stage's peak memory."""
     return max(needs, key=lambda need: need.total)
 
 
@@ -74,20 +76,21 @@ def require(needs: List[Need], model: str) -> Need:
     """The largest need. Raises UserError when the device offers less than that."""
     need, offered = largest(needs), device.available()
     if need.total > offered:
-        fewer = "start the runner with --launch none, " if need.processes > 1 else ""
+        one_process = "start the runner with --launch none, " if need.processes > 1 else ""
         raise UserError(
-            f"{model}: needs {need}, this machine offers {offered / 1e9:.2f} GB; {fewer}"
+            f"{model}: needs {need}, but this machine offers {offered / 1e9:.2f} GB; {one_process}"
             f"{need.remedy}, or set model to a smaller or a quantised one"
         )
     return need
 
 
 def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
-    """An update of a model that carries adapters, with its longest sequence.
+    """The need of one update with the longest sequence; the model carries adapters.
 
-    Call it inside `models.gradient_checkpointing` as training will be.
+    Call it inside `models.gradient_checkpointing`, as training runs.
     """
     adapters, engine = adapter_bytes(model), Engine(model, check=False)
+    model.train()
     return Need(
         f"an update with sequences of {len(longest.ids)} tokens",
         "lower data.max_length, set train.grad_checkpoint: true",
@@ -101,10 +104,12 @@ def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
 def sampling(
     model: nn.Module, batch: int, prompt: int, answer: int, key: str, processes: int = 1
 ) -> Need:
-    """Sampling `batch` answers at once, of up to `answer` tokens, to prompts of up to `prompt`
-    tokens; `key` is the config's key that lowers the batch. A model that carries adapters holds
-    their optimizer's state beside them.
+    """The need of sampling `batch` answers at once, of up to `answer` tokens, to prompts of up to
+    `prompt` tokens. `key` is the config key that lowers the batch. If the model carries adapters,
+    their optimizer state counts too.
     """
+    find_head(model)  # report a model that cannot be trained before it fails below
+    model.eval()
     adapters = adapter_bytes(model)
     empty, kinds = make_prompt_cache(model), _kinds(model.layers)
     growth: dict[str, int] = {}
@@ -134,7 +139,7 @@ def sampling(
 
 
 def scoring(model: nn.Module, longest: Sequence) -> Need:
-    """The log-prob of the longest sequence."""
+    """The need of scoring the longest sequence."""
     adapters, engine = adapter_bytes(model), Engine(model, check=False)
     return Need(
         f"scoring answers of {len(longest.ids)} tokens",
@@ -147,14 +152,23 @@ def scoring(model: nn.Module, longest: Sequence) -> Need:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a stage will meet at most: questions to answer, tokens of a prompt, tokens of a sampled
-    answer, and the longest prompt with its answer.
+    """The most that a stage works with: questions to answer, tokens of a prompt, tokens of a
+    sampled answer, and the longest prompt with its answer.
     """
 
     questions: int
     prompt: int
     answer: int
     longest: Sequence
+
+    @property
+    def scored(self) -> Sequence:
+        """The longest sequence to score. Sampled answers are scored too."""
+        return max(
+            self.longest,
+            Sequence((0,) * (self.prompt + self.answer), self.prompt),
+            key=lambda sequence: len(sequence.ids),
+        )
 
 
 def stage_06(model: nn.Module, config: Config, lengths: Lengths, processes: int = 1) -> list[Need]:
@@ -170,7 +184,11 @@ def stage_10(model: nn.Module, config: Config, lengths: Lengths, processes: int 
     key = "train.eval_questions"
     with gradient_checkpointing(model, config.train.grad_checkpoint):
         update = training(model, lengths.longest, processes)
-    return [update, sampling(model, batch, lengths.prompt, lengths.answer, key, processes)]
+    return [
+        update,
+        sampling(model, batch, lengths.prompt, lengths.answer, key, processes),
+        replace(scoring(model, lengths.scored), processes=processes),
+    ]
 
 
 def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
@@ -181,11 +199,12 @@ def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
     after = get_total_parameters(model) * dtype.size
     weights = max(before, after)
     quantized = after * (config.fuse.quantize or 0) // (8 * dtype.size)
-    remedy = "set fuse.dtype: null or float16, or use the adapters as they are (--adapter-path)"
-    with fusing.activations_in_float32(model):  # which keeps the model's own embedding too
+    smaller = "set fuse.dtype: null, or " if dtype == mx.float32 and config.fuse.dtype else ""
+    remedy = f"{smaller}use the adapters as they are (--adapter-path)"
+    with fusing.activations_in_float32(model):
         comparing = scoring(model, longest)
-        embedding = nbytes(model.model.embed_tokens.parameters())
-    # After scoring, which has read that layer: its weights count as weights.
+        embedding = nbytes(model.model.embed_tokens.parameters())  # beside the model's own
+    # Scoring has loaded the largest layer, so its own weights do not count as work here.
     layer = _peak(lambda: fusing.fuse_largest_layer(model, dtype))
     return [
         Need(f"fusing into {dtype_name(dtype)}", remedy, weights + quantized, adapters, layer),
@@ -193,14 +212,20 @@ def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
     ]
 
 
-def stage_12(model: nn.Module, config: Config, lengths: Lengths) -> list[Need]:
-    """Answering the held-out questions, and scoring the valid pairs."""
+def stage_12(
+    model: nn.Module, config: Config, lengths: Lengths, other_weights: int = 0
+) -> list[Need]:
+    """Answering the held-out questions, and scoring pairs and answers.
+
+    The base and the fused model take turns in memory: `other_weights` is the other one's bytes.
+    """
     batch = min(config.generation.batch_size, config.smoke.questions, lengths.questions)
     key = "generation.batch_size"
-    return [
+    needs = [
         sampling(model, batch, lengths.prompt, lengths.answer, key),
-        scoring(model, lengths.longest),
+        scoring(model, lengths.scored),
     ]
+    return [replace(need, weights=max(need.weights, other_weights)) for need in needs]
 
 
 def _read_prompts(model: nn.Module, caches: list[Any], batch: int, prompt: int) -> None:
@@ -218,7 +243,7 @@ def _write_two_tokens(model: nn.Module, caches: list[Any], batch: int) -> None:
 
 
 def _growth(caches: list[Any], length: int) -> list[int]:
-    """Bytes that each cache will take more when it holds `length` tokens."""
+    """Bytes by which each cache will grow until it holds `length` tokens."""
     growth = []
     for cache in caches:
         more = 0
@@ -232,20 +257,20 @@ def _growth(caches: list[Any], length: int) -> list[int]:
 
 
 def _work(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that `run` takes beside the weights of the whole model.
+    """Peak bytes of `run` on the whole model, beside its weights.
 
-    It is run on the first blocks, at least one of each kind; each further block takes what a block
-    of its kind took among them.
+    Runs it on the first blocks, at least one of each kind, and counts each further block like the
+    measured ones of its kind.
     """
     kinds = _kinds(model.layers)
     spans = {kind: _span(kinds, kinds.index(kind)) for kind in set(kinds)}
-    taken = {count: _taken(model, count, run) for count in sorted(set().union(*spans.values()))}
+    peaks = {count: _peak_of(model, count, run) for count in sorted(set().union(*spans.values()))}
     step = {
-        kind: (taken[end] - taken[start]) // (end - start) if start < end else taken[end]
+        kind: (peaks[end] - peaks[start]) // (end - start) if start < end else peaks[end]
         for kind, (start, end) in spans.items()
     }
-    most = max(taken)
-    return taken[most] + sum(step[kind] for kind in kinds[most:])
+    most = max(peaks)
+    return peaks[most] + sum(step[kind] for kind in kinds[most:])
 
 
 def _span(kinds: list[str], first: int) -> tuple[int, int]:
@@ -267,20 +292,20 @@ def _kinds(layers: List[nn.Module]) -> list[str]:
     ]
 
 
-def _taken(model: nn.Module, count: int, run: Callable[[], Any]) -> int:
-    """Bytes that `run` takes at its peak with the first `count` blocks."""
+def _peak_of(model: nn.Module, count: int, run: Callable[[], Any]) -> int:
+    """Peak bytes of `run` on the first `count` blocks."""
     layers = model.model.layers
     model.model.layers = layers[:count]
     try:
-        mx.eval(model.parameters())  # the weights that are run count as weights
+        mx.eval(model.parameters())  # load these weights now, so that they do not count as work
         return _peak(run)
     finally:
         model.model.layers = layers
 
 
 def _peak(run: Callable[[], Any]) -> int:
-    """Bytes that `run` takes at its peak beside what is in memory already."""
-    device.release()  # or arrays of others, freed while this is measured, would be taken off
+    """Peak bytes of `run` beyond what is in memory already."""
+    device.release()  # otherwise arrays freed during `run` would be subtracted from its peak
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     run()

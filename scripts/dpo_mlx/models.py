@@ -45,12 +45,13 @@ class LoadedModel:
 def load(
     name: str, adapters: Path | None = None, lazy: bool = False, scan_chunk: int | None = None
 ) -> LoadedModel:
-    """A model from a folder or the hub, with adapters when asked; a lazy one reads its weights
-    when they are first used. `scan_chunk` is `train.scan_chunk`: what is compared with training
-    must run the same scan.
+    """Load a model from a folder or the hub, with adapters if given. A lazy model reads its weights
+    when they are first used. Pass `train.scan_chunk`: results that are compared with training must
+    come from the same scan.
 
-    Raises UserError for what cannot be loaded, naming the ways on.
+    Raises UserError, with remedies, when the model cannot be loaded.
     """
+    device.release()
     device.bound()
     try:
         folder = _fetch(name)
@@ -83,13 +84,18 @@ def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
         )
     if Path(name).is_dir():
         return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not is_hub_name(name):
         return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
     return (
         f"model {name}: cannot be fetched from the hub. Download it on another machine and set "
         "model to the folder; or check the name and log in with `hf auth login`; or try "
         f"config/smollm2-135m_demo.yaml, which needs no hub. ({reason})"
     )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name has the form owner/name, and is not a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def _fetch(name: str) -> Path:
@@ -102,7 +108,7 @@ def _fetch(name: str) -> Path:
 
 
 def config_additions(folder: Path) -> dict[str, Any]:
-    """What a model's config.json has to say to mlx-lm and does not; nothing for most models.
+    """Settings that mlx-lm needs and a model's config.json lacks; empty for most models.
 
     Granite's Mamba blocks were trained with an unbounded time step, and transformers runs them
     so; without `time_step_limit` mlx-lm keeps the step above 0.001. Written as a finite number,
@@ -121,7 +127,7 @@ def config_additions(folder: Path) -> dict[str, Any]:
 
 
 def _is_plain_rope(parameters: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether these rotary positions are the usual ones, which their theta tells all of."""
+    """Whether these rotary positions are the usual ones, described by theta alone."""
     return (
         isinstance(parameters, dict)
         and "rope_theta" in parameters
@@ -260,13 +266,18 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
     return tensors
 
 
+def weight_bytes(name: str) -> int:
+    """Bytes of the weights of a model that is on this machine."""
+    return sum(path.stat().st_size for path in folder_of(name).glob("*.safetensors"))
+
+
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree of parameters, in memory or not."""
+    """Bytes of all arrays in a tree of parameters, loaded or not."""
     return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's LoRA adapters, 0 without any."""
+    """Bytes of a model's LoRA adapters; 0 if it has none."""
     layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
     return sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
 
@@ -301,7 +312,7 @@ def save(
     config = jsonl.read_json(source / "config.json") if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
     mx.eval(model.parameters())
-    mx.synchronize()  # a GPU command that failed is told here, not after the folder is written
+    mx.synchronize()  # raises here if a GPU command failed, before anything is written
     with disk_errors(folder):
         copy_settings(source, folder, {**config, **config_additions(source)})
         save_model(folder, model)

@@ -76,7 +76,7 @@ class Encoder:
     """Text to token ids with a model's tokenizer and chat template.
 
     Prompt and answer are tokenised apart and joined as ids, so that no token spans the two.
-    Raises UserError for a chat template that cannot be used: see ChatTemplate.
+    Raises UserError for a chat template that cannot be used; see ChatTemplate.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: Any, config: Config) -> Encoder:
-        """With the system message and the template's arguments of a run."""
+        """An encoder with a run's system message and template arguments."""
         return cls(tokenizer, config.system_prompt, config.chat_template_args)
 
     def prompt(self, question: str) -> list[int]:

@@ -20,7 +20,7 @@ EXPONENT_MASK = 0x7F800000  # of the bits of a float32
 
 
 def rounded(x: mx.array, dtype: mx.Dtype, how: str, key: mx.array) -> mx.array:
-    """Float32 `x` as `dtype`, by one of config.ROUNDINGS; `key` is what chance is drawn from.
+    """Float32 `x` as `dtype`, by one of config.ROUNDINGS; `key` is MLX's random key.
 
     Values that `dtype` holds stay what they are, whichever way.
     """

@@ -19,8 +19,8 @@ from .pairs import LENGTH, STOP
 # An answer may be as long as this share of the real ones, up to the next multiple of STEP tokens.
 LONGEST, STEP = 95, 64
 
-# Questions answered at once at an evaluation: memory is training's, and how many there are is the
-# user's choice.
+# Questions that an evaluation answers at once. Few, because training holds most of the memory, and
+# train.eval_questions may be large.
 EVALUATED_AT_ONCE = 8
 
 # Under this, too many draws would fall outside the nucleus.
@@ -75,7 +75,7 @@ def sample_batch(
                 finish[response.uid] = STOP
             else:
                 tokens[response.uid].append(response.token)
-    mx.synchronize(generator.stream)  # a GPU command that failed is told here, not later
+    mx.synchronize(generator.stream)  # raises here if a GPU command failed
     generator.close()
     return [_answer(tokenizer, tokens[uid], finish[uid]) for uid in uids]
 
@@ -92,7 +92,7 @@ def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
         return make_sampler(temp=temperature, top_p=top_p)
 
     def sample(log_probs: mx.array) -> mx.array:
-        # Of 100,000 bfloat16 numbers neither the sum nor the small ones would be right.
+        # With 100,000 tokens, bfloat16 gets the sum and the small probabilities wrong.
         log_probs = log_probs.astype(mx.float32)
         log_probs = log_probs - mx.logsumexp(log_probs, axis=-1, keepdims=True)
         probs, tempered = mx.exp(log_probs), log_probs / temperature

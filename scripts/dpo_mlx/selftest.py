@@ -1,7 +1,7 @@
-"""Does this machine do what the pipeline relies on? The whole chain on a tiny random Granite.
+"""Check that this machine does what the pipeline relies on: the chain on a tiny random Granite.
 
-Devices round, schedule and count memory in ways of their own, and this project is tested on few of
-them. Each check below is something that must hold on every device.
+Devices differ in how they round, schedule and count memory, and we have tested few of them. Each
+check below must hold on every device.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ START_TOLERANCE = LEAST_DIFFERENCE
 # Nats that a token's log-prob may differ between two ways to compute it in bfloat16. On the tiny
 # model 0.03 to 0.08 is usual; a lost Mamba state moves it by 1 to 4, a lost attention mask by 0.3.
 TOKEN_TOLERANCE = 0.2
-# The plan of memory may be exceeded by this share, as the tests of the plan allow.
+# Share by which the peak may exceed the memory plan; the plan's own tests allow the same.
 PLAN_TOLERANCE = 0.15
 
 WORDS = ("odd", "red", "hot", "big", "shy", "dry", "sad", "new")
-# Prompts of unequal lengths, so that most of the short ones' places in a batch are padding.
+# Prompts of unequal lengths, so that in a batch the short ones are mostly padding.
 PROMPTS = (
     "Why?",
     "So?",
@@ -62,13 +62,13 @@ ANSWER_TOKENS = 24
 
 
 class Fault(Exception):
-    """What a check finds not to hold, with the number."""
+    """A check that failed, with the number it measured."""
 
 
 def run(mark: Path) -> bool:
-    """Print a line for each check, and the verdict; whether all hold.
+    """Print a line for each check and the verdict; return whether all of them passed.
 
-    Then `mark` is written, which says what was tested and when; otherwise it is removed.
+    Writes `mark`, which says what was tested and when, or removes it if a check failed.
     """
     started = time.perf_counter()
     machine = describe_machine()
@@ -82,7 +82,7 @@ def run(mark: Path) -> bool:
         mark.unlink(missing_ok=True)
         print(
             f"failed: {len(failed)} of {len(CHECKS)} checks, in {seconds:.0f} s. Please report all "
-            "of the lines above: they say what this machine does otherwise."
+            "lines above: they show where this machine differs."
         )
         return False
     mark.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def run(mark: Path) -> bool:
 
 
 def describe_machine() -> dict[str, str]:
-    """What a report of a fault must name."""
+    """What a bug report must say about the machine."""
     macos = platform.mac_ver()[0]
     return {
         "device": device.name(),
@@ -106,12 +106,12 @@ def describe_machine() -> dict[str, str]:
 
 
 def _holds(name: str, check: Callable[[Config], str], config: Config) -> bool:
-    """Print a check's line; whether it holds. What the stages print is left out."""
+    """Print a check's line and return whether it passed. What the stages print is dropped."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             result, holds = check(config), True
-    except Exception as error:  # whatever it is, it is what the report is for
+    except Exception as error:  # any error is a finding to report
         result, holds = _reason(error), False
     print(f"{'ok  ' if holds else 'FAIL'} {name} ({result})", flush=True)
     return holds
@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
 
 
 def make_run(folder: Path) -> Config:
-    """A run of seconds in `folder`, whose model and rows are made here."""
+    """A run in `folder` that takes seconds, with its own model and rows."""
     source, pairs = folder / "source.jsonl", folder / "pairs"
     rows = [
         {"question": f"Why is number {i} {word}?", "answer": f"**{word}!** So take {i} {word}s."}
@@ -148,7 +148,7 @@ def make_run(folder: Path) -> Config:
             "lora": {"rank": 4},
             "sft": {"epochs": 1, "learning_rate": 1e-3},
             "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "save_every": 3},
-            # A random model has no voice and no sense to lose.
+            # A random model has no voice and no fluency to lose.
             "guard": {"enabled": False},
             "smoke": {"questions": 4},
         }
@@ -174,36 +174,37 @@ def check_first_loss(config: Config) -> str:
     rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
     first = next((row for row in rows if row["phase"] == DPO and "loss" in row), None)
     if first is None:
-        raise Fault("no update of DPO was made")
+        raise Fault("DPO made no update")
     loss, margin = first["loss"], first["rewards/margins"]
-    found = f"loss - ln 2 = {loss - math.log(2):.1g}, margin {margin:.1g}"
+    measurement = f"loss - ln 2 = {loss - math.log(2):.1g}, margin {margin:.1g}"
     most = 4 * config.dpo.beta * START_TOLERANCE
     if not (abs(loss - math.log(2)) <= most / 2 and abs(margin) <= most):
-        raise Fault(found)
-    return found
+        raise Fault(measurement)
+    return measurement
 
 
 def check_reference(config: Config) -> str:
-    """What the reference is made by gives what training sees before its first update."""
+    """The reference's scorer gives the log-probs that training sees before its first update."""
     loaded, worker = team.load(config, train=True)
-    sequences = _sequences(Encoder(loaded.tokenizer))
+    sequences = _sequences(Encoder.of(loaded.tokenizer, config))
     reference = worker.log_probs(sequences)
     policy = [float(worker.engine.log_prob_and_gradient(s)[0]) for s in sequences]
     largest = max(abs(p - r) for p, r in zip(policy, reference, strict=True))
-    found = f"largest difference {largest:.1g} nats a sequence"
+    measurement = f"largest difference {largest:.1g} nats a sequence"
     if not largest <= START_TOLERANCE:
-        raise Fault(found)
-    return found
+        raise Fault(measurement)
+    return measurement
 
 
 def check_batch(config: Config) -> str:
-    """Prompts that are answered at once get the answers that each gets alone.
+    """Prompts answered in one batch get the answers that each would get alone.
 
-    Where two tokens are as likely but for rounding, either may come: a token counts as wrong when
-    another one is clearly likelier by a pass over that prompt alone.
+    Two tokens may be equally likely up to rounding. So a token counts as wrong only if another one
+    is clearly likelier in a pass over that prompt alone.
     """
     loaded = models.load(config.model)
-    encoder, settings = Encoder(loaded.tokenizer), GenerationConfig(max_tokens=ANSWER_TOKENS)
+    encoder = Encoder.of(loaded.tokenizer, config)
+    settings = GenerationConfig(max_tokens=ANSWER_TOKENS)
     prompts = [encoder.prompt(question) for question in PROMPTS]
     tokenizer = _Numbers(loaded.tokenizer.eos_token_ids)
     answers = sample_batch(loaded.model, tokenizer, Batch(prompts, 0, greedy=True), settings)
@@ -211,19 +212,19 @@ def check_batch(config: Config) -> str:
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = [int(number) for number in answer.text.split()]
         log_probs = _log_probs(loaded.model, prompt + tokens)[len(prompt) - 1 : -1]
-        lost = log_probs.max(axis=-1) - _of_tokens(log_probs, tokens)
-        largest = max(largest, float(lost.max()))
-    found = f"likeliest tokens, to {largest:.2g} nats"
+        gaps = log_probs.max(axis=-1) - _of_tokens(log_probs, tokens)
+        largest = max(largest, float(gaps.max()))
+    measurement = f"sampled tokens within {largest:.2g} nats of the likeliest"
     if not largest <= TOKEN_TOLERANCE:
-        raise Fault(found)
-    return found
+        raise Fault(measurement)
+    return measurement
 
 
 def check_memory(config: Config) -> str:
-    """An update of two pairs peaks within what is planned for it."""
+    """The peak of an update of two pairs stays within the memory plan."""
     loaded, worker = team.load(config, train=True)
     question, answer = "Why is it so?", "**So it is.** " * 14
-    pair = Encoder(loaded.tokenizer).pair(Pair(question, answer, answer.upper()))
+    pair = Encoder.of(loaded.tokenizer, config).pair(Pair(question, answer, answer.upper()))
     with models.gradient_checkpointing(worker.model, config.train.grad_checkpoint):
         plan = memory.training(worker.model, pair.chosen)
     device.release()
@@ -231,48 +232,48 @@ def check_memory(config: Config) -> str:
     mx.reset_peak_memory()
     worker.gradient(Dpo(config), [Example(pair, Reference(0.0, 0.0))] * 2, seed=0)
     peak = mx.get_peak_memory() - others
-    found = f"peak {peak / 1e6:.1f} MB, plan {plan.total / 1e6:.1f} MB"
+    measurement = f"peak {peak / 1e6:.1f} MB, plan {plan.total / 1e6:.1f} MB"
     if not 0 < peak <= (1 + PLAN_TOLERANCE) * plan.total:
-        raise Fault(found)
-    return found
+        raise Fault(measurement)
+    return measurement
 
 
 def check_resume(config: Config) -> str:
-    """A run that lost its last updates makes the same ones again, to the bit."""
+    """A run that lost its last updates repeats them bit for bit."""
     again, last = replace(config, run_dir=f"{config.run_dir}-again"), _last_checkpoint(config)
-    lost = shutil.ignore_patterns(last.name, "adapters", "outcome.json", "fused")
-    shutil.copytree(config.run, again.run, ignore=lost)
+    ignored = shutil.ignore_patterns(last.name, "adapters", "outcome.json", "fused")
+    shutil.copytree(config.run, again.run, ignore=ignored)
     train_dpo(again, ALL)
     before: Any = mx.load(str(last / models.ADAPTERS))
     after: Any = mx.load(str(again.run / "checkpoints" / last.name / models.ADAPTERS))
     largest = max(float(mx.abs(before[name] - after[name]).max()) for name in before)
-    found = f"largest difference {largest:.1g}"
+    measurement = f"largest difference {largest:.1g}"
     if largest != 0:
-        raise Fault(found)
-    return found
+        raise Fault(measurement)
+    return measurement
 
 
 def check_fused(config: Config) -> str:
-    """The fused model keeps the adapters' margin, as far as stage 11 asks for it.
+    """The fused model keeps as much of the adapters' margin as stage 11 asks for.
 
-    Of the last update: training keeps the adapters that write most in the voice, and with a random
-    model those may be untrained ones, without a margin.
+    Fuses the last update's adapters. Training keeps the ones most in the voice, and on a random
+    model those may be untrained and have no margin.
     """
     models.copy_adapters(_last_checkpoint(config), config.run / "adapters")
     fuse_adapters(config)
     report = jsonl.read_json(config.run / "fuse.json", ("margin_kept", "margin_adapters"))
     if report["margin_kept"] is None:
-        raise Fault(f"the adapters' margin is {report['margin_adapters']:.1g} nats, next to none")
-    return f"{report['margin_kept']:.1%} of a margin of {report['margin_adapters']:.2f} nats kept"
+        raise Fault(f"the adapters' margin is only {report['margin_adapters']:.1g} nats")
+    return f"kept {report['margin_kept']:.1%} of a margin of {report['margin_adapters']:.2f} nats"
 
 
 def check_decoding(config: Config) -> str:
-    """One token at a time with a cache gives what one pass over all of them gives.
+    """Decoding token by token with a cache gives the log-probs of one pass over all tokens.
 
-    Metal has kernels of its own for one token, of Mamba's state and of attention.
+    Metal has separate kernels for a single token, in Mamba blocks and in attention.
     """
     loaded = models.load(config.model)
-    ids = list(_sequences(Encoder(loaded.tokenizer))[0].ids)
+    ids = list(_sequences(Encoder.of(loaded.tokenizer, config))[0].ids)
     cache, rows = make_prompt_cache(loaded.model), []
     for token in ids:
         rows.append(_log_probs(loaded.model, [token], cache))
@@ -280,10 +281,10 @@ def check_decoding(config: Config) -> str:
     stepwise = _of_tokens(mx.concatenate(rows)[:-1], ids[1:])
     at_once = _of_tokens(_log_probs(loaded.model, ids)[:-1], ids[1:])
     largest = float(mx.abs(stepwise - at_once).max())
-    found = f"largest difference {largest:.2g} nats a token"
+    measurement = f"largest difference {largest:.2g} nats a token"
     if not largest <= TOKEN_TOLERANCE:
-        raise Fault(found)
-    return found
+        raise Fault(measurement)
+    return measurement
 
 
 CHECKS: dict[str, Callable[[Config], str]] = {
@@ -299,7 +300,7 @@ CHECKS: dict[str, Callable[[Config], str]] = {
 
 
 class _Numbers:
-    """In the place of a tokenizer, so that answers are the numbers of their tokens."""
+    """Stands in for a tokenizer: an answer's text is the numbers of its tokens."""
 
     def __init__(self, eos_token_ids: set[int]) -> None:
         self.eos_token_ids = eos_token_ids
@@ -311,7 +312,7 @@ class _Numbers:
 def _last_checkpoint(config: Config) -> Path:
     last = Checkpoints(config.run / "checkpoints").newest(DPO)
     if last is None:
-        raise Fault("no checkpoint of DPO was written")
+        raise Fault("DPO wrote no checkpoint")
     return last
 
 
@@ -325,7 +326,7 @@ def _sequences(encoder: Encoder) -> list[Sequence]:
 
 
 def _log_probs(model: nn.Module, ids: list[int], cache: Any = None) -> mx.array:
-    """The model's log-probs of what follows each token, [len(ids), vocabulary] float32."""
+    """The model's log-probs of the token after each position, [len(ids), vocabulary] float32."""
     logits = model(mx.array(ids)[None], cache=cache)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 

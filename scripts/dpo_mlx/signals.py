@@ -55,8 +55,8 @@ def _receive(number: int, frame: FrameType | None) -> None:
     _received = signal.Signals(number)
     with suppress(OSError):  # the terminal may be gone
         print(
-            f"\n{_received.name}: stopping as soon as what is being made is saved; once more ^C "
-            "leaves at once and loses only that",
+            f"\n{_received.name}: stopping as soon as the step in progress is saved; press ^C "
+            "again to stop at once and lose that step",
             file=sys.stderr,
             flush=True,
         )

@@ -23,8 +23,8 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the fused model wrote to the held-out questions, its log-probs (chosen, rejected) of all
-    valid pairs, those pairs as token ids, and how answers are sampled.
+    """The fused model's answers to the held-out questions, its log-probs (chosen, rejected) of all
+    valid pairs, those pairs as token ids, and the sampling settings.
     """
 
     answers: list[Answer]
@@ -59,14 +59,13 @@ def smoke_test(config: Config) -> bool:
 
 
 def _report(config: Config) -> Report:
-    """The report; one model is in memory at a time."""
+    """The report. One model is in memory at a time."""
     pairs_by_split = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
     return _compare(config, pairs_by_split, _tuned(config, pairs_by_split))
 
 
-@device.releasing
 def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
-    """All that the fused model is needed for."""
+    """Everything that needs the fused model in memory."""
     loaded = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     valid = pairs_by_split[VALID]
@@ -95,13 +94,15 @@ def _require_memory(
         answer=config.generation.max_tokens or 0,
         longest=max(pairs.sequences(encoded), key=lambda sequence: len(sequence.ids)),
     )
-    need = memory.require(memory.stage_12(loaded.model, config, lengths), config.model)
-    print(f"12: memory at the peak {need}, of {device.available() / 1e9:.2f} GB")
+    need = memory.require(
+        memory.stage_12(loaded.model, config, lengths, models.weight_bytes(config.model)),
+        config.model,
+    )
+    print(f"12: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
-@device.releasing
 def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned) -> Report:
-    """The base model's own answers, and both models' measured by it."""
+    """Sample the base model's answers, and compare both models."""
     config = replace(config, generation=tuned.generation)
     encoder, encoded = tuned.encoder, tuned.encoded
     questions = pairs_by_split[VALID][: config.smoke.questions]

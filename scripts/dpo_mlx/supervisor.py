@@ -1,10 +1,10 @@
-"""Run one stage in processes of its own, hand signals on to it, and start it again when it aborts.
+"""Run one stage in its own processes, pass signals on to it, and restart it when it aborts.
 
     python -m dpo_mlx.supervisor SCRIPT --config FILE [--set section.key=value ...]
         [--launch none|auto|OPTIONS] [--retries N]
 
 The runner starts every stage like this. The exit code is the stage's: 130, 143 or 129 after ^C,
-SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted once too often.
+SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted too often.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from .errors import UserError
 # to the file that this variable names.
 RANK_0 = "DPO_RANK_0"
 
-STOPPED_BY_GUARD = 3  # stage 10: a finding, the chain goes on
+# Each stage's minutes, by script, and the config's digest, in the run's folder.
+PLAN = "plan.json"
+
+STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
 SECONDS_BETWEEN_NEWLINES = 2
 
 
@@ -50,16 +53,16 @@ class Process:
         self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """The exit code, as a shell tells it."""
+        """The exit code, as a shell reports it."""
         code = self._process.wait()
         return code if code >= 0 else 128 - code
 
 
 class SharedProcess:
-    """A stage in the processes that `mlx.launch` starts; rank 0 stands for all of them."""
+    """A stage in the processes that `mlx.launch` starts; rank 0 speaks for all of them."""
 
     def __init__(self, command: list[str], launch: str) -> None:
-        self._stopping = False
+        self._stopping = self._stop_wanted = False
         descriptor, name = tempfile.mkstemp(prefix="rank-0-")
         os.close(descriptor)
         self._rank_0 = Path(name)
@@ -77,24 +80,28 @@ class SharedProcess:
         )
 
     def stop(self) -> None:
-        """Ask rank 0 to save and end, and the others with it; as soon as it has started."""
-        self._stopping = True
+        """Ask rank 0, once it has started, to save and end; the others end with it."""
+        self._stopping = self._stop_wanted = True
         if numbers := self._numbers():
             with suppress(ProcessLookupError):
                 os.kill(numbers[0], signal.SIGTERM)
             self._stopping = False
 
     def wait(self) -> int:
-        """Rank 0's exit code; KILLED when it started and left none, 1 when it never started."""
+        """Rank 0's exit code; LOST if a process died, 1 if rank 0 never started.
+
+        When a process dies, mlx.launch ends the others with SIGTERM.
+        """
         while self._is_running():
             if self._stopping:
                 self.stop()
             self._type_newline()
         numbers = self._numbers()
         self._rank_0.unlink()
-        if len(numbers) == 1:
-            return aborts.KILLED
-        return numbers[1] if numbers else 1
+        if not numbers:
+            return 1
+        ended_by_launcher = not self._stop_wanted and numbers[1:] == [128 + signal.SIGTERM]
+        return aborts.LOST if len(numbers) == 1 or ended_by_launcher else numbers[1]
 
     def _is_running(self) -> bool:
         try:
@@ -104,20 +111,23 @@ class SharedProcess:
         return False
 
     def _type_newline(self) -> None:
-        """The launcher's threads never rest until each process has refused what is typed."""
+        """The launcher's threads stay busy until every process has refused some input."""
         assert self._launcher.stdin is not None
         with suppress(BrokenPipeError):
             self._launcher.stdin.write(b"\n")
 
     def _numbers(self) -> list[int]:
         """What rank 0 has written so far: its process number, its exit code."""
+        if not self._rank_0.exists():  # the signal came after the stage's end
+            return []
         return [int(word) for word in self._rank_0.read_text().split()]
 
 
 class Supervisor:
-    """Runs a stage to its end: by itself, by a signal, or by one abort too many.
+    """Runs a stage until it ends, is stopped by a signal, or has aborted too often.
 
-    `start` starts it, `kept_work` tells what a new start finds of its work, `name` is its script's.
+    `start` starts the stage, `kept_work` lists the work that a restart resumes from, `name` is the
+    script's name.
     """
 
     def __init__(
@@ -155,31 +165,35 @@ class Supervisor:
             fault = f"{self._name} aborted (exit {code}): {aborts.explain(code)}"
             retry += 1
             if retry > self._retries:
-                _say(f"error: {fault}. Not started again (--retries {self._retries})")
+                _say(f"error: {fault}. Not starting it again (--retries {self._retries})")
                 return code
+            # The first abort always gets a retry: checkpoints are minutes apart, and stages 11 and
+            # 12 save none.
             if retry > 1 and not has_grown(before, self._kept_work()):
-                _say(f"error: {fault}. Not started again, as it made no progress the last time")
+                _say(f"error: {fault}. Not starting it again: it made no progress this time")
                 return code
             _say(f"-- {fault}. Starting it again from where it was ({retry} of {self._retries})")
 
     def _run_once(self) -> int:
         process = self._start()
         self._process = process
-        if self._signalled is not None:  # while it was starting
+        if self._signalled is not None:  # the signal came while the stage was starting
             process.stop()
         code = process.wait()
         self._process = None
         return code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        """^C reaches the stage by itself too, which takes both signals as one wish."""
-        self._signalled = self._signalled or signal.Signals(number)
+        """Pass the first signal on to the stage: more of them are the same request."""
+        if self._signalled is not None:
+            return
+        self._signalled = signal.Signals(number)
         if self._process is not None:
             self._process.stop()
 
 
 def kept_work(config: Config) -> dict[Path, int]:
-    """What stages leave for their next start: checkpoints, and files of rows with their bytes."""
+    """The work that a restart resumes from: checkpoints, and files of rows with their bytes."""
     pairs = Path(config.data.train_pairs)
     rows = (pairs.with_suffix(".samples.jsonl"), *config.run.glob("reference/**/*.jsonl"))
     checkpoints = config.run.glob("checkpoints/[!.]*")
@@ -192,11 +206,15 @@ def has_grown(before: dict[Path, int], after: dict[Path, int]) -> bool:
     return any(size > before.get(path, 0) or path not in before for path, size in after.items())
 
 
-def minutes_to_go(plan: Path, name: str) -> float | None:
-    """By the plan that `--check` wrote, of the stages after `name`; None without such a plan."""
+def minutes_to_go(config: Config, name: str) -> float | None:
+    """Minutes of the stages after `name`, from the plan that `--check` wrote for this config; None
+    without one.
+    """
     try:
-        minutes = json.loads(plan.read_text(encoding="utf-8"))["minutes"]
-        return sum(float(value) for stage, value in minutes.items() if stage > name)
+        plan = json.loads((config.run / PLAN).read_text(encoding="utf-8"))
+        if plan["config"] != configs.digest(config):
+            return None
+        return sum(float(value) for stage, value in plan["minutes"].items() if stage > name)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -207,36 +225,36 @@ def _preload() -> str:
 
 
 def _ignore_terminal() -> None:
-    """In the child: stages set handlers of their own, and mlx.launch must outlive ^C."""
+    """Runs in the child. Stages set their own handlers, and mlx.launch must outlive ^C."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _blas_threads(launch: str) -> str:
-    """Processes on one CPU get in each other's way unless they share its cores."""
+    """BLAS threads for each process. Processes on one CPU must split its cores to be fast."""
     match = re.search(r"(?:-n|--repeat-hosts)[= ]*(\d+)", launch)
     processes = int(match[1]) if match else 1
     cores = os.cpu_count() or 1
     return os.environ.get("OPENBLAS_NUM_THREADS") or str(max(1, cores // max(1, processes)))
 
 
-def _has_cpu_for_two() -> bool:
-    """On a CPU two processes with half of the cores each get more done than one with all."""
+def has_cpu_for_two() -> bool:
+    """On a CPU, two processes with half of the cores each are faster than one with all."""
     if (os.cpu_count() or 1) < 2:
         return False
-    import mlx.core as mx  # takes its time to load, and only this question needs it
+    import mlx.core as mx  # slow to import, and needed only here
 
     return mx.default_device() == mx.cpu
 
 
 def _starter(command: list[str], launch: str) -> Callable[[], Process | SharedProcess]:
-    """How `--launch` wants a stage started."""
-    if launch == "none" or (launch == "auto" and not _has_cpu_for_two()):
+    """A function that starts the stage the way `--launch` says."""
+    if launch == "none" or (launch == "auto" and not has_cpu_for_two()):
         return lambda: Process(command)
     if launch == "auto":
         script = Path(command[1]).name
-        print(f"-- two processes share {script}; --launch none starts one", flush=True)
-        # Two runs beside each other need ports of their own; Linux gives away none of these.
+        print(f"-- two processes share {script}; --launch none uses one", flush=True)
+        # Concurrent runs need different ports. Linux assigns none of these by itself.
         return lambda: SharedProcess(
             command, f"-n 2 --starting-port {20000 + random.randrange(10000)}"
         )
@@ -244,7 +262,7 @@ def _starter(command: list[str], launch: str) -> Callable[[], Process | SharedPr
 
 
 def _load(path: Path, overrides: list[str]) -> Config | None:
-    """The run's config; None for one that the stage itself will refuse."""
+    """The run's config; None if it has faults, which the stage itself will report."""
     try:
         return configs.load(path, overrides)
     except UserError:
@@ -284,7 +302,7 @@ def main() -> None:
     )
     code = supervisor.run()
     if config is not None and code in (0, STOPPED_BY_GUARD):
-        _say_minutes_to_go(minutes_to_go(config.run / "plan.json", name))
+        _say_minutes_to_go(minutes_to_go(config, name))
     sys.exit(code)
 
 

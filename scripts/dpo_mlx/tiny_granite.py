@@ -24,13 +24,13 @@ TEMPLATE = (
 # The first ends a turn, the last pads.
 SPECIAL_TOKENS = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>"]
 
-# Parameters that keep what mlx-lm starts them with; all others are drawn at random.
+# Parameters that keep mlx-lm's initial values; all others are drawn at random.
 KEPT = ("norm.weight", "A_log", ".D", "dt_bias", "layernorm.weight")
 SPREAD = 0.15  # standard deviation of the random weights: large enough that answers differ
 
 
 def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
-    """config.json of a hybrid with both kinds of layers; `changes` win."""
+    """config.json of a hybrid with both kinds of layers; `changes` override it."""
     return {
         "model_type": "granitemoehybrid",
         "architectures": ["GraniteMoeHybridForCausalLM"],
@@ -58,8 +58,8 @@ def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
         "tie_word_embeddings": True,
-        # Granite's are 12, 1 / 64 and 8, with which random layers would add next to nothing to the
-        # token's own embedding, and all tokens would be about as likely.
+        # Granite has 12, 1 / 64 and 8. With those, random layers would add next to nothing to a
+        # token's embedding, and all tokens would be about equally likely.
         "embedding_multiplier": 1.0,
         "attention_multiplier": 1 / 16,
         "logits_scaling": 2.0,
@@ -74,7 +74,7 @@ def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
 
 
 def folder(path: Path, seed: int = 0, **changes: Any) -> Path:
-    """A model folder with these changes of the settings, at `path`, which must not be there yet."""
+    """Write a model folder with these changed settings to `path`, which must not exist yet."""
     about = settings(**changes)
     mx.random.seed(seed)
     model = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(about))
@@ -84,7 +84,7 @@ def folder(path: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def randomise(model: Any) -> None:
-    """Draw a model's weights, from MLX's random state."""
+    """Draw a model's weights from MLX's random state."""
     model.update(tree_map_with_path(_drawn, model.parameters()))
     mx.eval(model.parameters())
 
@@ -94,7 +94,8 @@ def _drawn(path: str, value: mx.array) -> mx.array:
 
 
 def write(path: Path, model: Any, about: dict[str, Any], special: list[str], template: str) -> None:
-    """A model folder as the hub has it: config, weights in its `torch_dtype`, tokenizer, template.
+    """Write a model folder in the hub's layout: config, weights in its `torch_dtype`, tokenizer,
+    template.
 
     `special` tokens: the first ends a turn, the last pads.
     """
@@ -107,7 +108,7 @@ def write(path: Path, model: Any, about: dict[str, Any], special: list[str], tem
 
 
 def write_tokenizer(path: Path, special: list[str], template: str) -> None:
-    """The tokenizer's two files, with the chat template, into a folder."""
+    """Write the tokenizer's two files, with the chat template, into a folder."""
     byte_tokenizer(special).save(str(path / "tokenizer.json"))
     tokenizer_settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -119,7 +120,7 @@ def write_tokenizer(path: Path, special: list[str], template: str) -> None:
 
 
 def byte_tokenizer(special: list[str]) -> Tokenizer:
-    """One token a byte, and the special ones."""
+    """A tokenizer with one token for each byte, and the special tokens."""
     tokens = vocabulary(special)
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

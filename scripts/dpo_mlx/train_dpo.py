@@ -160,8 +160,8 @@ def _describe(job: Job, facts: diagnose.Facts, probed: diagnose.Probe) -> None:
         f"about {facts.dpo_change:+.2g} nats a token between the sides"
     )
     print(
-        f"10: about {_seconds(job, probed) / 60:.0f} minutes and the answers of each evaluation; "
-        f"memory at the peak {job.need}, of {device.available() / 1e9:.2f} GB"
+        f"10: about {_seconds(job, probed) / 60:.0f} minutes, plus the answers of each evaluation; "
+        f"peak memory {job.need}; {device.available() / 1e9:.2f} GB available"
     )
 
 

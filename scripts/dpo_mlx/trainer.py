@@ -27,8 +27,8 @@ from .sampling import batch_seed
 from .worker import Worker, log_probs
 from .writing import Measures
 
-# Of a phase, when the config does not say how far apart: as many as this, but with so many updates
-# between them. Answering the questions takes as long as some five.
+# Default: at most 3 evaluations per phase, at least 10 updates apart. Answering an evaluation's
+# questions takes about as long as five updates.
 EVALUATIONS, APART = 3, 10
 
 # Updates in a row that may be skipped for numbers that are not finite.
@@ -132,7 +132,7 @@ class Trainer:
         return at_one and not self.state.evaluated
 
     def _save(self) -> None:
-        """Keep where the run is; nothing before the first evaluation, which chooses a best."""
+        """Save a checkpoint, but none before the first evaluation, which chooses the first best."""
         self.state.base, self.state.best = self.guard.base, self.guard.best
         if self.state.best is None:
             return
@@ -152,7 +152,9 @@ class Trainer:
         # Dropout depends on the update alone, not on what was sampled before it.
         seed = batch_seed(self.config.seed, update)
         scores, gradient, broken = self.worker.gradient(self.phase, examples, seed)
-        if update == self.first + 1:
+        # The reference is scored without dropout. The first evaluation checks the valid pairs
+        # without it too.
+        if update == self.first + 1 and not self.config.lora.dropout:
             self._check_start(examples, scores)
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
         about = {
@@ -235,38 +237,47 @@ class Trainer:
     def _check_start(self, examples: list[Example], scores: list[Any]) -> None:
         """Before the first update the policy is the reference: the margin is 0, DPO's loss ln 2.
 
-        On one machine the two are equal, as the same kernels compute both; other machines of the
-        run may round differently. Raises UserError beyond what rounding explains.
+        On one machine the same kernels compute both, so they are equal; other machines of the run
+        may round differently. Raises UserError for a difference that rounding does not explain, and
+        prints a line when a single machine's scores differ.
         """
         dtype, largest = dtype_of(self.model), 0.0
         for example, score in zip(examples, scores, strict=True):
             if not isinstance(score, PairScore):
-                continue  # SFT compares its train pairs with nothing
+                continue  # SFT's train pairs have no reference
             for side, pi, ref in zip(example.pair.sides, score.pi, score.ref, strict=True):
+                if not math.isfinite(pi):
+                    continue  # the update will be skipped, and its pair named
                 off, limit = abs(float(pi) - float(ref)), rounding_limit(side.answer_length, dtype)
                 if not off <= limit:
                     raise UserError(self._start_fault(example.pair, side, float(pi), off, limit))
                 largest = max(largest, off)
         if largest > LEAST_DIFFERENCE:
+            reason = (
+                "different machines round differently, which is harmless"
+                if self.worker.size > self.worker.here
+                else "rounding can explain that, so training goes on. On one machine they should "
+                "be equal; please report it with the output of ./train_dpo_run1.sh --selftest"
+            )
             print(
                 f"10: before the first update the policy's log-probs are up to {largest:.2g} nats "
-                "off the reference's: two unlike machines round differently, which does no harm"
+                f"off the reference's: {reason}"
             )
 
     def _start_fault(
         self, pair: EncodedPair, side: Sequence, pi: float, off: float, limit: float
     ) -> str:
-        """Why the policy does not start at the reference: a wrong file, or a wrong computation."""
+        """Why the policy does not start at the reference: a wrong file or a wrong computation."""
         where = f"{self.config.run / 'reference'}: pair on line {pair.line}: "
-        gap = f"{off:.3g} nats off, where rounding explains {limit:.2g}"
+        gap = f"{off:.3g} nats off, and rounding explains only {limit:.2g}"
         again = self.worker.log_probs([side])[0]
         if abs(again - pi) <= limit:
             return (
-                f"{where}the stored log-prob is {gap}: the file is damaged or of another model; "
-                "delete that folder and run 10_train_dpo.py again"
+                f"{where}the stored log-prob is {gap}: the file is damaged or belongs to another "
+                "model; delete that folder and run 10_train_dpo.py again"
             )
         return (
             f"{where}the model scores one answer {again:.2f} without and {pi:.2f} with a gradient "
-            f"({gap}): this is a fault of the pipeline or of MLX on {device.name()}, not of your "
-            "data; please report it with what ./train_dpo_run1.sh --selftest prints"
+            f"({gap}). This is a bug in the pipeline or in MLX on {device.name()}, not in your "
+            "data; please report it with the output of ./train_dpo_run1.sh --selftest"
         )

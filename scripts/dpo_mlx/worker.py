@@ -49,7 +49,6 @@ class Worker:
 
     def log_probs(self, sequences: list[Sequence], plain: bool = False) -> list[float]:
         """log p(answer | prompt) of each, summed over the answer's tokens, in nats."""
-        self.model.eval()
         with self._adapters(plain):
             return [self.engine.log_prob(sequence) for sequence in self._each(sequences)]
 

@@ -2,7 +2,7 @@
 """Check in about two minutes that this machine does what the pipeline relies on.
 
 Runs the whole chain on a tiny random Granite, on MLX's default device, in a temporary folder. Exits
-1 when a check fails; its output is then what a bug report should contain.
+1 when a check fails; put the output into your bug report.
 """
 
 import argparse
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli, selftest, signals
 
-# Which machine was tested, and when; train_dpo_run1.sh looks for it.
+# Says which machine was tested and when; train_dpo_run1.sh looks for this file.
 MARK = Path(__file__).resolve().parents[2] / "data" / ".selftest.json"
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Say what a whole run will take on this machine, before anything is sampled or trained.
+"""Print what a whole run needs on this machine, before anything is sampled or trained.
 
-Download, disk, memory of each stage, and minutes of each stage from a measured probe. Exits 1 when
-something does not fit.
+Prints the download size, the disk space, and each stage's memory and minutes, from a short probe of
+the machine. Exits 1 when something does not fit.
 """
 
 import argparse

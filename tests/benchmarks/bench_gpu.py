@@ -1,23 +1,23 @@
-"""Granite's whole geometry on a GPU: the stages of the chain, an update, and the peers' beside it.
+"""Granite's full geometry on a GPU: the chain's stages, an update, and the peers' updates.
 
     python tests/benchmarks/bench_gpu.py [--parts model,update,chain,update-plain,lora,trl]
                                          [--layers N] [--width granite|tiny] [--budget SECONDS]
 
-Random weights in bfloat16, made in --folder and kept there, so that a later call can run the parts
-that are left. For a GPU that is at hand for minutes only: each part is a fresh process with a time
-limit, a part is left out when the budget is used up, and the JSON file is written after each part.
+The model has random bfloat16 weights. It stays in --folder, so that a later call can run the
+remaining parts. This suits a GPU that you have for minutes only: each part is a fresh process with
+a time limit, parts are skipped once the budget is used up, and the JSON file is written after each.
 
     model         the model folder: 40 layers take 6.4 GB of disk
-    update        one pair an update by the project's Trainer, with gradient checkpointing
+    update        our Trainer with one pair per update, with gradient checkpointing
     chain         stages 06, 10, 11, 12: their own scripts, the shipped config, 6 + 2 pairs
     update-plain  as `update`, without checkpointing
     lora          mlx-lm-lora on the pairs of `update`, with its reference model, with checkpointing
     trl           TRL with PEFT on the same pairs and geometry, in PyTorch, with checkpointing
 
-`s/update` is the median over --steps updates after a warm-up of each length; both sides of a pair
-have that many tokens. Peaks are those of the process so far, MLX's own or PyTorch's, and lengths
-rise. The plan is what `dpo_mlx.memory.training` said of that length. The peers must be installed in
-this environment: there is no network where this runs.
+`s/update` is the median over --steps updates after a warm-up for each length; both sides of a pair
+have that many tokens. Peaks are the process's highest so far, as MLX or PyTorch counts them, and
+lengths rise. The plan is what `dpo_mlx.memory.training` estimates for that length. The peers must
+be installed in this environment already, as it may have no network.
 
 Rehearse it on a CPU: --width tiny --layers 3 --lengths 64,128.
 """
@@ -99,7 +99,7 @@ def arguments() -> Namespace:
 
 
 class Bench:
-    """Runs parts within the budget, and keeps what they found on the disk."""
+    """Runs parts within the budget, and saves their results to disk."""
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
@@ -142,10 +142,10 @@ class Bench:
             common.table("chain", rows)
 
     def _measure(self, name: str, script: str, task: common.Values) -> common.Values | None:
-        """What a process found, which is written down at once; None when no time is left for it."""
+        """A process's result, saved at once; None when no time is left."""
         left = self._end - time.monotonic()
         if left < LEAST:
-            print(f"{name}: left out, the budget is used up", flush=True)
+            print(f"{name}: skipped, the budget is used up", flush=True)
             return None
         since = time.monotonic()
         limit = min(left, SECONDS)
@@ -167,7 +167,7 @@ def worker(task: common.Values) -> common.Values:
 
 
 def make_model(task: common.Values) -> common.Values:
-    """The folder, unless a call before has made it, and what the device is."""
+    """Make the model folder unless an earlier call did, and name the device."""
     import mlx.core as mx
     import ours
 
@@ -183,7 +183,7 @@ def make_model(task: common.Values) -> common.Values:
 
 
 def run_stage(task: common.Values) -> common.Values:
-    """A stage's own script in this process. A stage that fails raises SystemExit."""
+    """Run a stage's script in this process. A stage that fails raises SystemExit."""
     import mlx.core as mx
     from dpo_mlx import jsonl
 
@@ -213,7 +213,7 @@ def run_stage(task: common.Values) -> common.Values:
 
 
 def questions() -> list[dict[str, str]]:
-    """Rows of which the splits get TRAIN_PAIRS and VALID_PAIRS."""
+    """Rows that split into TRAIN_PAIRS and VALID_PAIRS."""
     from dpo_mlx.questions import is_held_out
 
     rows: dict[bool, list[dict[str, str]]] = {False: [], True: []}
@@ -225,7 +225,7 @@ def questions() -> list[dict[str, str]]:
 
 
 def run_updates(task: common.Values) -> common.Values:
-    """Ours: the plan for each length, then the trainer over all pairs."""
+    """Our own update: plan each length, then train on all pairs."""
     import mlx.core as mx
     import ours
     from bench_train import encoded_pair
@@ -251,7 +251,7 @@ def run_updates(task: common.Values) -> common.Values:
 
 
 def run_peer(task: common.Values) -> common.Values:
-    """A peer's worker on the same pairs, in this process."""
+    """Run a peer's worker on the same pairs, in this process."""
     settings = {
         **task,
         "layers": None,
@@ -298,7 +298,7 @@ def pair_rows(task: common.Values) -> list[common.Values]:
 def rows_of(
     task: common.Values, seconds: list[float], peaks: list[int], plans: list[int] | None = None
 ) -> list[common.Values]:
-    """A row a length, from what each pair but the very first one took."""
+    """One row per length, from every pair but the first."""
     rows = []
     for place, length in enumerate(task["lengths"]):
         measured = slice(place * task["pairs"], (place + 1) * task["pairs"] - 1)

@@ -1,28 +1,28 @@
-"""Peak memory of every stage at Granite's true width, and what the plan says of it.
+"""Peak memory of every stage at Granite's true width, beside the plan.
 
     python tests/benchmarks/bench_stages.py [--layers 10,20] [--stages 06,10,11,12] [--full]
 
-Each row of the table is one thing that a stage does, with the shipped config: its own code is run
-on random weights with a few layers, each in a fresh process, and `work` is MLX's peak beside the
-weights. A line a + b layers through --layers says what all 40 take. Counts are multiples of ten:
-each ten layers hold nine Mamba blocks and one attention block, as the whole model does, and under
-ten the peak rises faster, as MLX allocates ahead of what it computes, at most for some blocks.
---full also runs all 40 layers, in float32 13 to 17 GB and minutes a row.
+Each row of the table is one activity of a stage with the shipped config. The stage's own code runs on
+a few layers with random weights, each count in a fresh process. `work` is MLX's peak beyond the
+weights; the line a + b layers through --layers gives the work of all 40. Use multiples of ten:
+each ten layers hold nine Mamba blocks and one attention block, as in the whole model. With fewer
+than ten the peak rises faster, because MLX allocates for up to some ten blocks that it has queued.
+--full also runs all 40 layers: in float32 13 to 17 GB and minutes a row.
 
-  weights   2 bytes each: those of the whole model in bfloat16
-  work      everything beside them: activations, caches, and in stage 10 adapters, moments and
-            gradients. Measured in float32, as bfloat16 products are slow on a CPU: an upper bound
-            for bfloat16, in which activations take half. Stage 11 is measured in bfloat16, as
-            it computes in float32 anyway
-  casts     what a bfloat16 head takes more than one in float32, whose rows need no cast. Measured
-            with the head alone, and added to the plan too
-  plan      the stage's own need (dpo_mlx.memory) for the whole 40-layer model, whose weights are
-            made when they are used: it runs the first blocks only
+  weights   the whole model's in bfloat16, 2 bytes each
+  work      everything else: activations, caches, and in stage 10 adapters, moments and gradients.
+            Measured in float32, because bfloat16 products are slow on a CPU. That is an upper bound
+            for bfloat16, where activations take half. Stage 11 computes in float32 on any machine
+            and is measured with bfloat16 weights
+  casts     the extra memory of a bfloat16 head, which is cast to float32 block by block. Measured
+            on the head alone, with its gradient, and added to the plan too
+  plan      the need that dpo_mlx.memory plans for the 40-layer model. Its weights are lazy, and
+            only the first blocks are run
+  plan / measured    compares both totals
 
-Prompts have up to 100 tokens, answers 320, the longest sequence 1024 (data.max_length). Sampling is
-stopped after a few tokens: the caches of keys and values are given at once the room that they have
-at the end, and nothing else grows. `fits` compares with 11.45 GB, the recommended working set of an
-M1 or M2 with 16 GB.
+Prompts have up to 100 tokens, answers 320, the longest sequence 1024 (data.max_length). Sampling
+stops after a few tokens: the key and value caches get their final size at once, and nothing else
+grows. `fits` compares with 11.45 GB, the recommended working set of a 16 GB M1 or M2.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ BATCHES = (8, 16, 32)  # values of generation.batch_size
 
 @dataclass(frozen=True)
 class Job:
-    """One thing that a stage does: a key of RUNS, the dtype of the weights it is measured in, the
-    place of its need in the stage's plan; `batch` is for sampling, generation.batch_size.
+    """One activity of a stage: `run` is a key of RUNS, `place` the index of its need in the stage's
+    plan, `batch` generation.batch_size, and `dtype` that of the weights it is measured with.
     """
 
     stage: str
@@ -119,7 +119,7 @@ class Failed(Exception):
 
 
 class Results:
-    """What measured processes said; the same task is run once, whichever stages do it."""
+    """Results of measured processes. Stages that share a task measure it once."""
 
     def __init__(self) -> None:
         self._known: dict[str, common.Values] = {}
@@ -136,7 +136,7 @@ class Results:
 def examined(
     job: Job, args: Namespace, results: Results, casts: int
 ) -> tuple[common.Values, common.Values]:
-    """(a row of the table, what it is made from)."""
+    """(a row of the table, the measurements behind it)."""
     task = {"run": job.run, "batch": job.batch, "dtype": job.dtype}
     work = [results.of(**task, layers=count)["work"] for count in args.layers]
     line = np.polyfit(args.layers, work, 1)
@@ -168,7 +168,7 @@ def shipped(batch: int) -> configs.Config:
 
 
 def longest() -> Sequence:
-    """As long as the config allows."""
+    """A sequence of the config's data.max_length."""
     length = shipped(BATCHES[0]).data.max_length
     return Sequence(tuple(range(length)), PROMPT)
 
@@ -188,7 +188,7 @@ def worker(task: common.Values) -> common.Values:
 
 
 def planned(stage: str, config: configs.Config, dtype: str) -> common.Values:
-    """Bytes of the weights in bfloat16, and of what each need of a stage takes beside them."""
+    """Bytes of the weights in bfloat16, and of each need of a stage beyond its weights."""
     model = ours.granite(LAYERS, dtype)
     lengths = memory.Lengths(QUESTIONS, PROMPT, ANSWER, longest())
     if stage in ("10", "11"):
@@ -215,12 +215,12 @@ def peak_of(run: Callable[[], Any]) -> int:
 
 
 def sample(model: Any, config: configs.Config) -> int:
-    """A batch of answers, as stages 06 and 12 sample them."""
+    """Sample a batch of answers, as stages 06 and 12 do."""
     return peak_of(lambda: answer(model, config, config.generation.batch_size))
 
 
 def evaluate(model: Any, config: configs.Config) -> int:
-    """The answers of an evaluation, while the optimizer's state is held."""
+    """Sample an evaluation's answers while the optimizer's state is in memory."""
     models.attach_lora(model, config.lora)
     optimizer = AdamW(learning_rate=0.0)
     optimizer.init(model.trainable_parameters())
@@ -230,7 +230,7 @@ def evaluate(model: Any, config: configs.Config) -> int:
 
 
 def answer(model: Any, config: configs.Config, batch: int) -> None:
-    """Prompts of several lengths, as real ones are; none of the answers ends by itself."""
+    """Sample answers to prompts of several lengths; no answer ends by itself."""
     whole = -(-(PROMPT + ANSWER) // KVCache.step) * KVCache.step
     KVCache.step = BatchKVCache.step = whole
     tokenizer = SimpleNamespace(eos_token_ids=set(), decode=lambda ids: "")
@@ -241,8 +241,8 @@ def answer(model: Any, config: configs.Config, batch: int) -> None:
 
 
 def update(model: Any, config: configs.Config) -> int:
-    """An update of two pairs. It is at its peak in the gradient of the second one's rejected
-    answer, when the sum so far and the chosen answer's gradient are held.
+    """Train on two pairs in one update. It peaks in the gradient of the second pair's rejected
+    answer, when the first pair's gradient and the chosen answer's are in memory.
     """
     models.attach_lora(model, config.lora)
     short = ours.random_pair(model, SHORT, seed=1, prompt=PROMPT)
@@ -254,7 +254,7 @@ def update(model: Any, config: configs.Config) -> int:
 
 
 def score(model: Any, config: configs.Config) -> int:
-    """The longest sequence under a model without adapters."""
+    """Score the longest sequence with a model without adapters."""
     return peak_of(lambda: Worker(model).log_probs([longest()]))
 
 
@@ -266,7 +266,7 @@ def fuse(model: Any, config: configs.Config) -> int:
 
 
 def compare(model: Any, config: configs.Config) -> int:
-    """The longest sequence under base + adapters, as stage 11 scores it."""
+    """Score the longest sequence with base and adapters, as stage 11 does."""
     models.attach_lora(model, config.lora)
     mx.eval(model.parameters())
     short = ours.random_pair(model, SHORT, prompt=PROMPT)

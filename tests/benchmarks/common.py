@@ -80,7 +80,7 @@ def measure(
 
 
 def _end_of(process: subprocess.Popen[bytes], limit: float | None) -> str:
-    """How a process ended, which is killed after `limit` seconds."""
+    """How a process ended; it is killed after `limit` seconds."""
     try:
         return f"exit code {process.wait(limit)}"
     except subprocess.TimeoutExpired:
@@ -188,7 +188,7 @@ def _plain(value: Any) -> str:
 
 
 def save(args: argparse.Namespace, results: Values) -> None:
-    """Write what was measured, with the options and the versions behind it, and say where."""
+    """Write the results with their options and versions, and print the file's name."""
     write(args, results)
     print(f"\nwritten: {args.out.name}")
 

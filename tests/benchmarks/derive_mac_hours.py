@@ -64,8 +64,8 @@ MACHINES = (
     Machine("M2", 100e9, 2.6e12),
     Machine("M3-class", 150e9, 2.8e12),
 )
-# Minutes by rows of an estimate by hand, made before.
-FIRST_ESTIMATE = {100: (66, 44, 37), 1300: (10.4 * 60, 7.0 * 60, 6.1 * 60)}
+# Minutes by rows that the project assumed before this derivation; their arithmetic was not kept.
+EARLIER_ESTIMATE = {100: (66, 44, 37), 1300: (10.4 * 60, 7.0 * 60, 6.1 * 60)}
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,14 @@ def work_table(
 def minutes_table(
     config: configs.Config, model: Model, prompt: int, works: dict[int, Workload]
 ) -> str:
-    lines = table_head(["rows", "machine", *STAGES.values(), "all", "first estimate", "ratio"])
+    lines = table_head(["rows", "machine", *STAGES.values(), "all", "earlier estimate", "ratio"])
     for rows, work in works.items():
         for place, machine in enumerate(MACHINES):
             one = cost(machine, config, model, prompt, len(work.rows[0].ids))
             minutes = [seconds / 60 for seconds in sums(config, work, one)]
             cells = [str(rows), machine.name, *(f"{value:.0f}" for value in minutes[:-1])]
-            first = FIRST_ESTIMATE[rows][place] if rows in FIRST_ESTIMATE else None
-            compared = [spoken(first), f"{minutes[-1] / first:.2f}"] if first else ["", ""]
+            earlier = EARLIER_ESTIMATE[rows][place] if rows in EARLIER_ESTIMATE else None
+            compared = [spoken(earlier), f"{minutes[-1] / earlier:.2f}"] if earlier else ["", ""]
             lines.append(table_line([*cells, spoken(minutes[-1]), *compared]))
     return "\n".join(lines)
 

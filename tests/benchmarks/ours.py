@@ -109,7 +109,7 @@ def random_pair(model: Any, answer: int, seed: int = 0, prompt: int = PROMPT) ->
 
 
 def planned(model: Any, pair: EncodedPair, checkpoint: bool) -> int:
-    """Bytes at the peak of training on this pair, by the project's own plan."""
+    """Peak bytes of training on this pair, as our memory plan estimates them."""
     longest = max(pair.sides, key=lambda side: len(side.ids))
     with models.gradient_checkpointing(model, checkpoint):
         return memory.training(model, longest).total
@@ -215,7 +215,7 @@ def granite_folder(
     dtype: str = "float32",
     **changes: Any,
 ) -> None:
-    """A random model of Granite's width as an MLX folder, in shards.
+    """Write a random model of Granite's width as an MLX folder, in shards.
 
     It gets the tokenizer files of the folder `tokenizer`, or a byte-level tokenizer that can decode
     every id of the vocabulary, so that answers can be sampled.
@@ -240,7 +240,7 @@ def granite_folder(
 def _fill_vocabulary(file: Path, size: int) -> None:
     """Give every id below `size` that has no token a word of its own.
 
-    No merge leads to these words: texts are still encoded byte by byte.
+    No merge produces these words, so texts are still encoded byte by byte.
     """
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]

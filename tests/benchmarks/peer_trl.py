@@ -72,7 +72,7 @@ def worker(task: common.Values) -> common.Values:
 
 
 def model_of(task: common.Values) -> Any:
-    """The model of a folder, or with `random` its geometry alone, made where it will train."""
+    """A folder's model, or with `random` a random one of its geometry, made on its device."""
     dtype = getattr(torch, task.get("dtype", "float32"))
     if not task.get("random"):
         return AutoModelForCausalLM.from_pretrained(task["folder"], dtype=dtype)
