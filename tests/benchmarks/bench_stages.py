@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_stages.py [--layers 10,20] [--stages 06,10,11,12] [--full]
 
-Each row of the table is one activity of a stage with the shipped config. The stage's own code runs on
-a few layers with random weights, each count in a fresh process. `work` is MLX's peak beyond the
+Each row of the table is one activity of a stage with the shipped config. The stage's own code runs
+on a few layers with random weights, each count in a fresh process. `work` is MLX's peak beyond the
 weights; the line a + b layers through --layers gives the work of all 40. Use multiples of ten:
 each ten layers hold nine Mamba blocks and one attention block, as in the whole model. With fewer
 than ten the peak rises faster, because MLX allocates for up to some ten blocks that it has queued.
