@@ -102,8 +102,9 @@ def test_refused_when_it_cannot_fit(
 @pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (6, 200, 300)])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) -> None:
-    """For short and long answers, the measured memory is at most 15% over the plan, and the plan at
-    most 40% over the measured memory: the peak depends a little on the machine's other work.
+    """For short and long answers, sampling that is short of memory takes at most 15% more than the
+    plan (and a megabyte of small arrays), and the plan at most 40% more than it: of attention the
+    plan counts each block's scores, which are not there at once.
     """
     model = loaded(kind)
     need = memory.sampling(model, batch, prompt, answer, "generation.batch_size")
@@ -114,9 +115,10 @@ def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) ->
     device.release()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
+    with memory.short_of_memory():
+        sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
     peak = mx.get_peak_memory() - before
-    assert peak / 1.15 <= need.work <= 1.4 * peak
+    assert (peak - 1e6) / 1.15 <= need.work <= 1.4 * peak
 
 
 def bfloat16_base(path: str, weight: mx.array) -> mx.array:

@@ -9,8 +9,9 @@ architecture and gradient checkpointing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +128,8 @@ def sampling(
             zip(kinds, _growth(caches[: len(model.layers)], prompt + answer), strict=False)
         )
 
-    reading, writing = _work(model, read_prompts), _work(model, write_answers)
+    with short_of_memory():
+        reading, writing = _work(model, read_prompts), _work(model, write_answers)
     return Need(
         f"sampling {batch} answers at once",
         f"lower {key}",
@@ -136,6 +138,20 @@ def sampling(
         max(reading, writing + sum(growth[kind] for kind in kinds)),
         processes,
     )
+
+
+@contextmanager
+def short_of_memory() -> Iterator[None]:
+    """Within, MLX waits for memory as it does at its limit.
+
+    Where there is room, MLX allocates for work that it has only queued, and how far it gets ahead
+    depends on the device. Reading a batch of prompts then takes far more than it needs.
+    """
+    limit = mx.set_memory_limit(1)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(limit)
 
 
 def scoring(model: nn.Module, longest: Sequence) -> Need:
