@@ -44,22 +44,27 @@ options=(--config "$config" ${options[@]+"${options[@]}"})
 
 # stage LAUNCH SCRIPT: runs a stage in the background, so that this script can pass on signals. The
 # stage then saves and ends.
-child="" signalled=""
+child="" signalled="" in_stage=""
 stage() {
   local code=0
+  in_stage=yes
+  [ -z "$signalled" ] || exit "$signalled"
   PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" python -m dpo_mlx.supervisor \
     --launch="$1" --retries "$retries" "$2" "${options[@]}" & child=$!
+  # The signal may have come before the child had a number.
+  [ -z "$signalled" ] || kill -TERM "$child" 2> /dev/null || true
   wait "$child" || code=$?
   while kill -0 "$child" 2> /dev/null; do code=0; wait "$child" || code=$?; done
   child=""
   [ -z "$signalled" ] || exit "$signalled"
+  in_stage=""
   return "$code"
 }
 
 hand_on() {
   signalled=$1
-  [ -n "$child" ] || exit "$signalled"
-  kill -TERM "$child" 2> /dev/null || true
+  [ -n "$in_stage" ] || exit "$signalled"
+  [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
 }
 trap 'hand_on 129' HUP
 trap 'hand_on 130' INT

@@ -211,7 +211,7 @@ def serve() -> None:
                 assert isinstance(team, Team)
                 team.perform(task)
     except UserError as error:
-        raise UserError(f"rank {between.rank} on {platform.node()}: {error}") from error
+        raise type(error)(f"rank {between.rank} on {platform.node()}: {error}") from error
 
 
 def _sequence(row: dict[str, Any]) -> Sequence:
