@@ -46,6 +46,7 @@ GRANITE = {
 
 def loaded(kind: str, dtype: mx.Dtype = mx.float32, **changes: Any) -> Any:
     """A model wide enough that activations outweigh everything that is not counted."""
+    gc.collect()  # or what earlier tests left behind may be freed while the plan is measured
     extra = GRANITE if kind == "granite" else {}
     model = tiny.model(tiny.config(kind, **{**WIDE, **extra, **changes}))
     model.set_dtype(dtype)
@@ -99,7 +100,7 @@ def test_refused_when_it_cannot_fit(
     assert not (config.run / "adapters").exists()
 
 
-@pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (6, 200, 300)])
+@pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (4, 150, 120)])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) -> None:
     """For short and long answers, sampling that is short of memory takes at most 15% more than the

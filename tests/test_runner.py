@@ -117,6 +117,8 @@ class Sandbox:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell that was started with ^C ignored, as a background job is, cannot trap it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
