@@ -19,10 +19,11 @@ import pytest
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl, models
+from dpo_mlx import config, jsonl, models, ownership
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import train_dpo
 from runs import IN_FOLDER, exit_code
@@ -167,14 +168,14 @@ def checkpoint(damage: Callable[[Path], object], *says: str, more: tuple[str, ..
 
 
 def lacking(path: str, key: str, script: str) -> Case:
-    """JSON of another version, or a first row of it, without a key."""
+    """JSON that another version wrote, or a first row of it, without a key."""
 
     def damage() -> None:
         first, end, rest = Path(path).read_text().partition("\n" if path.endswith("l") else "\0")
         values = {k: v for k, v in json.loads(first).items() if k != key}
-        Path(path).write_text(json.dumps(values) + end + rest)
+        ownership.write(Path(path), (json.dumps(values) + end + rest).encode())
 
-    return Case(script, (path, f'lacks "{key}"', "delete"), damage)
+    return Case(script, (path, f'lacks "{key}"'), damage)
 
 
 TRAIN, VALID, ADAPTERS = "run/pairs/train.jsonl", "run/pairs/valid.jsonl", "run/adapters"
@@ -218,7 +219,7 @@ CASES: dict[str, Case] = {
     ),
     "pairs edited": Case(
         "06",
-        (VALID, "was edited since", "generation.restart=true"),
+        (VALID, "was changed since", "generation.restart=true"),
         lambda: Path(VALID).write_bytes(GOOD_PAIR),
         ("--limit", "12"),
     ),
@@ -287,10 +288,10 @@ CASES: dict[str, Case] = {
     # fusing and after
     "no adapters": removed(ADAPTERS, "11", ADAPTERS, "run 10_train_dpo.py first"),
     "adapters of another rank": Case(
-        "11", (ADAPTERS, "does not fit model", "shape"), lambda: other_adapters(64, 8)
+        "11", (ADAPTERS, "was changed since", "delete"), lambda: other_adapters(64, 8)
     ),
     "adapters of another width": Case(
-        "11", (ADAPTERS, "does not fit model", "shape"), lambda: other_adapters(32, 4)
+        "11", (ADAPTERS, "was changed since", "delete"), lambda: other_adapters(32, 4)
     ),
     "adapters torn": Case(
         "11", (ADAPTERS,), lambda: os.truncate(f"{ADAPTERS}/adapters.safetensors", 999)
@@ -306,7 +307,7 @@ CASES: dict[str, Case] = {
     "no metrics": file("run/metrics.jsonl", None, script="12"),
     # what stages wrote, damaged or of another version
     "samples broken": replace(
-        file(SAMPLES, b"{}}\n", "samples.jsonl:1: broken JSON", "delete", script="06"),
+        file(SAMPLES, b"{}}\n", "samples.jsonl: was changed since", "move it", script="06"),
         more=("--limit", "12"),
     ),
     "samples of another version": replace(
@@ -314,27 +315,27 @@ CASES: dict[str, Case] = {
     ),
     "samples are not ours": Case(
         "06",
-        ("train.samples.jsonl", "not written by this stage"),
+        ("train.samples.inputs.json: no such file", "train.samples.jsonl"),
         lambda: Path("run/pairs/train.samples.inputs.json").unlink(),
         ("--limit", "12"),
     ),
     "pairs are not ours": Case(
         "06",
-        ("train.jsonl", "not written by this stage"),
-        lambda: Path("run/pairs/train.report.json").unlink(),
+        ("train.jsonl", "was not made by this pipeline"),
+        lambda: Path("run/pairs", MANIFEST).unlink(),
         ("--set", "generation.restart=true"),
     ),
     "reference broken": replace(file(REFERENCE, b"[]\n", ":1: ", "delete"), more=AGAIN),
     "reference of another version": replace(lacking(REFERENCE, "chosen", "10"), more=AGAIN),
-    "outcome broken": file("run/outcome.json", b"{", "broken JSON", "delete"),
+    "outcome broken": file("run/outcome.json", b"{", "was changed since", "move it away"),
     "outcome of another version": lacking("run/outcome.json", "stopped", "10"),
     "fuse.json of another version": replace(
         lacking("run/fuse.json", "margin_kept", "12"), more=("--set", "smoke.questions=1")
     ),
-    "report.json broken": file("run/report.json", b"{", "broken JSON", script="12"),
+    "report.json broken": file("run/report.json", b"{", "was changed since", script="12"),
     "report.json of another version": lacking("run/report.json", "verdict", "12"),
     "metrics broken": replace(
-        file("run/metrics.jsonl", b"{\n", "metrics.jsonl:1: broken JSON", script="12"),
+        file("run/metrics.jsonl", b"{\n", "was changed since", script="12"),
         more=("--set", "smoke.questions=1"),
     ),
     "checkpoint torn": checkpoint(
@@ -366,7 +367,7 @@ CASES: dict[str, Case] = {
     ),
     "adapters' settings of another version": Case(
         "11",
-        (ADAPTERS, "does not fit model"),
+        (ADAPTERS, "was changed since"),
         lambda: Path(f"{ADAPTERS}/adapter_config.json").write_text("{}"),
         ("--set", "fuse.check_pairs=2"),
     ),
@@ -388,20 +389,20 @@ CASES: dict[str, Case] = {
     ),
     "run_dir holds someone else's": Case(
         "10",
-        ("run_dir: home", "no run's folder", "adapters"),
-        lambda: shutil.copytree("run", "home", ignore=shutil.ignore_patterns("stamps")),
+        ("home/config.yaml: was not made by this pipeline", "run_dir"),
+        lambda: shutil.copytree("run", "home", ignore=shutil.ignore_patterns(MANIFEST)),
         ("--set", "run_dir=home"),
     ),
     "adapters are someone else's": Case(
         "10",
         (ADAPTERS, "was not made by this pipeline"),
-        lambda: Path(f"{ADAPTERS}/.made_by_dpo_mlx").unlink(),
+        lambda: Path(ADAPTERS, MANIFEST).unlink(),
         AGAIN,
     ),
     "fused is someone else's": Case(
         "11",
         ("run/fused", "was not made by this pipeline"),
-        lambda: Path("run/fused/.made_by_dpo_mlx").unlink(),
+        lambda: Path("run/fused", MANIFEST).unlink(),
         ("--set", "fuse.check_pairs=2"),
     ),
     "model is what the run makes": setting("model=run/fused", "model: run/fused", "run_dir"),
@@ -483,7 +484,7 @@ def test_reporter_that_is_not_installed_keeps_the_metrics(work, monkeypatch, cap
     assert exit_code(CONFIG, "--set", "report_to=wandb", "--set", "train.epochs=2") == 1
     assert "error: report_to: " in capfd.readouterr().err
     changed = {path for path, digest in digests(work).items() if before.get(path) != digest}
-    assert changed <= {str(work / "run/config.yaml")}
+    assert changed <= {str(work / "run/config.yaml"), str(work / "run" / MANIFEST)}
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def trained(make: Any) -> Any:
         made.run()
         config = made.config
         jsonl.write(Path(config.data.valid_pairs), [asdict(pair) for pair in runs.TRAIN[:4]])
-        models.save_adapters(made.model, config.lora, config.run / "adapters")
+        runs.keep_adapters(made.model, config)
         return with_fuse(config, **fuse)
 
     return run

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from dpo_mlx import jsonl
-from dpo_mlx.config import GuardConfig
+from dpo_mlx.config import Config, GuardConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard, Kept
 from dpo_mlx.train_dpo import ALL, train_dpo
@@ -135,6 +136,13 @@ def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
 DEGENERATES = [wrote(voice=0.75), wrote(voice=1.0, distinct2=0.5), wrote(voice=0.875)]
 
 
+def outcome_of(config: Config) -> dict[str, Any]:
+    """What outcome.json says, but for the digest of the adapters, which is theirs."""
+    outcome = json.loads((config.run / "outcome.json").read_text())
+    assert outcome.pop("adapters") == jsonl.digest(config.run / "adapters/adapters.safetensors")
+    return outcome
+
+
 def test_a_run_that_degenerates_is_stopped(job, capfd):
     """Stopped at update 4, those of update 2 are kept: adapters/ is their checkpoint,
     outcome.json and the last lines say why, the exit code is 3; run again it is skipped, and says
@@ -142,7 +150,7 @@ def test_a_run_that_degenerates_is_stopped(job, capfd):
     """
     config, path = job(DEGENERATES)
     assert exit_code(path) == 3
-    outcome = json.loads((config.run / "outcome.json").read_text())
+    outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
     assert outcome == {"updates": 4, "kept_update": 2, "voice": 0.75}
     assert reason.startswith("guard.max_distinct2_drop: distinct word pairs fell from 1.00 to 0.50")
@@ -169,7 +177,7 @@ def test_a_guard_that_is_off_does_not_stop(job):
     """The same answers: the run goes to its end, exit code 0; what is kept is within the limits."""
     config, path = job([*DEGENERATES, wrote(voice=0.5)], guard={"enabled": False})
     assert exit_code(path) == 0
-    outcome = json.loads((config.run / "outcome.json").read_text())
+    outcome = outcome_of(config)
     assert outcome == {"updates": 7, "kept_update": 6, "voice": 0.875, "stopped": []}
 
 
@@ -206,7 +214,7 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
 
     monkeypatch.setattr(Engine, "pair_gradient", broken)
     assert exit_code(path) == 3
-    outcome = json.loads((config.run / "outcome.json").read_text())
+    outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
     assert outcome == {"updates": 7, "kept_update": 4, "voice": 0.75}
     assert reason.startswith(f"{config.data.train_pairs}: 3 updates in a row")

@@ -232,7 +232,7 @@ def test_all_that_llama_cpp_needs_is_there(finished):
 
 
 def change(path: Path, **values: Any) -> None:
-    jsonl.write_json(path, {**jsonl.read_json(path), **values})
+    path.write_text(json.dumps({**jsonl.read_json(path), **values}))
 
 
 def without(folder: Path, name: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_mlx import pages, report
+from dpo_mlx import jsonl, pages, report
+from dpo_mlx.ownership import MANIFEST
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -477,10 +478,13 @@ def test_settings_read_like_the_config() -> None:
 
 
 def test_file_is_written_whole(tmp_path: Path) -> None:
-    """It comes from metrics.jsonl, a torn last line left out, and leaves no temporary file."""
+    """It comes from metrics.jsonl, and leaves no temporary file."""
     metrics = tmp_path / "metrics.jsonl"
-    rows = "".join(json.dumps(row) + "\n" for row in METRICS)
-    metrics.write_text(rows + '{"iterat', encoding="utf-8")
+    jsonl.append(metrics, METRICS)
     report.write_html(tmp_path / "report.html", REPORT, metrics)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == report.render(REPORT, METRICS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        MANIFEST,
+        "metrics.jsonl",
+        "report.html",
+    ]

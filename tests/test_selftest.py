@@ -19,6 +19,7 @@ from conftest import REPOSITORY
 from dpo_mlx import checkpoint, jsonl, memory, models, selftest
 from dpo_mlx.config import Config
 from dpo_mlx.errors import UserError
+from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.worker import Worker
 from mlx_lm.models import granitemoehybrid
 from virtual_mac import VirtualMac
@@ -91,7 +92,7 @@ def test_nothing_else_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(selftest, "CHECKS", {"a check": check})
     assert selftest.run(tmp_path / "mark.json")
     assert Path(runs[0].model).is_relative_to(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mark.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mark.json", MANIFEST}
 
 
 def test_a_virtual_mac_passes(virtual_mac: VirtualMac, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def run_folder(run: Path) -> Iterator[None]:
     """
     run.mkdir(parents=True, exist_ok=True)
     with held(run / LOCK, "run_dir"):
-        for path in (*(run / name for name in sorted(FILES)), *sorted((run / STAMPS).glob("*"))):
+        files = [run / name for name in sorted(FILES)]
+        for path in (*files, *sorted((run / STAMPS).glob("*.json"))):
             ownership.require(path)
         for name in sorted(FOLDERS):
             ownership.require_name(run / name)

@@ -218,8 +218,15 @@ def _refuse_foreign(files: PairFiles, restart: bool) -> None:
 
 def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: bool) -> None:
     """Raises UserError for samples of other settings, unless they are to be thrown away."""
+    if restart:
+        return
     old = stamp.read(files.samples_stamp)
-    if restart or old is None:
+    if old is None:
+        if files.samples.exists() and files.samples.stat().st_size:
+            raise UserError(
+                f"{files.samples_stamp}: no such file, so that nobody knows the settings of "
+                f"{files.samples}; move that away, or --set generation.restart=true to sample anew"
+            )
         return
     if changed := stamp.differences(old, sampling):
         raise UserError(
@@ -333,6 +340,8 @@ def _sample(
                 seconds = (time.perf_counter() - started) / sum(map(len, made))
                 left = seconds * (len(rows) - bar.n)
                 bar.write(f"06: {seconds:.1f} s an answer, about {left / 60:.1f} minutes to go")
+    if missing:
+        ownership.seal(files.samples)
     return [answer for number in range(len(every)) for answer in known[number]]
 
 

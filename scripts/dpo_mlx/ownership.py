@@ -37,10 +37,17 @@ LITTER = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class Mark:
-    """What tells one content from another."""
+    """What tells one content from another. One that grows is how the content begins: writing the
+    manifest for every row would cost more than the row.
+    """
 
-    bytes: int
+    size: int
     sha256: str
+    grows: bool = False
+
+    @classmethod
+    def of(cls, content: bytes, grows: bool = False) -> Mark:
+        return cls(len(content), hashlib.sha256(content).hexdigest(), grows)
 
 
 class Status(Enum):
@@ -76,21 +83,34 @@ def write(path: Path, content: bytes) -> None:
     """Replace a file, atomically. Raises UserError for one that is not ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable.disk_errors(path), _alone_in(path.parent):
-        _claim(path, Mark(len(content), hashlib.sha256(content).hexdigest()))
+        _claim(path, Mark.of(content))
         durable.replace(path, content)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add to a file, all or nothing. Raises UserError for one that is not ours."""
+    """Add to a file, all or nothing; what is added is known by what stands before it until `seal`.
+
+    Raises UserError for a file that is not ours.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with durable.disk_errors(path), _alone_in(path.parent):
-        before = path.read_bytes() if _is_regular(path) else b""
-        after = hashlib.sha256(before + content).hexdigest()
-        _claim(path, Mark(len(before) + len(content), after))
+        require(path)
+        if not path.exists():
+            _claim(path, Mark.of(b""))
+            durable.replace(path, b"")
+        if not _is_known_to_grow(path):
+            _claim(path, Mark.of(path.read_bytes() or content, grows=True))
         durable.append(path, content)
 
 
+def seal(path: Path) -> None:
+    """Nothing will be added to a file any more: from now on all of it tells it from others."""
+    with durable.disk_errors(path), _alone_in(path.parent):
+        _claim(path, mark_of(path))
+
+
 def cut(path: Path, size: int) -> None:
-    """Shorten a file of ours, whose last row a kill has torn."""
+    """Shorten a file of ours, of whose last row a kill has left a part."""
     require(path)
     with path.open("r+b") as file:
         file.truncate(size)
@@ -229,7 +249,7 @@ def _claim(path: Path, new: Mark) -> None:
     temporary = durable.temporary_name(path)
     if path.name not in manifest and os.path.lexists(temporary):
         raise _not_ours(temporary, Status.FOREIGN)
-    marks = [mark_of(path), new] if path.exists() else [new]
+    marks = list(dict.fromkeys([mark_of(path), new] if path.exists() else [new]))
     if manifest.get(path.name) != marks:
         _write_manifest(path.parent, {**manifest, path.name: marks})
 
@@ -260,17 +280,28 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _is_one_of(path: Path, marks: list[Mark]) -> bool:
-    """Whether a file has one of these contents, or the first and a part of what an append adds."""
+    """Whether a file has one of these contents, or begins like one that grows."""
     if not _is_regular(path):
         return False
     size = path.stat().st_size
-    if any(mark.bytes == size for mark in marks) and mark_of(path) in marks:
+    if any(mark.size == size for mark in marks) and mark_of(path) in marks:
         return True
+    # Of what was first appended to an empty file, a kill may leave any part.
     first, last = marks[0], marks[-1]
-    if not first.bytes <= size < last.bytes <= WHOLE_BYTES:
+    is_torn = first.size == 0 and last.grows and size < last.size
+    return is_torn or any(_begins_like(path, mark) for mark in marks)
+
+
+def _begins_like(path: Path, mark: Mark) -> bool:
+    if not mark.grows:
         return False
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(first.bytes)).hexdigest() == first.sha256
+        return Mark.of(file.read(mark.size), grows=True) == mark
+
+
+def _is_known_to_grow(path: Path) -> bool:
+    marks = read_manifest(path.parent)[path.name]
+    return any(_begins_like(path, mark) for mark in marks)
 
 
 def _is_regular(path: Path) -> bool:

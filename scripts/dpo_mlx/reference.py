@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from . import jsonl, records, stamp
+from . import jsonl, ownership, records, stamp
 from .errors import UserError
 from .pairs import EncodedPair, Sequence
 from .typed import Count, Finite
@@ -59,6 +59,8 @@ def load_or_compute(
         jsonl.append(rows_path, more)
         rows += more
         progress(len(rows))
+        if len(rows) == len(pairs):
+            ownership.seal(rows_path)
     return [Reference(row["chosen"], row["rejected"]) for row in rows]
 
 

@@ -66,6 +66,7 @@ def train_dpo(config: Config, stage: str) -> bool:
     end = _run(phases, stage)
     if end is None:
         return True
+    ownership.seal(config.run / "metrics.jsonl")
     outcome.write(config.run, end)
     stamp.write(stamp_path, inputs)
     _refuse_changes(inputs, training_inputs(config), adapters)
