@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
@@ -188,7 +189,7 @@ CASES: dict[str, Case] = {
     # the config
     "config missing": file("c.yaml", None, "no such file", "--config", script="06"),
     "config is a directory": directory("c.yaml", "is a directory"),
-    "config is no YAML": file("c.yaml", b"a: [\n", "not valid YAML", script="11"),
+    "config is no YAML": file("c.yaml", b"a: [\n", "cannot be read as YAML: line", script="11"),
     "config empty": file("c.yaml", b"", "found nothing", script="12"),
     "unknown key": setting("train.learning_rat=1", "c.yaml", "mean train.learning_rate?"),
     "mistyped section": setting("trian.epochs=1", "c.yaml", "trian: unknown key"),
@@ -359,7 +360,7 @@ CASES: dict[str, Case] = {
         more=("--set", "model=other"),
     ),
     "checkpoint of other pairs": checkpoint(
-        lambda f: Path(TRAIN).write_bytes(GOOD_PAIR * 9), "pairs", "train.restart"
+        lambda f: runs.write_pairs(Path(TRAIN), 9), "pairs", "train.restart"
     ),
     "adapters of another model": model(
         other_weights, ADAPTERS, "were not trained on other", script="11"
