@@ -12,8 +12,9 @@ from .errors import UserError
 CONFIG, STATE, DATA = 2**20, 2**26, 2**30
 
 # What is not a file, although it has a path.
+DIRECTORY = "a directory"
 KINDS = {
-    stat.S_IFDIR: "a directory",
+    stat.S_IFDIR: DIRECTORY,
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -53,16 +54,31 @@ def read(path: Path, most: int, remedy: str) -> bytes:
     return content
 
 
-def shown(value: object) -> str:
+def other_kind(path: Path) -> str | None:
+    """What stands at a path if it is no regular file, as in "is a pipe". None for a file, and where
+    nothing is.
+    """
+    try:
+        return _other_kind(path.stat())
+    except (OSError, ValueError):
+        return None
+
+
+def shown(value: object, most: int = SHOWN) -> str:
     """A value as a message shows it: on one line, control characters escaped, and cut."""
     text = str(value)
-    start = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:SHOWN])
-    return start if len(text) <= SHOWN else f"{start}..."
+    start = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return start if len(text) <= most else f"{start}..."
+
+
+def _other_kind(status: os.stat_result) -> str | None:
+    if stat.S_ISREG(status.st_mode):
+        return None
+    return KINDS.get(stat.S_IFMT(status.st_mode), "something else")
 
 
 def _require_file(status: os.stat_result, name: str, most: int, remedy: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+    if kind := _other_kind(status):
         raise UserError(f"{name}: is {kind}, not a file; {remedy}")
     if status.st_size > most:
         raise UserError(_too_large(name, status.st_size, most, remedy))

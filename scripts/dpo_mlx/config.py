@@ -67,6 +67,8 @@ TEMPLATE_CALL = (
 # Characters of a name or a path, and of a system message or an argument of the chat template; the
 # name of a key, and the faults that are listed.
 LONGEST_NAME, LONGEST_TEXT, LONGEST_KEY, MOST_FAULTS = 1000, 100_000, 100, 20
+# Bytes of a file's name: disks take 255, of which derived and temporary names need some.
+LONGEST_FILE_NAME = 200
 # Of a chat template's argument.
 LARGEST_ARGUMENT = 2**53
 # Log-probs that are divided by less overflow.
@@ -426,6 +428,11 @@ def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults:
     except (TypeError, ValueError, OverflowError):
         faults.append(f"{dotted}: expected {_name(allowed[0])}, found {_kind(value)}")
         return None
+    texts = [text for text in (value if isinstance(value, list) else [value]) if type(text) is str]
+    for text in texts:
+        if fault := _text_fault(text, rules.get("longest", LONGEST_NAME), rules.get("blanks", "")):
+            faults.append(f"{dotted}: {fault}")
+            return None
     low, high, choices = rules.get("low"), rules.get("high"), rules.get("choices")
     if low is not None and not value >= low:
         faults.append(f"{dotted}: {_short(value)} is too small; the least is {low}")
@@ -433,10 +440,6 @@ def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults:
         faults.append(f"{dotted}: {_short(value)} is too large; the most is {high}")
     if choices and value not in choices:
         faults.append(f"{dotted}: {_short(value)} is not one of {', '.join(map(str, choices))}")
-    for text in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
-        if fault := _text_fault(text, rules.get("longest", LONGEST_NAME), rules.get("blanks", "")):
-            faults.append(f"{dotted}: {fault}")
-            return None
     return _expanded(value, dotted, faults) if rules.get("is_path") else value
 
 
@@ -446,6 +449,9 @@ def _expanded(path: str, dotted: str, faults: list[str]) -> str:
     if expanded.startswith("~"):
         user = shown(path.partition("/")[0])
         faults.append(f"{dotted}: no user's home is {user}; write ./{user} for a folder")
+    longest = max(len(name.encode()) for name in expanded.split("/"))
+    if longest > LONGEST_FILE_NAME:
+        faults.append(f"{dotted}: a name of {longest} bytes in it; the most is {LONGEST_FILE_NAME}")
     return expanded
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .bounded import shown
+from .bounded import DIRECTORY, other_kind, shown
 from .lock import LOCK, OWN
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What stage 06 writes beside the train pairs: the suffixes in the place of the file's own.
 BESIDE_PAIRS = (".report.json", ".samples.jsonl", ".samples.inputs.json", ".lock")
 SWEEP = "_sweep"
+OWN_FOLDER = "name a folder of its own, like data/runs/NAME"
 # Folders of this repository in which no run belongs.
 SHIPPED = [
     Path(__file__).resolve().parents[2] / name
@@ -46,7 +47,7 @@ def places(config: Config, file: Path) -> Iterator[Place]:
     """Every path of a run whose config is `file`, those that the config names first."""
     data = config.data
     yield Place("--config", file, written=False)
-    yield Place("model", Path(config.model), written=False)
+    yield Place("model", Path(config.model), written=config.demo_model)
     yield Place("data.valid_pairs", Path(data.valid_pairs), written=True)
     yield Place("data.train_pairs", Path(data.train_pairs), written=True)
     yield Place("data.source", Path(data.source), written=False)
@@ -60,7 +61,11 @@ def places(config: Config, file: Path) -> Iterator[Place]:
 
 def sweep_folder(config: Config) -> Path:
     """Where the runs of a sweep are, beside the run's own folder."""
-    run = config.run if config.run.name not in ("", "..") else config.run.resolve()
+    run = config.run
+    if run.name in ("", ".."):
+        run = Path(os.path.realpath(run))
+    if not run.name:  # the root of the disk
+        return run
     return run.with_name(f"{run.name}{SWEEP}")
 
 
@@ -69,37 +74,58 @@ def conflicts(config: Config, file: Path) -> list[str]:
     a run_dir that is no folder of a run's own, two paths that would write one file, or one into
     another.
     """
-    faults = [*_no_files(config), *_of_run_dir(config, file)]
-    return faults or [*_collisions(config, file)]
+    # Each of these makes no sense of what the one before refuses.
+    return (
+        [*_no_names(config)]
+        or [*_no_files(config, file), *_no_run_dir(config)]
+        or [*_collisions(config, file)]
+        or [*_around_others(config, file)]
+    )
 
 
-def _no_files(config: Config) -> Iterator[str]:
+def _no_names(config: Config) -> Iterator[str]:
     for name in ("source", "train_pairs", "valid_pairs"):
         value = getattr(config.data, name)
-        if Path(value).name in ("", "..") or value.endswith("/") or os.path.isdir(value):
+        if Path(value).name in ("", "..") or value.endswith("/"):
             yield f"data.{name}: {shown(value)} is a directory, not a file; name a file"
 
 
-def _of_run_dir(config: Config, file: Path) -> Iterator[str]:
+def _no_files(config: Config, file: Path) -> Iterator[str]:
+    """A line for each place of a file where something else stands: a stage would wait for ever to
+    open a pipe.
+    """
+    for place in places(config, file):
+        kind = other_kind(place.path)
+        if kind and not (kind == DIRECTORY and place.key in ("model", "run_dir")):
+            yield f"{place.key}: {shown(place.path)} is {kind}, not a file; name another place"
+
+
+def _no_run_dir(config: Config) -> Iterator[str]:
     run, value = Path(os.path.realpath(config.run)), shown(config.run_dir)
-    remedy = "name a folder of its own, like data/runs/NAME"
     if not run.name:
-        yield f"run_dir: {value} is the root of the disk; {remedy}"
+        yield f"run_dir: {value} is the root of the disk; {OWN_FOLDER}"
     elif _is_below(Path(os.path.expanduser("~")), run):
-        yield f"run_dir: {value} is your home folder, or holds it; {remedy}"
+        yield f"run_dir: {value} is your home folder, or holds it; {OWN_FOLDER}"
     elif any(_is_below(path, run) or _is_below(run, path) for path in SHIPPED):
-        yield f"run_dir: {value} is among the files of this repository; {remedy}"
-    elif os.path.lexists(config.run) and not config.run.is_dir():
-        yield f"run_dir: {value} is no folder; {remedy}"
-    else:
-        for key, path in (("--config", file), ("data.source", Path(config.data.source))):
-            folder = Path(os.path.realpath(path)).parent
-            if folder != run and _is_below(folder, run):
-                yield f"run_dir: {value} holds the folder of {key} ({shown(path)}); {remedy}"
+        yield f"run_dir: {value} is among the files of this repository; {OWN_FOLDER}"
+    elif os.path.lexists(config.run) and not os.path.isdir(config.run):
+        yield f"run_dir: {value} is no folder; {OWN_FOLDER}"
+
+
+def _around_others(config: Config, file: Path) -> Iterator[str]:
+    """A run's files among a project's folders would be hard to tell from the project's."""
+    run = Path(os.path.realpath(config.run))
+    for key, path in (("--config", file), ("data.source", Path(config.data.source))):
+        folder = Path(os.path.realpath(path)).parent
+        if folder != run and _is_below(folder, run):
+            yield (
+                f"run_dir: {shown(config.run_dir)} holds the folder of {key} ({shown(path)}); "
+                f"{OWN_FOLDER}"
+            )
 
 
 def _collisions(config: Config, file: Path) -> Iterator[str]:
-    told = set()  # a folder stands in the way of many files, which one line says
+    told = set()  # keys: a folder stands in the way of many files, and one line is enough
     every = [(place, _identity(place.path)) for place in places(config, file)]
     for (one, first), (other, second) in itertools.combinations(every, 2):
         if not (one.written or other.written) or (one.derived and other.derived):
@@ -112,8 +138,8 @@ def _collisions(config: Config, file: Path) -> Iterator[str]:
             how = "would have to hold"
         else:
             continue
-        if (one.key, other.key, other.derived) not in told:
-            told.add((one.key, other.key, other.derived))
+        if (one.key, other.key) not in told:
+            told.add((one.key, other.key))
             yield f"{one.key}: {shown(one.path)} {how} {other.words}; name another path"
 
 

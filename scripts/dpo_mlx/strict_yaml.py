@@ -19,6 +19,8 @@ from .bounded import shown
 DEEPEST, MOST_VALUES = 10, 2000
 # Characters of a number: 2^64 has 20 digits, a float in full some 25.
 LONGEST_NUMBER = 100
+# Characters of the file's own words in a message.
+WORDS = 60
 
 _TAG = "tag:yaml.org,2002:"
 STRING, INTEGER, FLOAT, MERGE = (_TAG + name for name in ("str", "int", "float", "merge"))
@@ -60,7 +62,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or event.anchor:
             raise _fault(event, "anchors (&) and aliases (*) are not read here; write it out")
         if event.tag:
-            tag = shown(event.tag.replace(_TAG, "!!"))
+            tag = shown(event.tag.replace(_TAG, "!!"), WORDS)
             raise _fault(event, f"tags like {tag} are not read here; remove it")
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -75,10 +77,10 @@ class _Loader(yaml.SafeLoader):
             if key.tag != STRING:
                 raise _fault(key, f"{_words(key)} is not the name of a key; write a name")
             if key.value in first:
+                name = shown(key.value, WORDS)
+                earlier = first[key.value]
                 raise _fault(
-                    key,
-                    f"the key {shown(key.value)} stands on line {first[key.value]} already; remove "
-                    "one of the two",
+                    key, f"the key {name} stands on line {earlier} already; remove one of the two"
                 )
             first[key.value] = line
         return super().construct_mapping(node, deep)
@@ -101,7 +103,7 @@ def _require_plain(node: yaml.ScalarNode) -> None:
 
 
 def _words(node: yaml.Node) -> str:
-    return shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a section"
+    return shown(node.value, WORDS) if isinstance(node, yaml.ScalarNode) else "a list or a section"
 
 
 def _fault(at: Any, problem: str) -> yaml.MarkedYAMLError:
