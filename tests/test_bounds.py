@@ -13,6 +13,7 @@ import typing
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -397,7 +398,7 @@ def test_a_number_beyond_its_bounds_is_refused(key, here):
     config.load(Path("c.yaml"), ["train.grad_checkpoint=false", f"{key}={high}"])
     far = ("1e308", "-1e308") if isinstance(high, float) else (10**30, -(10**30))
     for value in (high + 1, low - 1, *far, "1e999", ".inf", "-.inf", ".nan"):
-        line = line_of(lambda value=value: config.load(Path("c.yaml"), [f"{key}={value}"]))
+        line = line_of(partial(config.load, Path("c.yaml"), [f"{key}={value}"]))
         assert line.startswith(f"c.yaml: {key}: ")
 
 

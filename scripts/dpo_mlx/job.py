@@ -81,6 +81,7 @@ def prepare(config: Config) -> Job:
                 f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
                 f"{config.data.max_length} tokens and dropped (lines {few(dropped)})"
             )
+            read[split] = [pair for pair in read[split] if pair.line not in {*dropped}]
     need = pairs_per_update(config.train)
     if len(encoded[TRAIN]) < need:
         raise UserError(
