@@ -10,9 +10,9 @@ import mlx.core as mx
 import pytest
 from dpo_mlx import models
 from dpo_mlx.config import LoraConfig
-from dpo_mlx.durable import MARK, new_folder
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
+from dpo_mlx.ownership import MANIFEST, new_folder
 from dpo_mlx.pairs import Sequence
 from mlx.utils import tree_flatten
 from runs import differences, saved
@@ -144,5 +144,5 @@ def test_a_copy_takes_the_place_of_a_folder(tmp_path, llama):
         (temporary / "old").touch()
     models.copy_adapters(source, target)
     names = {path.name for path in target.iterdir()}
-    assert names == {models.ADAPTERS, models.ADAPTER_CONFIG, MARK}
+    assert names == {models.ADAPTERS, models.ADAPTER_CONFIG, MANIFEST}
     assert differences(saved(target), saved(source)) == 0

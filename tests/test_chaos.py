@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chaos import run as chaos
 from conftest import REPOSITORY
-from dpo_mlx import config, durable, lock
+from dpo_mlx import config, durable, lock, ownership
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
@@ -41,16 +42,15 @@ def run_chain(folder: Path) -> None:
 def watched(patch: pytest.MonkeyPatch, before_each: Callable[[], None]) -> None:
     """Calls `before_each` before every moment at which the disk changes for good."""
 
-    def watch(original: Callable[[object], None]) -> Callable[[object], None]:
-        def call(argument: object) -> None:
+    def watch(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def call(argument: Any) -> None:
             before_each()
             original(argument)
 
         return call
 
-    for name in ("sync_file", "_delete"):
-        patch.setattr(durable, name, watch(getattr(durable, name)))
-    patch.setattr("dpo_mlx.jsonl.sync_file", durable.sync_file)
+    patch.setattr(durable, "sync_file", watch(durable.sync_file))
+    patch.setattr(ownership, "_delete", watch(ownership._delete))
 
 
 def test_from_every_moment_on_the_chain_ends_in_the_same_bytes(tmp_path, llama, monkeypatch):
@@ -137,8 +137,8 @@ def test_training_that_the_system_kills_is_started_again_to_the_same_end(tmp_pat
     ) as supervisor:
         while supervisor.poll() is None and not [*killed.glob("run/checkpoints/sft-*")]:
             time.sleep(0.01)
-        holder = (killed / "run" / lock.LOCK).read_text()  # "process 123 on ..."
-        os.kill(int(holder.split()[1]), signal.SIGKILL)
+        holder = (killed / "run" / lock.LOCK).read_text().removeprefix(lock.HEADER)
+        os.kill(int(holder.split()[1]), signal.SIGKILL)  # "process 123 on ..."
         _, said = supervisor.communicate()
     assert supervisor.returncode == 0, said
     assert said.count("Starting it again from where it was") == 1

@@ -290,13 +290,36 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**values, **changes}))
 
 
+def edit_state(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / STATE).read_text())
+    edit(folder / STATE, state={**values["state"], **changes})
+
+
+def scale(path: Path, factor: float = 1.5) -> None:
+    tensors: Any = mx.load(str(path))
+    mx.save_safetensors(str(path), {name: factor * array for name, array in tensors.items()})
+
+
 DAMAGES = {
     "cut state": (lambda f: (f / STATE).write_text('{"vers'), "state.json: broken JSON"),
     "no state": (lambda f: (f / STATE).unlink(), "state.json: no such file"),
-    "a list": (lambda f: (f / STATE).write_text("[]"), 'state.json: lacks "version"'),
-    "no version": (lambda f: (f / STATE).write_text("{}"), 'state.json: lacks "version"'),
+    "a list": (lambda f: (f / STATE).write_text("[]"), "state.json: the file must be an object"),
+    "no version": (lambda f: (f / STATE).write_text("{}"), "written by another version .None"),
     "another version": (lambda f: edit(f / STATE, version=99), "another version .99, this one"),
-    "an unknown field": (lambda f: edit(f / STATE, extra=1), "state.json: is damaged"),
+    "an unknown field": (lambda f: edit(f / STATE, extra=1), 'state.json: has "extra"'),
+    "text for a number": (lambda f: edit_state(f, update="9"), "update. must be a whole number"),
+    "a negative number": (lambda f: edit_state(f, rows=-1), "rows. is not between 0 and"),
+    "a number of 400 digits": (lambda f: edit_state(f, rows=10**400), "rows. is not between"),
+    "a list for measures": (lambda f: edit_state(f, written=[]), "written. must be an object"),
+    "another number": (lambda f: edit_state(f, skipped=1), "state.json: was changed since"),
+    "other adapters": (
+        lambda f: scale(f / models.ADAPTERS),
+        "adapters.safetensors: was changed since",
+    ),
+    "adapters that are not finite": (
+        lambda f: scale(f / models.ADAPTERS, float("nan")),
+        "adapters.safetensors: .* NaN or infinite",
+    ),
     "cut adapters": (
         lambda f: (f / models.ADAPTERS).write_bytes((f / models.ADAPTERS).read_bytes()[:-50]),
         "adapters.safetensors: cannot be used",
@@ -323,6 +346,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
         shutil.rmtree(newest)
         assert train_dpo(unfinished, ALL)
         assert (unfinished.run / "checkpoints/dpo-000014").exists()
+
+
+def test_a_backup_stays_and_is_not_gone_on_from(unfinished):
+    """A copied checkpoint: under a name of its own it is left alone, under one that a checkpoint
+    could have it is named. So is a checkpoint with somebody's notes in it when it is pruned.
+    """
+    folder = unfinished.run / "checkpoints"
+    shutil.copytree(folder / "dpo-000010", folder / "dpo-000010-my-backup")
+    shutil.copytree(folder / "dpo-000010", folder / "dpo-000099")
+    with pytest.raises(UserError, match="dpo-000099: is a copy of update 10 of dpo"):
+        train_dpo(unfinished, ALL)
+    shutil.rmtree(folder / "dpo-000099")
+    (folder / "dpo-000009/notes.txt").write_text("the best so far")
+    assert train_dpo(unfinished, ALL)
+    assert (folder / "dpo-000009/notes.txt").read_text() == "the best so far"
+    assert (folder / "dpo-000010-my-backup" / STATE).exists()
 
 
 # How often -------------------------------------------------------------------------------------

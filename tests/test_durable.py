@@ -12,9 +12,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import durable, jsonl, models
-from dpo_mlx.durable import MARK, new_folder, remove_folder, require_space
+from dpo_mlx import durable, jsonl, models, ownership
+from dpo_mlx.durable import require_space
 from dpo_mlx.errors import UserError
+from dpo_mlx.ownership import MANIFEST, new_folder, remove_folder
 
 
 def fill(folder: Path, text: str) -> Path:
@@ -46,7 +47,7 @@ def test_a_new_folder_takes_the_old_one_s_place(tmp_path):
     """Twice under one name: the second content alone, and nothing beside it."""
     folder = fill(tmp_path / "a" / "f", "old")
     fill(folder, "new")
-    assert names(folder) == {"file", "below", MARK}
+    assert names(folder) == {"file", "below", MANIFEST}
     assert (folder / "file").read_text() == (folder / "below" / "more").read_text() == "new"
     assert names(folder.parent) == {"f"}
 
@@ -62,8 +63,8 @@ def test_at_every_moment_a_whole_folder_is_there(tmp_path, monkeypatch):
 
         return look_first
 
-    for name in ("sync", "_delete"):
-        monkeypatch.setattr(durable, name, watched(getattr(durable, name)))
+    monkeypatch.setattr(durable, "sync", watched(durable.sync))
+    monkeypatch.setattr(ownership, "_delete", watched(ownership._delete))
     fill(folder, "new")
     assert set(seen) == {("old", "old"), ("new", "new")}
 
@@ -102,12 +103,15 @@ def foreign_link(path: Path) -> None:
     path.symlink_to(fill(path.with_name("elsewhere"), "mine"))
 
 
+TEMPORARY = ".f.dpo-mlx.tmp"
+
+
 @pytest.mark.parametrize("make", [foreign_folder, foreign_link, Path.touch])
 def test_what_was_not_made_here_stays(make, tmp_path):
-    """A folder without the mark, a link to one, a file: not replaced, not removed, and neither
+    """A folder without a manifest, a link to one, a file: not replaced, not removed, and neither
     under the temporary name.
     """
-    for name in ("f", ".f.tmp"):
+    for name in ("f", TEMPORARY):
         shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
         make(tmp_path / name)
         before = sorted(tmp_path.rglob("*"))
@@ -122,10 +126,10 @@ def test_what_was_not_made_here_stays(make, tmp_path):
 
 
 def test_leftovers_of_a_crash_are_no_hindrance(tmp_path):
-    """A half-made temporary folder, one killed before its mark, an empty folder of that name."""
-    fill(tmp_path / ".f.tmp", "half")
+    """A half-made temporary folder, one killed before its manifest, an empty folder."""
+    fill(tmp_path / "g", "half").rename(tmp_path / TEMPORARY)
     assert (fill(tmp_path / "f", "new") / "file").read_text() == "new"
-    (tmp_path / ".f.tmp").mkdir()
+    (tmp_path / TEMPORARY).mkdir()
     fill(tmp_path / "f", "newer")
     (tmp_path / "g").mkdir()
     fill(tmp_path / "g", "new")
@@ -156,7 +160,7 @@ def test_a_full_disk_in_write_leaves_the_old_file(tmp_path):
     with small_files(), pytest.raises(OSError) as error:
         jsonl.write(path, [{"b": "y" * 5000}])
     assert error.value.errno == errno.EFBIG
-    assert path.read_text() == '{"a": 1}\n' and names(tmp_path) == {"rows.jsonl"}
+    assert path.read_text() == '{"a": 1}\n' and names(tmp_path) == {"rows.jsonl", MANIFEST}
 
 
 def test_a_full_disk_in_tensors_is_an_oserror(tmp_path):

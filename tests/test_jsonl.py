@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from dpo_mlx import jsonl
 from dpo_mlx.errors import UserError
+from dpo_mlx.ownership import MANIFEST
 
 ROW = {"q": "Où? 日本 🙂", "n": 1}
 
@@ -99,7 +100,7 @@ def test_write_replaces_the_whole_and_leaves_no_temporary(file, tmp_path):
     for rows in ([ROW] * 100, [{"a": 1}]):
         jsonl.write(deep, rows)
     assert deep.read_text() == '{"a": 1}\n'
-    assert list(deep.parent.iterdir()) == [deep]
+    assert set(deep.parent.iterdir()) == {deep, deep.with_name(MANIFEST)}
 
 
 def test_failed_write_keeps_the_old_file(file, monkeypatch):
@@ -116,7 +117,7 @@ def test_failed_write_keeps_the_old_file(file, monkeypatch):
     assert file.read_bytes() == before
     monkeypatch.undo()
     jsonl.write(file, [{"a": 1}])
-    assert list(file.parent.iterdir()) == [file]
+    assert set(file.parent.iterdir()) == {file, file.with_name(MANIFEST)}
 
 
 def test_append_adds_lines(file):
@@ -129,7 +130,8 @@ def test_append_adds_lines(file):
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_torn_last_line_is_cut_off(cut, file):
     """Wherever a crash tore the last append, whole rows remain and the next append fits on."""
-    jsonl.append(file, [{"a": 1}, {"a": 2}])
+    jsonl.append(file, [{"a": 1}])
+    jsonl.append(file, [{"a": 2}])
     file.write_bytes(file.read_bytes()[:-cut])
     assert jsonl.read_whole_lines(file) == [{"a": 1}]
     jsonl.append(file, [{"a": 3}])
@@ -159,12 +161,12 @@ def test_digest_is_sha256_of_the_content(file):
 
 
 def test_json_value(file, tmp_path):
-    """One value, written and read; what is broken or absent names the stage as the remedy."""
+    """One value, written and read; what is broken or absent is named with the remedy."""
     jsonl.write_json(file, {"a": [1, "é"]})
     assert jsonl.read_json(file) == {"a": [1, "é"]} == json.loads(file.read_text())
     for content in (b"{", b"\xff"):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="broken JSON; delete it and run the stage"):
-            jsonl.read_json(file)
-    with pytest.raises(UserError, match="no such file; run the stage"):
-        jsonl.read_json(tmp_path / "absent.json")
+        with pytest.raises(UserError, match="broken JSON; REMEDY"):
+            jsonl.read_json(file, "REMEDY")
+    with pytest.raises(UserError, match="no such file; REMEDY"):
+        jsonl.read_json(tmp_path / "absent.json", "REMEDY")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from dpo_mlx import lock, signals
 from dpo_mlx.errors import UserError
-from dpo_mlx.lock import LOCK, OWN
+from dpo_mlx.lock import FILES, FOLDERS, LOCK
 
 # Holds a folder until it is killed.
 HOLDER = """
@@ -41,18 +41,42 @@ def test_the_second_is_told_who_holds_it(tmp_path):
             pass
         holder.kill()
     with lock.run_folder(run):
-        assert (run / LOCK).read_text().startswith(f"process {os.getpid()} on ")
-    assert (run / LOCK).read_bytes() == b""
+        assert (run / LOCK).read_text().startswith(f"{lock.HEADER}process {os.getpid()} on ")
+    assert (run / LOCK).read_text() == lock.HEADER
 
 
-@pytest.mark.parametrize("name", sorted(OWN - {"stamps"}))
+@pytest.mark.parametrize("name", sorted(FILES | FOLDERS))
 def test_a_folder_of_someone_else_is_no_run_s(name, tmp_path):
-    """Something under a name that a run would write: refused before anything is touched."""
-    (tmp_path / name).mkdir()
-    told = f"run_dir: {tmp_path} is no run's folder.* its {name};"
+    """Something under a name that a run would replace: refused before anything is touched."""
+    theirs = tmp_path / name if name in FILES else tmp_path / name / "thesis.txt"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("mine")
+    told = f"{tmp_path / name}: was not made by this pipeline.*run_dir"
     with pytest.raises(UserError, match=told), lock.run_folder(tmp_path):
         pass
-    assert os.listdir(tmp_path) == [name]
+    assert set(os.listdir(tmp_path)) == {name, LOCK} and theirs.read_text() == "mine"
+
+
+def foreign_text(path: Path) -> None:
+    path.write_text("held by another tool")
+
+
+def foreign_link(path: Path) -> None:
+    path.with_name("target").write_text("mine")
+    path.symlink_to("target")
+
+
+@pytest.mark.parametrize("make", [foreign_text, foreign_link, os.mkfifo, Path.mkdir])
+def test_another_tool_s_lock_stays(make, tmp_path):
+    """A text, a link, a pipe or a folder under the lock's name: named, and as it was."""
+    path = tmp_path / LOCK
+    make(path)
+    before = {entry: entry.lstat() for entry in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"{path}: is no lock of this pipeline"):
+        lock.run_folder(tmp_path).__enter__()
+    assert {entry: entry.lstat().st_size for entry in tmp_path.iterdir()} == {
+        entry: stat.st_size for entry, stat in before.items()
+    }
 
 
 def test_a_run_s_own_folder_is_taken_again(tmp_path):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from dpo_mlx import config, jsonl, make_pairs, worker
+from dpo_mlx import config, durable, jsonl, make_pairs, worker
 from dpo_mlx.errors import UserError
+from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.sampling import Answer
 from dpo_mlx.signals import Interrupted
 
@@ -51,7 +52,9 @@ def make(settings: Settings, *overrides: str) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Of every file but the manifest, which also knows what was there before."""
+    files = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def rows(folder: Path, split: str) -> list[dict[str, str]]:
@@ -102,6 +105,18 @@ def test_same_seed_same_pairs(settings):
         assert (first / name).read_bytes() != (third / name).read_bytes()
 
 
+def tear_next_append(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of appending a row."""
+
+    def half(path: Path, content: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(content[: len(content) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "append", half)
+        jsonl.append(path, [{"batch": 1, "questions": ["Why?"] * 8, "answers": []}])
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
     """Stopped in the second batch: the first is kept, and the end is as if never stopped."""
@@ -120,8 +135,7 @@ def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
     folder = Path(settings["data"]["train_pairs"]).parent
     assert not (folder / "train.jsonl").exists()
     if torn:
-        with (folder / "train.samples.jsonl").open("a") as file:
-            file.write('{"batch": 1, "questions": ["Wh')
+        tear_next_append(folder / "train.samples.jsonl", monkeypatch)
     make(settings)
     assert contents(folder) == undisturbed
     assert sampled == [8, 8, 8, 6]  # of which the first before the stop
@@ -178,19 +192,22 @@ def test_changed_question_is_asked_anew(settings, questions, sampled):
 
 
 def test_edited_pairs_are_not_overwritten(settings, sampled):
-    """A hand-edited file survives a skip and a change of settings; restart=true replaces it."""
+    """A hand-edited file survives a skip and a change of settings; restart=true sets it aside."""
     folder = make(settings, "data.limit=16")
     original = contents(folder)
     path = folder / "valid.jsonl"
     path.write_text(path.read_text().replace("**", "__"))
     edited = contents(folder)
     make(settings, "data.limit=16")
-    with pytest.raises(UserError, match=f"{path}: .*edited.*generation.restart=true"):
+    with pytest.raises(UserError, match=f"{path}: was changed since.*generation.restart=true"):
         make(settings, "data.limit=30")
     assert contents(folder) == edited
     sampled.clear()
     make(settings, "data.limit=16", "generation.restart=true")
     assert sampled == [], "the samples are of these settings"
+    aside = folder / "valid.jsonl.old-1"
+    assert aside.read_bytes() == edited["valid.jsonl"]
+    aside.unlink()
     assert contents(folder) == original
 
 
@@ -199,7 +216,7 @@ def test_foreign_pairs_are_not_overwritten(settings):
     path = Path(settings["data"]["train_pairs"])
     path.parent.mkdir(parents=True)
     path.write_text("mine\n")
-    with pytest.raises(UserError, match=f"{path}: was not written by this stage"):
+    with pytest.raises(UserError, match=f"{path}: was not made by this pipeline"):
         make(settings)
     assert contents(path.parent) == {"train.jsonl": b"mine\n"}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, pages, stamp
+from . import jsonl, outcome, pages
 from .config import Config, Scalar
 from .make_pairs import read_report
 
@@ -31,7 +31,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         name=config.run.name,
         base=Path(config.model).name if Path(config.model).is_dir() else config.model,
         counts=read_report(config),
-        training=stamp.read(config.run / "outcome.json"),
+        training=outcome.read(config.run),
         fuse=report["fuse"],
         voice=report.get("voice"),
         fluency=report.get("fluency"),

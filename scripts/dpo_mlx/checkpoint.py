@@ -7,6 +7,7 @@ each batch of answers is seeded by its number.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import durable, jsonl, models, stamp
+from . import jsonl, models, ownership, records, stamp
 from .config import LoraConfig
 from .errors import UserError
 from .guard import Kept
 from .phase import PHASES, SFT
+from .typed import Count
 from .writing import Measures
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -47,14 +49,14 @@ class State:
     """
 
     phase: str
-    update: int = 0
-    rows: int = 0
+    update: Count = 0
+    rows: Count = 0
     evaluated: bool = False
     written: Measures = field(default_factory=dict)
     base: Measures = field(default_factory=dict)
     best: Kept | None = None
-    skipped: int = 0
-    in_a_row: int = 0
+    skipped: Count = 0
+    in_a_row: Count = 0
     stopped: list[str] = field(default_factory=list)
 
 
@@ -87,6 +89,15 @@ class Origin:
 
     adapters: stamp.Inputs = field(default_factory=dict)
     judgement: stamp.Inputs = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What STATE holds."""
+
+    version: int
+    state: State
+    origin: Origin
 
 
 def size(model: nn.Module) -> int:
@@ -131,33 +142,36 @@ class Checkpoints:
         # Metal reports a failed command late, and until then its arrays hold garbage.
         mx.eval(model.trainable_parameters(), optimizer.state)
         mx.synchronize()
-        with durable.new_folder(self.path(state.phase, state.update)) as temporary:
+        with ownership.new_folder(self.path(state.phase, state.update)) as temporary:
             models.save_adapters(model, lora, temporary)
             tensors: Any = tree_flatten(optimizer.state)
             models.save_tensors(temporary / OPTIMIZER, dict(tensors))
-            values = {"version": VERSION, **asdict(state), "origin": asdict(origin)}
-            jsonl.write_json(temporary / STATE, values)
+            jsonl.write_json(temporary / STATE, asdict(Saved(VERSION, state, origin)))
         self.prune()
 
     def clear(self, phase: str) -> None:
         """Remove the checkpoints of a phase and of those after it, the latest first."""
         for later in reversed(PHASES[PHASES.index(phase) :]):
             for path in reversed(self._all(later)):
-                durable.remove_folder(path)
+                ownership.remove_folder(path)
 
     def _all(self, phase: str) -> list[Path]:
-        """Those of a phase by update."""
-        return sorted(self.folder.glob(f"{phase}-*"))
+        """Those of a phase by update; a copy under another name is somebody's backup."""
+        name = re.compile(rf"{phase}-\d{{6,}}")
+        paths = self.folder.glob(f"{phase}-*")
+        return sorted(path for path in paths if name.fullmatch(path.name))
 
     def prune(self) -> None:
-        """Remove what need not be kept, also what a kill has left of that."""
-        durable.remove_leftovers(self.folder)
+        """Remove what need not be kept, also what a kill has left of that. A checkpoint in which
+        somebody put something stays.
+        """
+        ownership.remove_leftovers(self.folder)
         everything = [path for phase in PHASES for path in self._all(phase)]
         kept = {*everything[-LAST:], *self._all(SFT)[-1:]}
         kept |= set(self._known_best(kept))
         for path in everything:
-            if path not in kept:
-                durable.remove_folder(path)
+            if path not in kept and ownership.is_untouched(path):
+                ownership.remove_folder(path)
 
     def _known_best(self, paths: set[Path]) -> Iterator[Path]:
         for path in paths:
@@ -170,20 +184,20 @@ def read(path: Path) -> tuple[State, Origin]:
     """Where a checkpoint is, and what it was made of. Raises UserError for a damaged one, or one
     of another version.
     """
-    remedy = f"delete {path}, and the same command goes on from the one before"
-    try:
-        values = jsonl.read_json(path / STATE, ("version", "origin", "best"), remedy)
-        version = values.pop("version")
-        if version != VERSION:
-            raise UserError(
-                f"{path}: was written by another version ({version}, this one reads {VERSION}); "
-                f"go on with that one, or {remedy}"
-            )
-        origin = Origin(**values.pop("origin"))
-        best = values.pop("best")
-        return State(**values, best=None if best is None else Kept(**best)), origin
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE}: is damaged ({error}); {remedy}") from error
+    remedy = _remedy(path)
+    values = jsonl.read_json(path / STATE, remedy)
+    if isinstance(values, dict) and values.get("version") != VERSION:
+        raise UserError(
+            f"{path}: was written by another version ({values.get('version')!r:.20}, this one "
+            f"reads {VERSION}); go on with that one, or {remedy}"
+        )
+    saved = records.read(path / STATE, Saved, remedy)
+    if path.name != f"{saved.state.phase}-{saved.state.update:06d}":
+        raise UserError(
+            f"{path}: is a copy of update {saved.state.update} of {saved.state.phase}; give it "
+            "another name, or move it away"
+        )
+    return saved.state, saved.origin
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -194,5 +208,16 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     expected: Any = tree_flatten(optimizer.state)
     state = models.load_tensors(path / OPTIMIZER, dict(expected))
     models.load_adapters(model, path)
+    require_unchanged(path)
     optimizer.state = tree_unflatten(list(state.items()))
     mx.eval(optimizer.state)
+
+
+def require_unchanged(path: Path) -> None:
+    """Raises UserError when the tensors of a checkpoint are not those that were saved."""
+    for name in (models.ADAPTERS, OPTIMIZER):
+        ownership.require(path / name, _remedy(path))
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path}, and the same command goes on from the one before"

@@ -1,4 +1,4 @@
-"""Writes that a crash cannot halve: synced, whole under their names, only over what is ours."""
+"""Writes that a crash cannot halve: synced, and whole under their names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError
-
-# In every folder that `new_folder` makes; one without it is never replaced or removed.
-MARK = ".made_by_dpo_mlx"
 
 # What a stage writes beside its large files, in bytes: pairs, metrics, the report.
 SMALL_FILES = 20_000_000
@@ -67,75 +64,47 @@ def require_space(folder: Path, size: int, key: str) -> None:
         )
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well.
+def temporary_name(path: Path) -> Path:
+    """Where the new content of `path` is written before it takes that name."""
+    return path.with_name(f".{path.name}.dpo-mlx.tmp")
 
-    At every moment the old one or the new one is there as a whole. Raises UserError rather than
-    take the place of a folder that was not made here.
+
+def replace(path: Path, content: bytes) -> None:
+    """Give a file this content: a reader sees the old file or the whole new one.
+
+    The caller has made sure that nobody else's file stands under either name. Raises OSError, and
+    leaves the old file, when the content cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    refuse_foreign(folder)
-    temporary = _temporary(folder)
-    _delete(temporary)
-    temporary.mkdir()
+    temporary = temporary_name(path)
+    temporary.unlink(missing_ok=True)  # a killed process has left it
     try:
-        (temporary / MARK).touch()
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        if folder.exists():
-            _swap(temporary, folder)
-        else:
-            temporary.rename(folder)
-        sync(folder.parent)
-    finally:  # what is under the temporary name now is a half, or the old one
-        _delete(temporary)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            sync_file(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that `new_folder` made; it is never found half removed."""
-    refuse_foreign(folder)
-    temporary = _temporary(folder)
-    _delete(temporary)
-    folder.rename(temporary)
-    _delete(temporary)
+def append(path: Path, content: bytes) -> None:
+    """Add to the end of a file, all or nothing, and wait until it is on the disk."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[file.write(content) :]
+            sync_file(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill has left in `folder` of the other two functions' temporary folders."""
-    for path in folder.glob(".*.tmp"):
-        _delete(path)
-
-
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.tmp")
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Raises UserError for what is there and is neither `new_folder`'s nor an empty folder."""
-    if not os.path.lexists(folder) or (folder / MARK).exists() and not folder.is_symlink():
-        return
-    if folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()):
-        raise UserError(
-            f"{folder}: was not made by this pipeline, which would replace it; move it away, or "
-            "set run_dir to another folder"
-        )
-
-
-def _delete(folder: Path) -> None:
-    """Nothing happens when it is not there; the mark goes last, so that a rest is still ours."""
-    refuse_foreign(folder)
-    if folder.exists():
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != MARK:
-                path.unlink()
-        shutil.rmtree(folder)
-
-
-def _swap(one: Path, other: Path) -> None:
+def swap(one: Path, other: Path) -> None:
     """Swap two folders' names in one step; where the file system cannot, in three."""
     libc = ctypes.CDLL(None)
     names = os.fsencode(one), os.fsencode(other)

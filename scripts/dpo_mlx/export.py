@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import make_shards
 
-from . import durable, fusing, jsonl, models, stamp
+from . import fusing, jsonl, models, ownership, stamp
 from .card import CARD
 from .config import Config
 from .errors import UserError
@@ -39,7 +38,7 @@ def export(config: Config) -> Path:
         print(f"13: {folder} is up to date, skipped")
         return folder
     write(fused, models.folder_of(config.model), folder)
-    shutil.copy(fused / CARD, folder / CARD)
+    jsonl.write_text(folder / CARD, (fused / CARD).read_text(encoding="utf-8"))
     stamp.write(stamp_path, inputs)
     print(f"13: {folder} is the fused model in Hugging Face's layout")
     return folder
@@ -62,7 +61,7 @@ def write(source: Path, base: Path, folder: Path) -> None:
     parameters: Any = dict(tree_flatten(loaded.model.parameters()))
     weights = {**hugging_face_layout(about, parameters)}
     del loaded, parameters
-    with durable.new_folder(folder) as temporary:
+    with ownership.new_folder(folder) as temporary:
         models.copy_settings(base, temporary, about)
         _save_weights(weights, temporary)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import durable, jsonl, models
+from . import jsonl, models, outcome, ownership
 from .config import Config
-from .errors import UserError
 from .export import FOR_TORCH, GRANITE_HYBRID, require_layout
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -32,9 +31,7 @@ def export_peft(config: Config) -> Path:
 
     Raises UserError without adapters, and for an architecture whose layout is not known.
     """
-    adapters, folder = config.run / "adapters", config.run / "peft"
-    if not (adapters / models.ADAPTERS).is_file():
-        raise UserError(f"{adapters}: no adapters there; run 10_train_dpo.py first")
+    adapters, folder = outcome.require_adapters(config.run), config.run / "peft"
     write(adapters, models.folder_of(config.model), config.model, folder)
     print(f"13: {folder} is a PEFT adapter of {config.model}")
     return folder
@@ -48,7 +45,7 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
     modules = _modules(adapters / models.ADAPTERS)
     if about["model_type"] == GRANITE_HYBRID:
         modules = merge(modules)
-    with durable.new_folder(folder) as temporary:
+    with ownership.new_folder(folder) as temporary:
         weights = {}
         for name, (a, b) in modules.items():
             weights[f"base_model.model.{name}.lora_A.weight"] = mx.contiguous(a)

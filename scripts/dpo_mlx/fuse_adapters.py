@@ -8,9 +8,24 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import get_total_parameters
 
-from . import card, device, durable, fusing, jsonl, memory, models, pairs, stamp, worker
+from . import (
+    card,
+    device,
+    durable,
+    fuse_report,
+    fusing,
+    jsonl,
+    memory,
+    models,
+    outcome,
+    ownership,
+    pairs,
+    stamp,
+    worker,
+)
 from .config import NEAREST, ROUNDINGS, STOCHASTIC, Config
 from .errors import UserError
+from .fuse_report import FUSE
 from .job import VALID, pair_file, require_valid
 from .losses import Sides
 from .pairs import EncodedPair, Encoder
@@ -27,13 +42,12 @@ def fuse_adapters(config: Config) -> None:
     Raises UserError when the adapters are missing or belong to another model, and, with all
     written, when less of their margin is kept than `fuse.min_margin_kept`.
     """
-    adapters, fused, report_path = (config.run / n for n in ("adapters", "fused", "fuse.json"))
-    if not (adapters / models.ADAPTERS).is_file():
-        raise UserError(f"{adapters}: no adapters there; run 10_train_dpo.py first")
+    fused, report_path = config.run / "fused", config.run / FUSE
+    adapters = outcome.require_adapters(config.run)
     stamp_path, inputs = stamp.path(config.run, "11_fuse_adapters"), _inputs(config)
     if stamp.is_current(stamp_path, inputs, [fused, report_path]):
         print(f"11: {fused} is up to date, skipped")
-        report = jsonl.read_json(report_path)
+        report: Report = {**fuse_report.read(config.run)}
     else:
         trained = stamp.read(stamp.path(config.run, "10_train_dpo"))
         if trained is not None and trained.get("model files") != inputs["model files"]:
@@ -41,7 +55,7 @@ def fuse_adapters(config: Config) -> None:
                 f"{adapters}: were not trained on {config.model} as it is now; set model to the "
                 "one they were trained on, or run 10_train_dpo.py again"
             )
-        durable.refuse_foreign(fused)
+        ownership.require_folder(fused)
         report = _fuse(config)
         jsonl.write_json(report_path, report)
         card.write(config, fused, {"fuse": report})
@@ -138,7 +152,7 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     about = models.config_for(jsonl.read_json(loaded.folder / "config.json"), dtype)
     if bits := config.fuse.quantize:
         about = fusing.quantize(loaded.model, about, bits)
-    with durable.new_folder(config.run / "fused") as temporary:
+    with ownership.new_folder(config.run / "fused") as temporary:
         models.save(loaded.model, loaded.folder, temporary, about)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import GuardConfig
+from .typed import Count
 from .writing import Measures
 
 # Voice scores so near to each other are alike: the mean of eight answers is no surer than that.
@@ -17,7 +18,7 @@ class Kept:
     was: distinct word pairs and the share that ends by itself, added.
     """
 
-    update: int
+    update: Count
     voice: float
     fluency: float
 

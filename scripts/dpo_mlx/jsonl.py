@@ -1,4 +1,4 @@
-"""JSON-lines files and atomic writes: faults name `path:line`, no half file under a final name."""
+"""JSON and JSON-lines files: faults name `path:line`, and only files of ours are written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import bounded, file_kinds
-from .durable import disk_errors, sync, sync_file
+from . import bounded, file_kinds, ownership
 from .errors import UserError
 
 # Bytes of a row, which may be an answer that is too long, with each character escaped.
@@ -106,48 +105,27 @@ def _lines(rows: Iterable[Any]) -> str:
 
 
 def append(path: Path, rows: Iterable[Any]) -> None:
-    """Add rows, all or none of them, and wait until they are on the disk."""
-    text = _lines(rows).encode()
-    with disk_errors(path), path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            while text:
-                text = text[file.write(text) :]
-            sync_file(file.fileno())
-        except OSError:
-            file.truncate(before)
-            raise
+    """Add rows to a file of ours, all or none of them, and wait until they are on the disk."""
+    ownership.append(path, _lines(rows).encode())
 
 
 def write(path: Path, rows: Iterable[Any]) -> None:
-    """Replace the file by these rows, atomically."""
+    """Replace a file of ours by these rows, atomically."""
     write_text(path, _lines(rows))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file by one indented JSON value, atomically."""
+    """Replace a file of ours by one indented JSON value, atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file's text, atomically: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_errors(path), temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            sync_file(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    """Replace a file of ours, atomically: a reader sees the old text or the whole new one.
 
-
-def rows_digest(rows: Iterable[Any]) -> str:
-    """SHA-256 of a file that `write` makes of these rows."""
-    return hashlib.sha256(_lines(rows).encode()).hexdigest()
+    Like the functions above, raises UserError for a file that the pipeline did not write, and for
+    one that was changed since.
+    """
+    ownership.write(path, text.encode())
 
 
 def digest(path: Path) -> str:
@@ -156,45 +134,27 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_whole_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+def read_whole_lines(path: Path, remedy: str = "") -> list[dict[str, Any]]:
     """The rows of a file that `append` wrote; a torn last line is cut off the file first.
 
-    Raises UserError with `path:line` for a row that was not, or lacks one of the `keys`.
+    Raises UserError with `path:line`, ending in `remedy`, for a row that is no JSON object.
     """
-    raw = path.read_bytes()
+    raw = read_bytes(path, remedy, bounded.DATA)
     whole = raw[: raw.rfind(b"\n") + 1]
-    remedy = f"delete {path} and run the stage that makes it again"
     rows = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            row = _parse(line, f"{path}:{number}")
+            rows.append(_parse(line, f"{path}:{number}"))
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
-        _require_keys(row, keys, f"{path}:{number}", remedy)
-        rows.append(row)
     if whole != raw:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+        ownership.cut(path, len(whole))
     return rows
 
 
-def read_json(
-    path: Path,
-    keys: Iterable[str] = (),
-    remedy: str = "delete it and run the stage that makes it again",
-) -> Any:
-    """One JSON value, written by an earlier stage. Raises UserError when it is not there, broken,
-    or an object that lacks one of the `keys`.
-    """
+def read_json(path: Path, remedy: str = "put back the whole file") -> Any:
+    """One JSON value. Raises UserError, ending in `remedy`, when it is not there or broken."""
     try:
-        value = json.loads(read_bytes(path, remedy.removeprefix("delete it and ")))
-    except ValueError as error:
+        return json.loads(read_bytes(path, remedy))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON; {remedy}") from error
-    _require_keys(value, keys, str(path), remedy)
-    return value
-
-
-def _require_keys(row: Any, keys: Iterable[str], where: str, remedy: str) -> None:
-    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-    if missing:
-        raise UserError(f'{where}: lacks "{missing[0]}", as if of another version; {remedy}')

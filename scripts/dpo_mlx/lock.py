@@ -1,54 +1,55 @@
-"""One run at a time in a folder, and only in a run's own folder."""
+"""One run at a time in a folder, and only in a folder where a run would replace nothing foreign."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from . import ownership
 from .errors import UserError
 
-LOCK = ".lock"
+LOCK = ".dpo-mlx.lock"
+HEADER = "lock of dpo-mlx\n"  # how every lock file begins; then comes who holds it
 
-# What the stages write into a run's folder, under these names.
-OWN = {
-    "adapters",
-    "checkpoints",
+# What the stages write into a run's folder: files, folders that are replaced as a whole, and
+# folders that hold such files and folders.
+FILES = {
     "config.yaml",
+    "error.log",
     "fuse.json",
-    "fused",
-    "hf",
     "metrics.jsonl",
     "outcome.json",
-    "peft",
     "plan.json",
-    "reference",
     "report.html",
     "report.json",
-    "stamps",
 }
+FOLDERS = {"adapters", "fused", "hf", "peft"}
+STAMPS = "stamps"
+OWN = FILES | FOLDERS | {"checkpoints", "reference", STAMPS}
 
 
 @contextmanager
 def run_folder(run: Path) -> Iterator[None]:
     """Hold a run's folder, which is made when it is missing.
 
-    Raises UserError when another process holds it, and for a folder where something stands under
-    a name of OWN that no run has written.
+    Raises UserError when another process holds it, and when something that is not ours, or that
+    was changed since, stands under a name that a run writes.
     """
     run.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in run.iterdir()}
-    if (foreign := sorted(names & OWN)) and not names & {LOCK, "stamps"}:
-        raise UserError(
-            f"run_dir: {run} is no run's folder, and a run would replace its {foreign[0]}; set "
-            "run_dir to a new folder"
-        )
     with held(run / LOCK, "run_dir"):
+        for path in (*(run / name for name in sorted(FILES)), *sorted((run / STAMPS).glob("*"))):
+            ownership.require(path)
+        for name in sorted(FOLDERS):
+            ownership.require_name(run / name)
         yield
 
 
@@ -56,26 +57,52 @@ def run_folder(run: Path) -> Iterator[None]:
 def held(path: Path, key: str) -> Iterator[None]:
     """Hold a lock file, which dies with the process however that ends.
 
-    Raises UserError, that says who holds it, when another process does; `key` is the config's key
-    to set for working beside it.
+    Raises UserError when another process holds it, whom the message names, and when the file is
+    not one of ours; `key` is the config's key to set for working beside it.
     """
-    with path.open("a+", encoding="utf-8") as file:
+    with open(_open(path), "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().removeprefix(HEADER).strip() or "another process"
             raise UserError(
                 f"{path.parent}: in use by {holder}; wait until that has ended, or set {key} to "
                 "another place"
             ) from error
-        file.truncate(0)
-        file.write(_myself())
-        file.flush()
+        # A lock that was made a moment ago, or torn by a kill, holds only a part of the header.
+        if not (content := file.read(len(HEADER))) == HEADER[: len(content)]:
+            raise _foreign(path)
+        _write(file, HEADER + _myself())
         try:
             yield
         finally:
-            file.truncate(0)
+            _write(file, HEADER)
+
+
+def _write(file: TextIO, text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the lock file. Raises UserError for a link, a pipe, a folder."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _foreign(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _foreign(path)
+    return descriptor
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path}: is no lock of this pipeline; move it away")
 
 
 def _myself() -> str:

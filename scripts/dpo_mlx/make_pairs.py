@@ -7,28 +7,66 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from tqdm import tqdm
 
-from . import device, durable, jsonl, lock, memory, models, questions, stamp, team
+from . import (
+    device,
+    durable,
+    jsonl,
+    lock,
+    memory,
+    models,
+    ownership,
+    questions,
+    records,
+    stamp,
+    team,
+)
 from .config import Config, GenerationConfig
 from .errors import UserError
+from .lock import LOCK
+from .ownership import Status
 from .pairs import COUNTED, Encoder, Pair, most_characters
 from .questions import Question
 from .sampling import Answer, batches, limited
+from .typed import Count
 from .worker import Worker
-
-# The keys of the report under which the pair files' digests are, and those of the pair files that
-# these replace: a crash may leave either.
-FILES, BEFORE = "files", "files before"
 
 # Characters of a system message to print before cutting it.
 SHOWN = 200
 
 # What is written down of the lengths of each side.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+class Tokens(TypedDict):
+    """Lengths of the answers in tokens, at these percentiles."""
+
+    percentiles: list[Count]
+    chosen: list[Count]
+    rejected: list[Count]
+
+
+class PairsReport(TypedDict):
+    """What the report on the pairs holds: how many, what was dropped and why, lengths, inputs."""
+
+    train: Count
+    valid: Count
+    dropped: dict[str, Count]
+    rejected_finish: dict[str, Count]
+    tokens: Tokens
+    inputs: stamp.Inputs
+
+
+class SampledBatch(TypedDict):
+    """A row of the sampled answers: a batch's number, its questions, an answer to each."""
+
+    batch: Count
+    questions: list[str]
+    answers: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -62,7 +100,11 @@ class PairFiles:
     @property
     def lock(self) -> Path:
         """Held while these files are written: several runs may share them."""
-        return self.train.with_suffix(".lock")
+        return self.train.with_name(f".{self.train.name}{LOCK}")
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return *self.splits.values(), self.report, self.samples, self.samples_stamp
 
 
 def make_pairs(config: Config) -> None:
@@ -144,10 +186,9 @@ def _sampling_inputs(inputs: stamp.Inputs, generation: GenerationConfig) -> stam
     return own | {"generation.max_tokens": generation.max_tokens}
 
 
-def read_report(config: Config) -> dict[str, Any] | None:
+def read_report(config: Config) -> PairsReport | None:
     """The report on the pairs, None when stage 06 did not come to its end or was left out."""
-    report = stamp.read(PairFiles.of(config).report)
-    return report if report and "inputs" in report else None
+    return records.read_if_there(PairFiles.of(config).report, PairsReport)
 
 
 def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
@@ -161,23 +202,19 @@ def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
 
 
 def _refuse_foreign(files: PairFiles, restart: bool) -> None:
-    """Raises UserError for files that were not made here, and, unless they are to be thrown away,
-    for pairs that were edited.
+    """Raises UserError for files that were not made here, or were changed since. Edited pairs are
+    set aside with `restart`.
     """
-    report = stamp.read(files.report) or {}
-    for split, path in files.splits.items():
-        written = [report.get(key, {}).get(split) for key in (FILES, BEFORE)]
-        if path.exists() and not any(written):
-            raise UserError(f"{path}: was not written by this stage; move it away")
-        if path.exists() and not restart and jsonl.digest(path) not in written:
-            raise UserError(
-                f"{path}: was edited since this stage wrote it; move it away, or --set "
-                "generation.restart=true to overwrite it"
+    for path in files.all:
+        if restart and path in files.splits.values() and ownership.status(path) is Status.CHANGED:
+            print(f"06: {path} was edited; it is now {ownership.set_aside(path)}")
+        elif path in files.splits.values():
+            ownership.require(
+                path,
+                "move it away, or --set generation.restart=true, which sets edited pairs aside",
             )
-    old = stamp.read(files.samples_stamp)
-    for path, ours in ((files.samples, old), (files.report, report.get(FILES))):
-        if ours is None and path.exists() and path.stat().st_size:
-            raise UserError(f"{path}: was not written by this stage; move it away")
+        else:
+            ownership.require(path, "move it away")
 
 
 def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: bool) -> None:
@@ -258,12 +295,12 @@ def _system_line(message: str | None, system_prompt: str) -> str:
     return f'system message: "{start}" ({whose})'
 
 
-def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, dict[str, Any]]:
+def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, SampledBatch]:
     """Finished batches by their number; an empty file when there are none of these settings."""
     if not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
-    rows = jsonl.read_whole_lines(files.samples, ("batch", "questions", "answers"))
+    rows: list[SampledBatch] = records.read_rows(files.samples, SampledBatch)
     return {row["batch"]: row for row in rows}
 
 
@@ -273,7 +310,7 @@ def _sample(
     config: Config,
     encoder: Encoder,
     files: PairFiles,
-    finished: dict[int, dict[str, Any]],
+    finished: dict[int, SampledBatch],
 ) -> list[Answer]:
     """An answer a row; batches whose questions are unchanged are taken from `finished`."""
     prompts = [encoder.prompt(row.question) for row in rows]
@@ -281,7 +318,7 @@ def _sample(
     every = batches(prompts, size, config.seed)
     asked = [[row.question for row in rows[i : i + size]] for i in range(0, len(rows), size)]
     known = {
-        number: [Answer(**answer) for answer in finished[number]["answers"]]
+        number: finished[number]["answers"]
         for number, questions_asked in enumerate(asked)
         if number in finished and finished[number]["questions"] == questions_asked
     }
@@ -351,37 +388,25 @@ def _write(
                 f"{path}: no pair would be left in it ({len(made)} in all{left_out}); raise "
                 "data.limit or data.max_length, or change data.valid_fraction"
             )
-    _write_pairs(files, {split: [_row(p) for p in pairs] for split, pairs in splits.items()})
+    for split, path in files.splits.items():
+        jsonl.write(path, [_row(pair) for pair in splits[split]])
     pairs = splits["train"] + splits["valid"]
-    report = {
+    report: PairsReport = {
         "train": len(splits["train"]),
         "valid": len(splits["valid"]),
         "dropped": lost,
         "rejected_finish": dict(Counter(pair.rejected_finish for pair in pairs)),
         "tokens": {
-            "percentiles": PERCENTILES,
+            "percentiles": list(PERCENTILES),
             "chosen": _percentiles([encoder.answer(pair.chosen) for pair in pairs]),
             "rejected": _percentiles(
                 [encoder.answer(pair.rejected, pair.rejected_finish) for pair in pairs]
             ),
         },
-        FILES: {split: jsonl.digest(path) for split, path in files.splits.items()},
         "inputs": inputs,
     }
     jsonl.write_json(files.report, report)
     _print(report, files)
-
-
-def _write_pairs(files: PairFiles, rows: dict[str, list[dict[str, str]]]) -> None:
-    """Both files. The report says beforehand what they will be, or the next call would not know
-    one as its own when a crash comes between the two.
-    """
-    before = {split: jsonl.digest(p) for split, p in files.splits.items() if p.exists()}
-    jsonl.write_json(
-        files.report, {FILES: {s: jsonl.rows_digest(rows[s]) for s in rows}, BEFORE: before}
-    )
-    for split, path in files.splits.items():
-        jsonl.write(path, rows[split])
 
 
 def _row(pair: Pair) -> dict[str, str]:
@@ -394,11 +419,12 @@ def _percentiles(answers: list[list[int]]) -> list[int]:
     return np.percentile([len(ids) for ids in answers], PERCENTILES).astype(int).tolist()
 
 
-def _print(report: dict[str, Any], files: PairFiles) -> None:
+def _print(report: PairsReport, files: PairFiles) -> None:
     print(f"06: {report['train']} train pairs in {files.train}, {report['valid']} valid pairs")
     for reason, count in report["dropped"].items():
         print(f"    dropped {count}: {reason}")
     print(f"    rejected answers ended: {report['rejected_finish']}")
-    for side in ("chosen", "rejected"):
-        lengths = zip(PERCENTILES, report["tokens"][side], strict=True)
+    tokens = report["tokens"]
+    for side, values in (("chosen", tokens["chosen"]), ("rejected", tokens["rejected"])):
+        lengths = zip(PERCENTILES, values, strict=True)
         print(f"    {side} tokens: " + "  ".join(f"p{p} {n}" for p, n in lengths))

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from tqdm import tqdm
 
-from . import jsonl
+from . import jsonl, records
 from .config import Config
 from .errors import UserError
 
@@ -24,7 +24,7 @@ class MetricsFile(TrainingCallback):
 
     def __init__(self, path: Path, rows: int = 0) -> None:
         self._path = path
-        known = jsonl.read_whole_lines(path) if rows and path.is_file() else []
+        known = records.read_rows(path, records.MetricsRow) if rows and path.is_file() else []
         if len(known) < rows:
             print(f"10: {path}: {rows - len(known)} rows of earlier updates are gone from it")
         jsonl.write(path, known[:rows])

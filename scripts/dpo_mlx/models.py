@@ -20,9 +20,10 @@ from mlx_lm.utils import hf_repo_to_path, load_config, save_model
 
 from . import device, jsonl, scan
 from .config import LoraConfig
-from .durable import disk_errors, new_folder
+from .durable import disk_errors
 from .errors import UserError
 from .lora import round_once
+from .ownership import new_folder
 
 # Files of a model folder beside its weights, and the weights' index.
 SETTINGS, INDEX = (".json", ".jinja", ".model", ".txt", ".tiktoken"), "model.safetensors.index.json"
@@ -258,6 +259,8 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
         mx.eval(tensors)  # now: the file may be written anew while they are in use
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its tensors are of another model or rank")
+        if not all(mx.isfinite(tensor).all() for tensor in tensors.values()):
+            raise ValueError("it holds NaN or infinite numbers")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be used: {' '.join(str(error).split())}; delete the folder "
@@ -321,9 +324,11 @@ def save(
 def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
     """All of a model folder but its weights, to the byte; config.json where it must say else."""
     for path in sorted(source.iterdir()):
-        if path.suffix in SETTINGS and path.name != INDEX:
+        if path.suffix in SETTINGS and path.name not in (INDEX, "config.json"):
             shutil.copy(path, folder / path.name)
-    if config != jsonl.read_json(source / "config.json"):
+    if config == jsonl.read_json(source / "config.json"):
+        shutil.copy(source / "config.json", folder)
+    else:
         jsonl.write_json(folder / "config.json", config)
 
 

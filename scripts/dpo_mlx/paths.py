@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from .bounded import DIRECTORY, other_kind, shown
 from .lock import LOCK, OWN
+from .ownership import MANIFEST
 
 if TYPE_CHECKING:
     from .config import Config
 
 # What stage 06 writes beside the train pairs: the suffixes in the place of the file's own.
-BESIDE_PAIRS = (".report.json", ".samples.jsonl", ".samples.inputs.json", ".lock")
+BESIDE_PAIRS = (".report.json", ".samples.jsonl", ".samples.inputs.json")
 SWEEP = "_sweep"
 OWN_FOLDER = "name a folder of its own, like data/runs/NAME"
 # Folders of this repository in which no run belongs.
@@ -51,10 +52,14 @@ def places(config: Config, file: Path) -> Iterator[Place]:
     yield Place("data.valid_pairs", Path(data.valid_pairs), written=True)
     yield Place("data.train_pairs", Path(data.train_pairs), written=True)
     yield Place("data.source", Path(data.source), written=False)
-    for suffix in BESIDE_PAIRS:
-        path = Path(data.train_pairs).with_suffix(suffix)
+    train, valid = Path(data.train_pairs), Path(data.valid_pairs)
+    beside = [train.with_suffix(suffix) for suffix in BESIDE_PAIRS]
+    beside += [train.with_name(f".{train.name}{LOCK}"), train.with_name(MANIFEST)]
+    if valid.parent != train.parent:
+        beside.append(valid.with_name(MANIFEST))
+    for path in beside:
         yield Place("data.train_pairs", path, True, "a file that stage 06 keeps beside it")
-    for name in sorted({*OWN, LOCK}):
+    for name in sorted({*OWN, LOCK, MANIFEST}):
         yield Place("run_dir", config.run / name, True, "what a run writes into run_dir")
     yield Place("run_dir", sweep_folder(config), True, "the folder of a sweep")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from . import jsonl, stamp
+from . import jsonl, records, stamp
+from .errors import UserError
 from .pairs import EncodedPair, Sequence
+from .typed import Count, Finite
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,14 @@ class Reference:
 
     chosen: float
     rejected: float
+
+
+class ReferenceRow(TypedDict):
+    """A row of the stored reference: the pair's line in its file, and both log-probs in nats."""
+
+    line: Count
+    chosen: Finite
+    rejected: Finite
 
 
 def load_or_compute(
@@ -38,22 +49,36 @@ def load_or_compute(
     if not stamp.is_current(stamp_path, inputs, [rows_path]):
         jsonl.write(rows_path, [])
         stamp.write(stamp_path, inputs)
-    rows = jsonl.read_whole_lines(rows_path, ("chosen", "rejected"))
+    rows = _read(rows_path, pairs)
     for start in range(len(rows), len(pairs), at_once):
         some = pairs[start : start + at_once]
         found = iter(log_probs([side for pair in some for side in pair.sides]))
-        more = [{"line": p.line, "chosen": next(found), "rejected": next(found)} for p in some]
+        more: list[ReferenceRow] = [
+            {"line": p.line, "chosen": next(found), "rejected": next(found)} for p in some
+        ]
         jsonl.append(rows_path, more)
         rows += more
         progress(len(rows))
     return [Reference(row["chosen"], row["rejected"]) for row in rows]
 
 
+def _read(path: Path, pairs: list[EncodedPair]) -> list[ReferenceRow]:
+    """The rows that are there. Raises UserError unless they are of the first of these pairs."""
+    rows: list[ReferenceRow] = records.read_rows(path, ReferenceRow, remedy(path.parent))
+    if [row["line"] for row in rows] != [pair.line for pair in pairs][: len(rows)]:
+        raise UserError(f"{path}: its rows are not of these pairs; {remedy(path.parent)}")
+    return rows
+
+
+def remedy(folder: Path) -> str:
+    return f"delete {folder} and run the same command again"
+
+
 def is_complete(folder: Path, name: str, count: int, inputs: stamp.Inputs) -> bool:
     """Whether all `count` pairs are there, made of these inputs."""
     rows_path = folder / f"{name}.jsonl"
     return stamp.is_current(folder / f"{name}.inputs.json", inputs, [rows_path]) and (
-        len(jsonl.read_whole_lines(rows_path)) == count
+        len(records.read_rows(rows_path, ReferenceRow, remedy(folder))) == count
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, pages
+from . import jsonl, pages, records
 from .pages import number
 
 Row = Mapping[str, Any]
@@ -108,7 +108,7 @@ def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
 
 def report_rows(metrics_path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl. Raises UserError for one that cannot be drawn."""
-    return jsonl.read_whole_lines(metrics_path, ("iteration",))
+    return records.read_rows(metrics_path, records.MetricsRow)
 
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:

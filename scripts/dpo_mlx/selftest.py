@@ -26,13 +26,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import config as configs
-from . import device, jsonl, memory, models, team, tiny_granite
+from . import device, fuse_report, jsonl, memory, models, outcome, team, tiny_granite
 from .checkpoint import Checkpoints
 from .config import Config, GenerationConfig
 from .engine import LEAST_DIFFERENCE
 from .errors import UserError
 from .fuse_adapters import fuse_adapters
 from .make_pairs import make_pairs
+from .outcome import ADAPTERS
 from .pairs import Encoder, Pair, Sequence
 from .phase import DPO, Dpo, Example
 from .reference import Reference
@@ -259,9 +260,12 @@ def check_fused(config: Config) -> str:
     Fuses the last update's adapters. Training keeps the ones most in the voice, and on a random
     model those may be untrained and have no margin.
     """
-    models.copy_adapters(_last_checkpoint(config), config.run / "adapters")
+    adapters = config.run / ADAPTERS
+    models.copy_adapters(_last_checkpoint(config), adapters)
+    end = replace(outcome.read(config.run), adapters=jsonl.digest(adapters / models.ADAPTERS))
+    outcome.write(config.run, end)
     fuse_adapters(config)
-    report = jsonl.read_json(config.run / "fuse.json", ("margin_kept", "margin_adapters"))
+    report = fuse_report.read(config.run)
     if report["margin_kept"] is None:
         raise Fault(f"the adapters' margin is only {report['margin_adapters']:.1g} nats")
     return f"kept {report['margin_kept']:.1%} of a margin of {report['margin_adapters']:.2f} nats"

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
-from . import card, device, durable, jsonl, memory, models, pairs, reference, stamp, voice
+from . import (
+    card,
+    device,
+    durable,
+    fuse_report,
+    jsonl,
+    memory,
+    models,
+    outcome,
+    pairs,
+    records,
+    reference,
+    stamp,
+    voice,
+)
 from .config import Config, FuseConfig, GenerationConfig, SmokeConfig
 from .engine import score_against, summarise
 from .errors import UserError
+from .fuse_report import FUSE, FuseReport
 from .job import BASE, SPLITS, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import read_report
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
@@ -19,6 +34,37 @@ from .worker import Worker, answer_all, log_probs
 from .writing import measure
 
 Report = dict[str, Any]
+
+
+class Verdict(TypedDict):
+    """What the limits of the config say of the tuned model."""
+
+    passed: bool
+    outcome: str
+    summary: str
+    crossed: list[str]
+
+
+class Answers(TypedDict):
+    """A held-out question with the answers of both models and the real one."""
+
+    question: str
+    base: str
+    tuned: str
+    chosen: str
+
+
+class SmokeReport(TypedDict):
+    """What report.json holds."""
+
+    verdict: Verdict
+    voice: dict[str, float]
+    fluency: dict[str, dict[str, float]]
+    preference: dict[str, float]
+    fuse: FuseReport
+    training: dict[str, Any]
+    run: dict[str, Any]
+    answers: list[Answers]
 
 
 @dataclass(frozen=True)
@@ -40,12 +86,12 @@ def smoke_test(config: Config) -> bool:
     Raises UserError when the fused model is not there.
     """
     fused, report_path = config.run / "fused", config.run / "report.json"
-    if not (fused.is_dir() and (config.run / "fuse.json").is_file()):
+    if not (fused.is_dir() and (config.run / FUSE).is_file()):
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
     stamp_path, inputs = stamp.path(config.run, "12_smoke_test"), _inputs(config)
     if stamp.is_current(stamp_path, inputs, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
-        report = jsonl.read_json(report_path, ("verdict", "voice", "fluency", "answers"))
+        report = records.read(report_path, SmokeReport)
     else:
         durable.require_space(config.run, durable.SMALL_FILES, "run_dir")
         report_rows(config.run / "metrics.jsonl")  # a broken one is said before the work is done
@@ -131,8 +177,8 @@ def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned
             "chosen_per_token": preference["logps/chosen_per_token"],
             "rejected_per_token": preference["logps/rejected_per_token"],
         },
-        "fuse": jsonl.read_json(config.run / "fuse.json", ("margin_kept",)),
-        "training": stamp.read(config.run / "outcome.json"),
+        "fuse": fuse_report.read(config.run),
+        "training": asdict(outcome.read(config.run)),
         "run": {"config": asdict(config), "pairs": read_report(config)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
@@ -260,7 +306,7 @@ def _inputs(config: Config) -> stamp.Inputs:
         "model files": models.fingerprint(config.model),
         "pairs": [jsonl.digest(pair_file(config, split)) for split in (TRAIN, VALID)],
         "metrics": jsonl.digest(config.run / "metrics.jsonl"),
-        "training": stamp.read(config.run / "outcome.json"),
+        "training": asdict(outcome.read(config.run)),
         "fuse.min_margin_kept": config.fuse.min_margin_kept,
         "seed": config.seed,
         **config.prompt_inputs,

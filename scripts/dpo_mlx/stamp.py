@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import jsonl
+from . import jsonl, records
 
 # A flat mapping from the name of an input ("dpo.beta", "train pairs") to its value or digest.
 Inputs = dict[str, Any]
@@ -18,12 +18,10 @@ def path(run_dir: Path, stage: str) -> Path:
 
 
 def read(path: Path) -> Inputs | None:
-    """What went into an output, None when nothing (or nothing readable) was written."""
-    try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return stamp if isinstance(stamp, dict) else None
+    """What went into an output, None when nothing was written. Raises UserError for a stamp that
+    is damaged or not ours.
+    """
+    return records.read_if_there(path, Inputs)
 
 
 def write(path: Path, inputs: Inputs) -> None:

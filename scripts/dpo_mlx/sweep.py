@@ -14,10 +14,10 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote
 
-from . import checkpoint, durable, jsonl, lock, origin, pages, stamp
+from . import checkpoint, jsonl, lock, origin, outcome, ownership, pages, records, stamp
 from . import config as configs
 from .bounded import shown
 from .checkpoint import Checkpoints
@@ -25,6 +25,7 @@ from .config import Config
 from .errors import UserError
 from .job import AFTER_SFT, BASE
 from .make_pairs import make_pairs
+from .outcome import OUTCOME
 from .paths import sweep_folder
 from .phase import SFT
 from .report import FRAME, chart, report_rows
@@ -50,6 +51,12 @@ COLUMNS = (
 )
 
 Row = dict[str, Any]
+
+
+class Results(TypedDict):
+    """What sweep.json holds."""
+
+    runs: list[Row]
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,8 @@ def sweep(base: Config, runs: list[Combination]) -> list[Row]:
     """Run all, print and write the table after each; the rows, best first."""
     make_pairs(base)
     folder = sweep_folder(base)
+    for name in (RESULTS, PAGE):
+        ownership.require(folder / name)
     before = {row["name"]: row for row in _read(folder)}
     rows: list[Row] = []
     for number, run in enumerate(runs, start=1):
@@ -143,13 +152,14 @@ def sweep(base: Config, runs: list[Combination]) -> list[Row]:
 
 def _read(folder: Path) -> list[Row]:
     path = folder / RESULTS
-    return jsonl.read_json(path, ("runs",))["runs"] if path.is_file() else []
+    results = records.read_if_there(path, Results)
+    return results["runs"] if results else []
 
 
 def _run(config: Config, done: list[Path]) -> tuple[float | None, str | None]:
     """(minutes, None when the run was there already; why the preflight refused it)."""
     with lock.run_folder(config.run):
-        finished = (config.run / "outcome.json").is_file()
+        finished = (config.run / OUTCOME).is_file()
         if not finished:
             _take_over(config, done)
         started = time.perf_counter()
@@ -169,7 +179,8 @@ def _take_over(config: Config, done: list[Path]) -> None:
     for other in done:
         if (end := _end_of_sft(config, other)) is not None:
             print(f"14: SFT is that of {other}")
-            _copy(other / REFERENCE, config.run / REFERENCE)
+            for model in (BASE, AFTER_SFT):
+                _copy(other / REFERENCE / model, config.run / REFERENCE / model)
             jsonl.write_text(config.run / METRICS, (other / METRICS).read_text("utf-8"))
             known_best = checkpoint.read(end)[0].best
             best = [] if known_best is None else [Checkpoints(end.parent).best(known_best.update)]
@@ -196,7 +207,8 @@ def _copy(source: Path, folder: Path) -> None:
     """Unless the run has made that itself."""
     if folder.exists():
         return
-    with durable.new_folder(folder) as temporary:
+    ownership.require_folder(source)
+    with ownership.new_folder(folder) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
@@ -211,15 +223,20 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
     }
     if refused is not None:
         return {**row, "stopped": [], "kept_update": None, "updates": 0, "evaluation": {}}
-    keys = ("updates", "kept_update", "stopped")
-    outcome = jsonl.read_json(run.config.run / "outcome.json", keys)
+    end = outcome.read(run.config.run)
     *_, kept = (
         found
         for found in report_rows(run.config.run / METRICS)
-        if found["iteration"] == outcome["kept_update"] and "eval_loss" in found
+        if found["iteration"] == end.kept_update and "eval_loss" in found
     )
     evaluation = {metric: kept.get(metric) for _, metric, _ in COLUMNS}
-    return {**row, **{key: outcome[key] for key in keys}, "evaluation": evaluation}
+    return {
+        **row,
+        "stopped": end.stopped,
+        "kept_update": end.kept_update,
+        "updates": end.updates,
+        "evaluation": evaluation,
+    }
 
 
 def _rank(row: Row) -> tuple[bool, float]:

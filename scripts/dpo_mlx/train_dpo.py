@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, device, diagnose, durable, jsonl, metrics, models, stamp
+from . import (
+    checkpoint,
+    device,
+    diagnose,
+    durable,
+    jsonl,
+    metrics,
+    models,
+    outcome,
+    ownership,
+    stamp,
+)
 from . import config as configs
 from .checkpoint import Checkpoints, Origin, State
 from .config import Config
@@ -17,6 +27,7 @@ from .errors import UserError
 from .guard import Guard
 from .job import AFTER_SFT, BASE, SPLITS, TRAIN, VALID, Job, load_reference, prepare
 from .origin import origin_of, training_inputs
+from .outcome import ADAPTERS, OUTCOME, Outcome
 from .phase import DPO, PHASES, SFT, Dpo, Example, Sft, count_updates, pairs_per_update
 from .reference import Reference
 from .trainer import Stopped, Trainer
@@ -33,47 +44,32 @@ class Refused(UserError):
     """The preflight found what is sure to waste the run."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended; `stopped` says why when it did not reach its end. `voice` is the score
-    of the kept adapters' answers.
-    """
-
-    updates: int
-    kept_update: int
-    voice: float
-    stopped: list[str]
-
-
 def train_dpo(config: Config, stage: str) -> bool:
     """Run stage 10, one of STAGES; whether training reached its end.
 
     Raises UserError for pairs, a model or settings that cannot be trained, and for TRAIN_ONLY
     without a reference.
     """
-    stamp_path, adapters = stamp.path(config.run, "10_train_dpo"), config.run / "adapters"
-    outcome_path = config.run / "outcome.json"
+    stamp_path, adapters = stamp.path(config.run, "10_train_dpo"), config.run / ADAPTERS
     inputs = training_inputs(config)
-    if stage != PRECOMPUTE and stamp.is_current(stamp_path, inputs, [adapters, outcome_path]):
+    outputs = [adapters, config.run / OUTCOME]
+    if stage != PRECOMPUTE and stamp.is_current(stamp_path, inputs, outputs):
         print(f"10: {adapters} is up to date, skipped")
-        names = [field.name for field in fields(Outcome)]
-        outcome = jsonl.read_json(outcome_path, names)
-        return _say(Outcome(**{name: outcome[name] for name in names}), adapters)
-    durable.refuse_foreign(adapters)
+        return _say(outcome.read(config.run), adapters)
+    ownership.require_folder(adapters)
     job = prepare(config)
     # Once more: the model may have been downloaded. The pairs as they were before they were read.
     inputs = {**training_inputs(config), "pairs": inputs["pairs"]}
     _require_space(job)
     phases = Phases(job, inputs)
     preflight(job, only_read=stage == TRAIN_ONLY)
-    outcome = _run(phases, stage)
-    if outcome is None:
+    end = _run(phases, stage)
+    if end is None:
         return True
-    models.copy_adapters(phases.checkpoints.best(outcome.kept_update), adapters)
-    jsonl.write_json(outcome_path, asdict(outcome))
+    outcome.write(config.run, end)
     stamp.write(stamp_path, inputs)
     _refuse_changes(inputs, training_inputs(config), adapters)
-    return _say(outcome, adapters)
+    return _say(end, adapters)
 
 
 def _require_space(job: Job) -> None:
@@ -91,20 +87,20 @@ def _refuse_changes(before: stamp.Inputs, after: stamp.Inputs, adapters: Path) -
         )
 
 
-def _say(outcome: Outcome, adapters: Path) -> bool:
-    for reason in outcome.stopped:
-        print(f"10: stopped after update {outcome.updates}: {reason}")
-    if outcome.stopped:
+def _say(end: Outcome, adapters: Path) -> bool:
+    for reason in end.stopped:
+        print(f"10: stopped after update {end.updates}: {reason}")
+    if end.stopped:
         print(
             "10: this is a finding: lower train.learning_rate (and sft.learning_rate), or raise "
             "dpo.beta or dpo.nll_weight"
         )
     print(
-        f"10: {outcome.updates} updates; {adapters} holds those of update {outcome.kept_update}, "
-        f"whose answers are most in the voice (score {outcome.voice:.2f}; the more fluent of those "
+        f"10: {end.updates} updates; {adapters} holds those of update {end.kept_update}, "
+        f"whose answers are most in the voice (score {end.voice:.2f}; the more fluent of those "
         "that are alike) and within guard's limits"
     )
-    return not outcome.stopped
+    return not end.stopped
 
 
 def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
@@ -188,8 +184,17 @@ def _run(phases: Phases, stage: str) -> Outcome | None:
         updates, stopped = phases.updates, []
     except Stopped as stop:
         updates, stopped = stop.update, stop.reasons
-    best = phases.guard.kept
-    return Outcome(updates, best.update, best.voice, stopped)
+    return _keep_best(phases, updates, stopped)
+
+
+def _keep_best(phases: Phases, updates: int, stopped: list[str]) -> Outcome:
+    """Put the best adapters into the run's folder."""
+    best, folder = phases.guard.kept, phases.job.config.run / ADAPTERS
+    path = phases.checkpoints.best(best.update)
+    checkpoint.require_unchanged(path)
+    models.copy_adapters(path, folder)
+    digest = jsonl.digest(folder / models.ADAPTERS)
+    return Outcome(updates, best.update, best.voice, stopped, digest)
 
 
 def _keep_settings(config: Config) -> None:

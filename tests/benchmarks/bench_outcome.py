@@ -41,7 +41,7 @@ from pathlib import Path
 import common
 import mlx.optimizers as optim
 import yaml
-from dpo_mlx import checkpoint, durable, jsonl, make_pairs, models, pairs, voice
+from dpo_mlx import checkpoint, jsonl, make_pairs, models, ownership, pairs, voice
 from dpo_mlx import config as configs
 from dpo_mlx.checkpoint import Checkpoints
 from dpo_mlx.config import Config, GenerationConfig
@@ -199,7 +199,7 @@ def each_recipe(task: common.Values) -> Iterator[common.Values]:
 
 def copy_run(previous: Path, run: Path) -> None:
     """What is still valid of an earlier recipe's run is not computed again."""
-    with durable.new_folder(run) as temporary:
+    with ownership.new_folder(run) as temporary:
         shutil.copytree(previous, temporary, dirs_exist_ok=True)
 
 

@@ -31,7 +31,8 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts")]
 import tiny  # noqa: E402
 import yaml  # noqa: E402
 from dpo_mlx import jsonl  # noqa: E402
-from dpo_mlx.lock import LOCK  # noqa: E402
+from dpo_mlx.lock import HEADER, LOCK  # noqa: E402
+from dpo_mlx.ownership import MANIFEST  # noqa: E402
 from runs import IN_FOLDER, determined  # noqa: E402
 
 SCRIPTS = {
@@ -83,7 +84,7 @@ class Stage:
 
     def wait_for_start(self) -> float:
         """Seconds until it holds its run's folder, or has ended."""
-        mine = f"process {self.process.pid} "
+        mine = f"{HEADER}process {self.process.pid} "
         while self.process.poll() is None:
             if self.lock.exists() and self.lock.read_text().startswith(mine):
                 break
@@ -202,9 +203,11 @@ def compare(found: Path, expected: Path) -> int:
 
 
 def outputs(folder: Path) -> list[str]:
-    """Every file of a run, but stamps, which know when files were made, and locks."""
+    """Every file of a run but locks, stamps, which know when files were made, and manifests, which
+    also know what was there before.
+    """
     paths = (path for path in (folder / "run").rglob("*") if path.is_file())
-    names = (path.relative_to(folder).as_posix() for path in paths)
+    names = (path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST)
     return sorted(n for n in names if "/stamps/" not in n and not n.endswith(".lock"))
 
 

@@ -1,0 +1,335 @@
+"""A file is ours only if its content says so; nothing else is ever replaced, changed or removed.
+
+Every folder that a stage writes into has a manifest, MANIFEST, which names the files that we wrote
+there, with their size and digest. A file that the manifest does not name is somebody else's, and so
+is one whose content has changed since. The manifest is written before the file, with both the old
+and the new content: after a kill, whichever is there is known as ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from . import durable, typed
+from .errors import UserError
+
+MANIFEST = ".made_by_dpo_mlx"
+HEADER = b'{"made_by": "dpo_mlx", '  # how every manifest begins
+
+# Of a larger file only this many slices are digested: hashing gigabytes takes many seconds.
+WHOLE_BYTES, SLICES, SLICE_BYTES = 2**30, 1024, 4096
+
+# What file managers leave in a folder that somebody looks at; no one misses these files.
+LITTER = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What tells one content from another."""
+
+    bytes: int
+    sha256: str
+
+
+class Status(Enum):
+    """Whose a path is."""
+
+    ABSENT = "absent"
+    OURS = "ours"
+    CHANGED = "was changed since the pipeline wrote it"
+    FOREIGN = "was not made by this pipeline"
+
+
+Manifest = dict[str, list[Mark]]  # by file: the contents that it may have
+
+
+def status(path: Path) -> Status:
+    """Whose the file under this name is."""
+    if not os.path.lexists(path):
+        return Status.ABSENT
+    known = read_manifest(path.parent).get(path.name)
+    if known is None or not _is_regular(path):
+        return Status.FOREIGN
+    return Status.OURS if _is_one_of(path, known) else Status.CHANGED
+
+
+def require(path: Path, remedy: str = "move it away, or set run_dir to another folder") -> None:
+    """Raises UserError, ending in `remedy`, for a file that is there and is not ours."""
+    found = status(path)
+    if found in (Status.CHANGED, Status.FOREIGN):
+        raise UserError(f"{path}: {found.value}; {remedy}")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file, atomically. Raises UserError for one that is not ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable.disk_errors(path), _alone_in(path.parent):
+        _claim(path, Mark(len(content), hashlib.sha256(content).hexdigest()))
+        durable.replace(path, content)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add to a file, all or nothing. Raises UserError for one that is not ours."""
+    with durable.disk_errors(path), _alone_in(path.parent):
+        before = path.read_bytes() if _is_regular(path) else b""
+        after = hashlib.sha256(before + content).hexdigest()
+        _claim(path, Mark(len(before) + len(content), after))
+        durable.append(path, content)
+
+
+def cut(path: Path, size: int) -> None:
+    """Shorten a file of ours, whose last row a kill has torn."""
+    require(path)
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a file, whoever's it is, a free name beside its own; that name."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.old-{number}")):
+        number += 1
+    return path.rename(aside)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well.
+
+    At every moment the old one or the new one is there as a whole. Raises UserError rather than
+    take the place of a folder that holds anything but what was written like this.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_folder(folder)
+    temporary = durable.temporary_name(folder)
+    _delete(temporary)
+    temporary.mkdir()
+    try:
+        _write_manifest(temporary, {})
+        yield temporary
+        _write_manifest(temporary, {name: [mark_of(temporary / name)] for name in _all(temporary)})
+        for path in (*temporary.rglob("*"), temporary):
+            durable.sync(path)
+        require_folder(folder)  # something may have been put there meanwhile
+        if folder.exists():
+            durable.swap(temporary, folder)
+        else:
+            temporary.rename(folder)
+        durable.sync(folder.parent)
+    finally:  # what is under the temporary name now is a half, or the old one
+        _delete(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that `new_folder` made; it is never found half removed.
+
+    Raises UserError when it holds anything else.
+    """
+    require_folder(folder)
+    temporary = durable.temporary_name(folder)
+    _delete(temporary)
+    folder.rename(temporary)
+    _delete(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill has left in `folder` of the other two functions' temporary folders."""
+    for path in folder.glob(durable.temporary_name(Path("*")).name):
+        if path.is_dir():
+            _delete(path)
+
+
+def require_folder(folder: Path) -> None:
+    """Raises UserError, which names the file at fault, for what is there and is neither an empty
+    folder nor one that holds exactly what `new_folder` wrote.
+    """
+    if not _holds_something(folder):
+        return
+    if not _has_manifest(folder):
+        raise _not_ours(folder, Status.FOREIGN)
+    known = read_manifest(folder)
+    leftovers = {durable.temporary_name(Path(name)).as_posix() for name in (MANIFEST, *known)}
+    for name in _all(folder):
+        if name in leftovers:
+            continue
+        if name not in known:
+            raise _not_ours(folder / name, Status.FOREIGN)
+        if not _is_one_of(folder / name, known[name]):
+            raise _not_ours(folder / name, Status.CHANGED)
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder holds nothing but what `new_folder` wrote."""
+    try:
+        require_folder(folder)
+    except UserError:
+        return False
+    return True
+
+
+def require_name(folder: Path) -> None:
+    """Raises UserError when somebody else's folder, or a file, has the name of one of ours. Reads
+    only the beginning of its manifest; `require_folder` looks at everything inside.
+    """
+    if _holds_something(folder) and not _has_manifest(folder):
+        raise _not_ours(folder, Status.FOREIGN)
+
+
+def mark_of(path: Path) -> Mark:
+    """Size and digest of a file: SHA-256 of all of it, or of slices spread over a larger one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            return Mark(size, hashlib.file_digest(file, "sha256").hexdigest())
+        digest = hashlib.sha256()
+        for number in range(SLICES):
+            file.seek(number * (size - SLICE_BYTES) // (SLICES - 1))
+            digest.update(file.read(SLICE_BYTES))
+        return Mark(size, digest.hexdigest())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder's manifest names; nothing without one. Raises UserError for a damaged one."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return {}
+    try:
+        if not _is_regular(path):
+            raise ValueError("is no file")
+        values = json.loads(path.read_bytes())
+        typed.parse(values, dict[str, Any])
+        return typed.parse(values.get("files"), dict[str, list[Mark]], "files")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: is damaged ({reason}), so that nothing here is known as the pipeline's; move "
+            "the folder away, or set another one"
+        ) from error
+
+
+def _claim(path: Path, new: Mark) -> None:
+    """Put the content that a file is about to have into the manifest, beside the one it has.
+
+    Raises UserError for a file, or a temporary file of its name, that is not ours.
+    """
+    require(path)
+    manifest = read_manifest(path.parent)
+    temporary = durable.temporary_name(path)
+    if path.name not in manifest and os.path.lexists(temporary):
+        raise _not_ours(temporary, Status.FOREIGN)
+    marks = [mark_of(path), new] if path.exists() else [new]
+    if manifest.get(path.name) != marks:
+        _write_manifest(path.parent, {**manifest, path.name: marks})
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    path = folder / MANIFEST
+    temporary = durable.temporary_name(path)
+    if os.path.lexists(temporary) and not _begins_like_a_manifest(temporary):
+        raise _not_ours(temporary, Status.FOREIGN)
+    files = {name: [asdict(mark) for mark in marks] for name, marks in sorted(manifest.items())}
+    text = json.dumps({"made_by": "dpo_mlx", "files": files}, ensure_ascii=False)
+    durable.replace(path, text.encode() + b"\n")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Runs may share a folder, each with files of its own: they write its manifest in turn."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # file systems that lock no folders, such as NFS
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_one_of(path: Path, marks: list[Mark]) -> bool:
+    """Whether a file has one of these contents, or the first and a part of what an append adds."""
+    if not _is_regular(path):
+        return False
+    size = path.stat().st_size
+    if any(mark.bytes == size for mark in marks) and mark_of(path) in marks:
+        return True
+    first, last = marks[0], marks[-1]
+    if not first.bytes <= size < last.bytes <= WHOLE_BYTES:
+        return False
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(first.bytes)).hexdigest() == first.sha256
+
+
+def _is_regular(path: Path) -> bool:
+    return os.path.lexists(path) and stat.S_ISREG(path.lstat().st_mode)
+
+
+def _all(folder: Path) -> list[str]:
+    """Every file and link below a folder, by its path from there; not the manifest, nor litter."""
+    paths = []
+    for where, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(where) / name).is_symlink()]
+        paths += [Path(where) / name for name in files + links if not _is_litter(name)]
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _is_litter(name: str) -> bool:
+    return name in LITTER or name.startswith("._")
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is anything that replacing the folder would lose."""
+    if folder.is_symlink() or not folder.is_dir():
+        return os.path.lexists(folder)
+    return any(not _is_litter(path.name) for path in folder.iterdir())
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether the manifest is there, or a kill came just before it was."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    path = folder / MANIFEST
+    return any(map(_begins_like_a_manifest, (path, durable.temporary_name(path))))
+
+
+def _begins_like_a_manifest(path: Path) -> bool:
+    """Also a torn one does, which may be empty."""
+    if not _is_regular(path):
+        return False
+    with path.open("rb") as file:
+        return HEADER.startswith(file.read(len(HEADER)))
+
+
+def _not_ours(path: Path, found: Status) -> UserError:
+    return UserError(
+        f"{path}: {found.value}, which would replace it; move it away, or set run_dir to another "
+        "folder"
+    )
+
+
+def _delete(folder: Path) -> None:
+    """Remove a temporary folder; the manifest goes last, so that a rest is still known as ours."""
+    require_name(folder)
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MANIFEST:
+                path.unlink()
+        with suppress(FileNotFoundError):
+            (folder / MANIFEST).unlink()
+        folder.rmdir()
