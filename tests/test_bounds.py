@@ -11,6 +11,7 @@ import socket
 import time
 import typing
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -259,6 +260,8 @@ def test_a_long_pair_is_not_tokenised(llama, here):
         def __getattr__(self, name: str) -> Any:
             return getattr(self.tokenizer, name)
 
+    from dpo_mlx.make_pairs import usable_rows
+
     tokenizer = Counting(models.load(str(llama)).tokenizer)
     encoder = pairs.Encoder(tokenizer)
     huge, fits = "x" * 10**7, "x" * 150
@@ -271,6 +274,10 @@ def test_a_long_pair_is_not_tokenised(llama, here):
     encoded, dropped = pairs.encode_all(rows, encoder, 200)
     assert ([pair.line for pair in encoded], dropped) == ([4], [1, 2, 3, 5])
     assert pairs.chosen_lengths(rows, encoder, 200) == [2, 151, 251]
+    source = [questions.Question(*sides, 1) for sides in (("q", huge), (huge, "a"), ("q", "a"))]
+    lost: Counter[str] = Counter()
+    assert usable_rows(source, config.of_values(MINIMAL), encoder, lost) == source[2:]
+    assert lost["chosen longer than data.max_length"] == 2
     assert tokenizer.characters < 5000
 
 
