@@ -126,7 +126,7 @@ class DataConfig:
 class GenerationConfig:
     temperature: float = _number(0.7, low=0.0, high=5.0)
     top_p: float = _number(0.95, low=0.01, high=1.0)
-    max_tokens: int | None = _number(None, low=1, high=2**20)
+    max_tokens: int | None = _number(None, low=1, high=2**15)
     batch_size: int = _number(8, low=1, high=4096)
     restart: bool = False
 

@@ -118,7 +118,9 @@ def _no_run_dir(config: Config) -> Iterator[str]:
 
 
 def _around_others(config: Config, file: Path) -> Iterator[str]:
-    """A run's files among a project's folders would be hard to tell from the project's."""
+    """A run's files among a project's folders would be hard to tell from the project's. One line
+    is enough of that.
+    """
     run = Path(os.path.realpath(config.run))
     for key, path in (("--config", file), ("data.source", Path(config.data.source))):
         folder = Path(os.path.realpath(path)).parent
@@ -127,6 +129,7 @@ def _around_others(config: Config, file: Path) -> Iterator[str]:
                 f"run_dir: {shown(config.run_dir)} holds the folder of {key} ({shown(path)}); "
                 f"{OWN_FOLDER}"
             )
+            return
 
 
 def _collisions(config: Config, file: Path) -> Iterator[str]:
