@@ -187,7 +187,7 @@ def job(
             own = values.get(name, {})
             values[name] = {**own, **changes} if isinstance(changes, dict) else changes
         runs.write_pairs(Path(files["train_pairs"]), 7)
-        runs.write_pairs(Path(files["valid_pairs"]), 2)
+        runs.write_pairs(Path(files["valid_pairs"]), 2, first=100)
         watch = script if isinstance(script, type) else lambda *_: runs.Scripted(script)
         monkeypatch.setattr("dpo_mlx.train_dpo.Watch", watch)
         path = write_config(values)

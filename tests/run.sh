@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
-use_venv .venv-tests requirements.txt tests/requirements.txt
+use_venv .venv-tests scripts/requirements.lock tests/requirements.txt
 find_openblas
 
 ruff format --check --config tests/pyproject.toml .

@@ -191,11 +191,11 @@ def differences(found: Adapters, expected: Adapters) -> float:
     return max(float(mx.abs(found[k] - expected[k]).max()) for k in expected)
 
 
-def write_pairs(path: Path, count: int) -> None:
-    """A file of so many pairs."""
+def write_pairs(path: Path, count: int, first: int = 0) -> None:
+    """A file of so many pairs, whose questions are numbered from `first`."""
     rows = [
         {"prompt": f"Why {i}?", "chosen": f"**So {i}.** Yes.", "rejected": f"It is {i}."}
-        for i in range(count)
+        for i in range(first, first + count)
     ]
     jsonl.write(path, rows)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
@@ -108,6 +109,16 @@ def directory(path: str, *says: str, script: str = "10") -> Case:
     return Case(script, (path, *says), damage)
 
 
+def replaced(path: str, make: Callable[[Path], object], *says: str, script: str) -> Case:
+    """Something else under a file's name."""
+
+    def damage() -> None:
+        Path(path).unlink()
+        make(Path(path))
+
+    return Case(script, (path, *says), damage)
+
+
 def removed(folder: str, script: str, *says: str, more: tuple[str, ...] = ()) -> Case:
     return Case(script, says, lambda: shutil.rmtree(folder), more)
 
@@ -189,7 +200,7 @@ CASES: dict[str, Case] = {
     # the config
     "config missing": file("c.yaml", None, "no such file", "--config", script="06"),
     "config is a directory": directory("c.yaml", "is a directory"),
-    "config is no YAML": file("c.yaml", b"a: [\n", "not valid YAML", script="11"),
+    "config is no YAML": file("c.yaml", b"a: [\n", "cannot be read as YAML: line", script="11"),
     "config empty": file("c.yaml", b"", "found nothing", script="12"),
     "unknown key": setting("train.learning_rat=1", "c.yaml", "mean train.learning_rate?"),
     "mistyped section": setting("trian.epochs=1", "c.yaml", "trian: unknown key"),
@@ -200,7 +211,27 @@ CASES: dict[str, Case] = {
     "dropout": setting("lora.dropout=0.1", "lora.dropout", "train.grad_checkpoint"),
     "report_to": setting("report_to=wnadb", "report_to", "'wnadb'", "wandb, swanlab"),
     "run_dir is a file": setting("run_dir=source.jsonl", "source.jsonl"),
+    "config is a pipe": replaced("c.yaml", os.mkfifo, "is a pipe", "--config", script="10"),
+    "key twice": file("c.yaml", b"seed: 1\nseed: 2\n", "line 2: the key seed stands on line 1"),
+    "alias bomb": file("c.yaml", b"a: &a [x, x]\nb: [*a, *a]\n", "line 1: anchors"),
+    "number without end": setting(f"lora.rank=0x{'f' * 9999}", "a number of 10001 characters"),
+    "scale of 1e308": setting("lora.scale=1e308", "lora.scale: 1e+308 is too large", script="11"),
+    "run_dir holds the data": setting("run_dir=..", "run_dir: .. holds the folder of --config"),
+    "valid pairs are the samples": setting(
+        "data.valid_pairs=run/pairs/train.samples.jsonl", "data.valid_pairs", "name another path"
+    ),
+    "source is the report": setting(
+        "data.source=run/pairs/train.report.json", "data.source", "name another path", script="06"
+    ),
     # the source
+    "source is a pipe": replaced("source.jsonl", os.mkfifo, "is a pipe, not a file", script="06"),
+    "source never ends": replaced(
+        "source.jsonl", lambda p: p.symlink_to("/dev/zero"), "is a device", script="06"
+    ),
+    "source is UTF-16": file(
+        "source.jsonl", '{"q": "a"}'.encode("utf-16"), "UTF-16", "save it as UTF-8", script="06"
+    ),
+    "source is a CSV": file("source.jsonl", b"question,answer\nq,a\n", "a CSV", script="06"),
     "source missing": file("source.jsonl", None, "no such file", "data.source", script="06"),
     "source is a directory": directory("source.jsonl", "data.source", script="06"),
     "source empty": file("source.jsonl", b"\n", "is empty", "data.source", script="06"),
@@ -249,6 +280,17 @@ CASES: dict[str, Case] = {
     "train pairs missing": file(TRAIN, None, "no such file", "06_generate_dpo_pairs.py"),
     "valid pairs missing": file(VALID, None, "no such file", "06_generate_dpo_pairs.py"),
     "valid pairs missing for 11": file(VALID, None, script="11"),
+    "pairs are a pipe": replaced(TRAIN, os.mkfifo, "is a pipe, not a file", script="10"),
+    "pairs are a pipe for 06": replaced(TRAIN, os.mkfifo, "is a pipe", script="06"),
+    "valid pairs are a pipe for 11": replaced(VALID, os.mkfifo, "is a pipe", script="11"),
+    "valid pairs are a pipe for 12": replaced(VALID, os.mkfifo, "is a pipe", script="12"),
+    "samples are a pipe": replaced(SAMPLES, os.mkfifo, "is a pipe", script="06"),
+    "metrics are a pipe": replaced("run/metrics.jsonl", os.mkfifo, "is a pipe", script="10"),
+    "one file for both splits": Case(
+        "10",
+        (VALID, "questions are also in run/pairs/train.jsonl", "data.valid_pairs"),
+        lambda: shutil.copy(TRAIN, VALID),
+    ),
     "pairs are a directory": directory(TRAIN, "is a directory"),
     "pairs empty": file(TRAIN, b"", "is empty", "06_generate_dpo_pairs.py"),
     "no valid pairs": file(VALID, b"", "is empty", "06_generate_dpo_pairs.py"),
@@ -360,7 +402,7 @@ CASES: dict[str, Case] = {
         more=("--set", "model=other"),
     ),
     "checkpoint of other pairs": checkpoint(
-        lambda f: Path(TRAIN).write_bytes(GOOD_PAIR * 9), "pairs", "train.restart"
+        lambda f: runs.write_pairs(Path(TRAIN), 9), "pairs", "train.restart"
     ),
     "adapters of another model": model(
         other_weights, ADAPTERS, "were not trained on other", script="11"
@@ -418,6 +460,7 @@ def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line and not line.startswith(others)]
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_one_line_and_loses_nothing(name, work, capfd):
     """The script fails with one line that names the culprit, and every file is as it was."""

@@ -64,8 +64,8 @@ def test_blank_lines_are_skipped_but_counted(file):
         (b'"text"', ":3: expected a JSON object, found str"),
         (b'{"a": "\xe9"}', ":3: not UTF-8 (byte 8); save as UTF-8"),
         (b'{"a": "\\ud83d"}', ":3: half a surrogate pair"),
-        (b"[" * 100_000, ":3: JSON that cannot be read: "),
-        (b'{"a": ' + b"1" * 5000 + b"}", ":3: JSON that cannot be read: "),
+        (b"[" * 100_000, ":3: JSON that is nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", ":3: a number of thousands of digits"),
     ],
     ids=lambda value: str(value)[:20],
 )

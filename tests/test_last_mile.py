@@ -58,8 +58,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     base = granite_folder(folder / "base-model", dt_bias=-8.0, vocab_size=VOCABULARY)
     add_merge(base / "tokenizer.json")
-    for split, count in (("train", 7), ("valid", 4)):
-        runs.write_pairs(folder / f"{split}.jsonl", count)
+    runs.write_pairs(folder / "train.jsonl", 7)
+    runs.write_pairs(folder / "valid.jsonl", 4, first=100)
     values = {
         "model": str(base),
         "run_dir": str(folder / "a-run"),

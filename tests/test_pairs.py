@@ -196,15 +196,18 @@ def test_a_matched_pair_tells_nothing_by_length(rejected, finish, kept, kind, en
 def test_only_what_dpo_trains_on_is_matched(job):
     """dpo.match_length: SFT learns to end; what is measured on valid pairs is of whole answers."""
     config, _ = job(dpo={"match_length": True})
-    long = [{"prompt": f"Why {i}?", "chosen": "Yes.", "rejected": "No, never."} for i in range(4)]
-    for file in (config.data.train_pairs, config.data.valid_pairs):
+    for file, first in ((config.data.train_pairs, 0), (config.data.valid_pairs, 4)):
+        long = [
+            {"prompt": f"Why {i}?", "chosen": f"Yes{i}", "rejected": f"No, never{i}"}
+            for i in range(first, first + 4)
+        ]
         jsonl.write(Path(file), long)
 
     def lengths(encoded: list[pairs.EncodedPair]) -> set[tuple[int, ...]]:
         return {tuple(side.answer_length for side in pair.sides) for pair in encoded}
 
     found = prepare(config)
-    whole = {(len("Yes.") + 1, len("No, never.") + 1)}
+    whole = {(len("Yes0") + 1, len("No, never0") + 1)}
     assert lengths(found.pairs["train"]) == lengths(found.preferences["valid"]) == whole
     assert lengths(found.preferences["train"]) == {(4, 4)}
 

@@ -142,6 +142,17 @@ def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
         (["dpo.beta=0.1", "dpo.beta=0.2"], "--grid: dpo.beta is given twice"),
         (["dpo.bta=0.1"], "dpo.bta: unknown key; did you mean dpo.beta?"),
         (["dpo.beta=0.1,x"], "dpo.beta: expected a number"),
+        (["dpo.beta=0.1,1e308"], "dpo.beta: 1e+308 is too large"),
+        (["dpo.beta=0.1,0.10"], "dpo.beta=0.1 and dpo.beta=0.10 are the same settings"),
+        (["train.grad_checkpoint=true,True"], "are the same settings"),
+        (["dpo.beta =0.1", "dpo.beta=0.1,0.2"], "--grid: dpo.beta is given twice"),
+        (["dpo.beta=0.1\n,0.2"], "--grid dpo.beta=0.1\\n,0.2: write section.key=value"),
+        (["train.epochs/../../..=1"], "unknown key"),
+        (
+            ["lora.rank=" + ",".join(map(str, range(1, 102)))],
+            "--grid: 101 combinations, and the most is 100",
+        ),
+        ([f"{key}=" + ",".join("1" * 9999) for key in ("lora.rank", "dpo.beta")], "99980001 comb"),
     ],
     ids=str,
 )
@@ -151,3 +162,29 @@ def test_a_grid_that_cannot_be_run_is_refused(grid, message, path, tmp_path):
         sweep.combinations(path, [], grid)
     assert message in str(refused.value)
     assert not (tmp_path / "run_sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("1", "train.epochs=1"),  # as ever: a sweep of an earlier version goes on
+        ("1 #/../../../y", "train.epochs=1%20%23%2F..%2F..%2F..%2Fy"),
+        ("1 #\u00e9", "train.epochs=1%20%23%C3%A9"),
+        ("1 # A", "train.epochs=1%20%23%20A_"),
+        ("1 #" + "a" * 300, "train.epochs=1%20%23aaaa"),
+    ],
+)
+def test_a_run_stays_in_the_sweep_s_folder(value, name, path, tmp_path):
+    """Whatever a value holds: one folder inside, whose name fits on any disk."""
+    [run] = sweep.combinations(path, [], [f"train.epochs={value}"])
+    folder = Path(run.config.run_dir)
+    assert folder.resolve().parent == (tmp_path / "run_sweep").resolve()
+    assert folder.name.startswith(name) and len(folder.name) <= sweep.LONGEST_NAME
+
+
+def test_names_of_runs_differ_on_a_mac(path):
+    """Where capitals are small letters, and beyond the length at which names are cut."""
+    tails = ["a", "A", *("b" * 200 + end for end in "cd")]
+    grid = "lora.keys=" + ",".join(f"[x{tail}]" for tail in tails)
+    runs = sweep.combinations(path, [], [grid])
+    assert len({run.config.run.name.casefold() for run in runs}) == len(tails)

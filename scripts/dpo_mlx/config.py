@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
+import reprlib
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -14,9 +17,9 @@ from typing import Any
 
 import yaml
 
+from . import bounded, paths, strict_yaml
+from .bounded import shown
 from .errors import UserError
-from .jsonl import read_bytes
-from .lock import OWN
 
 # losses.py and rounding.py implement these names. They are listed here so that reading a config
 # does not import MLX.
@@ -61,6 +64,19 @@ TEMPLATE_CALL = (
     "tools",
     "truncation",
 )
+# Characters of a name or a path, and of a system message or an argument of the chat template; the
+# name of a key, and the faults that are listed.
+LONGEST_NAME, LONGEST_TEXT, LONGEST_KEY, MOST_FAULTS = 1000, 100_000, 100, 20
+# Bytes of a file's name: disks take 255, of which derived and temporary names need some.
+LONGEST_FILE_NAME = 200
+# Of a chat template's argument.
+LARGEST_ARGUMENT = 2**53
+# Log-probs that are divided by less overflow.
+LEAST_TEMPERATURE = 0.01
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
 # Keys of other trainers that would be silently ignored here, and what to use instead.
 REJECTED = {
     "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
@@ -72,7 +88,9 @@ REJECTED = {
 
 
 def _number(default: Any = ..., *, low: float | None = None, high: float | None = None) -> Any:
-    """A number within [low, high]."""
+    """A number within [low, high]. The bounds are generous: they keep a slip of the finger from
+    ending in an overflow or a run of years.
+    """
     return _field(default, low=low, high=high)
 
 
@@ -84,66 +102,76 @@ def _field(default: Any = ..., **metadata: Any) -> Any:
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
+def _path() -> Any:
+    """A path, in which a leading `~` is the home folder."""
+    return _field(is_path=True)
+
+
+def _prompt() -> Any:
+    """A text of several lines."""
+    return _field("", longest=LONGEST_TEXT, blanks="\n\t")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str
-    train_pairs: str
-    valid_pairs: str
-    limit: int | None = _number(None, low=1)
+    source: str = _path()
+    train_pairs: str = _path()
+    valid_pairs: str = _path()
+    limit: int | None = _number(None, low=1, high=10**7)
     valid_fraction: float = _number(0.1, low=0.0, high=0.9)
-    max_length: int = _number(1024, low=8)
+    max_length: int = _number(1024, low=8, high=2**20)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     temperature: float = _number(0.7, low=0.0, high=5.0)
-    top_p: float = _number(0.95, low=0.0, high=1.0)
-    max_tokens: int | None = _number(None, low=1)
-    batch_size: int = _number(8, low=1)
+    top_p: float = _number(0.95, low=0.01, high=1.0)
+    max_tokens: int | None = _number(None, low=1, high=2**15)
+    batch_size: int = _number(8, low=1, high=4096)
     restart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    rank: int = _number(16, low=1)
-    scale: float = _number(20.0, low=0.0)
+    rank: int = _number(16, low=1, high=4096)
+    scale: float = _number(20.0, low=0.0, high=1e4)
     dropout: float = _number(0.0, low=0.0, high=0.9)
     keys: list[str] | None = None
-    num_layers: int | None = _number(None, low=1)
+    num_layers: int | None = _number(None, low=1, high=10**4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    epochs: int = _number(2, low=0)
+    epochs: int = _number(2, low=0, high=1000)
     learning_rate: float = _number(1e-4, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig:
     loss: str = _choice("sigmoid", of=LOSSES)
-    beta: float = _number(0.1, low=1e-6)
+    beta: float = _number(0.1, low=1e-6, high=1e4)
     label_smoothing: float = _number(0.0, low=0.0, high=0.499)
-    nll_weight: float = _number(0.2, low=0.0)
+    nll_weight: float = _number(0.2, low=0.0, high=1e4)
     match_length: bool = True
-    simpo_gamma: float = _number(1.0, low=0.0)
-    dpop_lambda: float = _number(50.0, low=0.0)
+    simpo_gamma: float = _number(1.0, low=0.0, high=1e4)
+    dpop_lambda: float = _number(50.0, low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     learning_rate: float = _number(low=0.0, high=1.0)
-    epochs: int = _number(1, low=1)
-    batch_size: int = _number(1, low=1)
-    grad_accumulation: int = _number(8, low=1)
+    epochs: int = _number(1, low=1, high=1000)
+    batch_size: int = _number(1, low=1, high=10**5)
+    grad_accumulation: int = _number(8, low=1, high=10**5)
     schedule: str = _choice("cosine", of=SCHEDULES)
     warmup_ratio: float = _number(0.1, low=0.0, high=1.0)
-    weight_decay: float = _number(0.0, low=0.0)
-    max_grad_norm: float = _number(1.0, low=1e-9)
+    weight_decay: float = _number(0.0, low=0.0, high=100.0)
+    max_grad_norm: float = _number(1.0, low=1e-9, high=1e9)
     grad_checkpoint: bool = True
-    scan_chunk: int | None = _number(64, low=1)
-    eval_every: int | None = _number(None, low=1)
-    eval_questions: int = _number(8, low=1)
-    save_every: int | None = _number(None, low=1)
+    scan_chunk: int | None = _number(64, low=1, high=4096)
+    eval_every: int | None = _number(None, low=1, high=10**9)
+    eval_questions: int = _number(8, low=1, high=10**6)
+    save_every: int | None = _number(None, low=1, high=10**9)
     restart: bool = False
     force: bool = False
 
@@ -153,7 +181,7 @@ class GuardConfig:
     enabled: bool = True
     max_distinct2_drop: float = _number(0.2, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.5, low=0.0, high=1.0)
-    max_chosen_drop: float = _number(0.5, low=0.0)
+    max_chosen_drop: float = _number(0.5, low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,32 +189,32 @@ class FuseConfig:
     rounding: str = _choice(STOCHASTIC, of=ROUNDINGS)
     dtype: str | None = _choice(None, of=DTYPES)
     quantize: int | None = _choice(None, of=(4, 8))
-    check_pairs: int = _number(8, low=1)
+    check_pairs: int = _number(8, low=1, high=10**6)
     min_margin_kept: float = _number(0.9, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig:
-    questions: int = _number(16, low=1)
+    questions: int = _number(16, low=1, high=10**6)
     min_voice_share: float = _number(0.6, low=0.0, high=1.0)
     min_voice_gain: float = _number(0.2, low=-1.0, high=1.0)
     max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
-    max_base_logprob_drop: float = _number(1.5, low=0.0)
-    max_length_ratio: float = _number(3.0, low=1.0)
+    max_base_logprob_drop: float = _number(1.5, low=0.0, high=1e6)
+    max_length_ratio: float = _number(3.0, low=1.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run; the shipped YAML files say what each key means."""
 
-    model: str
-    run_dir: str
+    model: str = _path()
+    run_dir: str = _path()
     data: DataConfig
     train: TrainConfig
     demo_model: bool = False
     seed: int = _number(0, low=0, high=2**32 - 1)
-    system_prompt: str = ""
+    system_prompt: str = _prompt()
     chat_template_args: dict[str, Scalar] = field(default_factory=dict)
     report_to: str = ""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -212,29 +240,42 @@ class Config:
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a config file; each override `section.key=value` wins over the file.
+    """Read a config file; each override `section.key=value` wins over the file. A `~` that a path
+    begins with is the home folder.
 
     Raises UserError that lists every fault: unknown keys with the nearest known name, missing
-    keys, wrong types, values out of range.
+    keys, wrong types, values out of range, files that two keys would share.
     """
+    path = Path(os.path.expanduser(path))
     faults: list[str] = []
     values = _read_yaml(path)
     for override in overrides or []:
         _override(values, override, faults)
-    return _of_values(values, str(path), faults)
+    config = _of_values(values, faults)
+    if config is not None:
+        faults += paths.conflicts(config, path)
+    return _without_faults(config, faults, shown(path))
 
 
 def of_values(values: dict[str, Any]) -> Config:
     """The config that `asdict` made these values of."""
-    return _of_values(values, "config", [])
+    faults: list[str] = []
+    return _without_faults(_of_values(values, faults), faults, "config")
 
 
-def _of_values(values: dict[str, Any], name: str, faults: list[str]) -> Config:
+def _of_values(values: dict[str, Any], faults: list[str]) -> Config | None:
+    """The config, or None and faults; faults that are no type's come with the config."""
     config = _build(Config, values, "", faults)
     if config is not None:
         faults += _contradictions(config)
+    return config
+
+
+def _without_faults(config: Config | None, faults: list[str], name: str) -> Config:
     if faults or config is None:
-        raise UserError("\n".join(f"{name}: {fault}" for fault in faults))
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        lines = [f"{name}: {fault}" for fault in faults[:MOST_FAULTS] + more]
+        raise UserError("\n".join(lines))
     return config
 
 
@@ -259,13 +300,15 @@ def keys(section: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_bytes(path, remedy="name an existing YAML file with --config")
+    content = bounded.read(path, bounded.CONFIG, "name an existing YAML file with --config")
     try:
-        values = yaml.safe_load(text.decode("utf-8-sig"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        values = strict_yaml.load(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown(path)}: is no UTF-8 text; save it as UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{shown(path)}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {_kind(values)}")
+        raise UserError(f"{shown(path)}: expected `key: value` lines, found {_kind(values)}")
     return values
 
 
@@ -274,7 +317,7 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not dotted:
-        faults.append(f"--set {override}: expected section.key=value")
+        faults.append(f"--set {shown(override)}: expected section.key=value")
         return
     *sections, name = dotted.split(".")
     node = values
@@ -283,14 +326,15 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
             node[section] = {}
         child = node[section]
         if not isinstance(child, dict):
-            faults.append(f"--set {override}: {section} is no section")
+            faults.append(f"--set {shown(override)}: {shown(section)} is no section")
             return
         node = child
     try:
         # A text key takes the words as they stand: `--set model=123` names a folder.
-        node[name] = text if _annotation(dotted) is str else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        faults.append(f"--set {override}: the value is not valid YAML")
+        node[name] = text if _annotation(dotted) is str else strict_yaml.load(text)
+    except ValueError as error:
+        reason = str(error).removeprefix("line 1: ")
+        faults.append(f"--set {shown(override)}: the value cannot be read as YAML: {reason}")
 
 
 def _annotation(dotted: str) -> Any:
@@ -341,7 +385,9 @@ def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]
         return {}
     for name, value in values.items():
         if not (isinstance(name, str) and name.isidentifier()):
-            faults.append(f"{dotted}: {name!r} is not a valid argument name")
+            faults.append(f"{dotted}: {_short(name)} is not a valid argument name")
+        elif len(name) > LONGEST_KEY:
+            faults.append(f"{dotted}: {shown(name)} is too long for a name")
         elif name in TEMPLATE_CALL:
             faults.append(
                 f"{dotted}.{name}: belongs to the tokenizer, not to the chat template; remove it"
@@ -352,6 +398,10 @@ def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]
             faults.append(
                 f"{dotted}.{name}: expected text, a number, true or false, found {_kind(value)}"
             )
+        elif isinstance(value, str) and (fault := _text_fault(value, LONGEST_TEXT, "\n\t")):
+            faults.append(f"{dotted}.{name}: {fault}")
+        elif isinstance(value, int | float) and abs(value) > LARGEST_ARGUMENT:
+            faults.append(f"{dotted}.{name}: {value} is too large; the most is {LARGEST_ARGUMENT}")
     return values
 
 
@@ -362,8 +412,10 @@ def _is_required(f: Any) -> bool:
 def _unknown(dotted: str) -> str:
     if dotted in REJECTED:
         return f"{dotted}: {REJECTED[dotted]}"
+    if len(dotted) > LONGEST_KEY:
+        return f"{shown(dotted)}: unknown key"
     near = difflib.get_close_matches(dotted, list(keys()), n=1, cutoff=0.5)
-    return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{shown(dotted)}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults: list[str]) -> Any:
@@ -376,14 +428,43 @@ def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults:
     except (TypeError, ValueError, OverflowError):
         faults.append(f"{dotted}: expected {_name(allowed[0])}, found {_kind(value)}")
         return None
+    texts = [text for text in (value if isinstance(value, list) else [value]) if type(text) is str]
+    for text in texts:
+        if fault := _text_fault(text, rules.get("longest", LONGEST_NAME), rules.get("blanks", "")):
+            faults.append(f"{dotted}: {fault}")
+            return None
     low, high, choices = rules.get("low"), rules.get("high"), rules.get("choices")
     if low is not None and not value >= low:
-        faults.append(f"{dotted}: {value} is too small; the least is {low}")
+        faults.append(f"{dotted}: {_short(value)} is too small; the least is {low}")
     if high is not None and not value <= high:
-        faults.append(f"{dotted}: {value} is too large; the most is {high}")
+        faults.append(f"{dotted}: {_short(value)} is too large; the most is {high}")
     if choices and value not in choices:
-        faults.append(f"{dotted}: {value!r} is not one of {', '.join(map(str, choices))}")
-    return value
+        faults.append(f"{dotted}: {_short(value)} is not one of {', '.join(map(str, choices))}")
+    return _expanded(value, dotted, faults) if rules.get("is_path") else value
+
+
+def _expanded(path: str, dotted: str, faults: list[str]) -> str:
+    """The path with the home folder in the place of `~`."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = shown(path.partition("/")[0])
+        faults.append(f"{dotted}: no user's home is {user}; write ./{user} for a folder")
+    longest = max(len(name.encode()) for name in expanded.split("/"))
+    if longest > LONGEST_FILE_NAME:
+        faults.append(f"{dotted}: a name of {longest} bytes in it; the most is {LONGEST_FILE_NAME}")
+    return expanded
+
+
+def _text_fault(text: str, longest: int, blanks: str) -> str | None:
+    """Why a text cannot be used: too long, or a character that no name, path or prompt has.
+    `blanks` are the control characters that are fine.
+    """
+    if len(text) > longest:
+        return f"has {len(text)} characters; the most is {longest}"
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in blanks:
+            return f"holds the control character {character!r}; remove it"
+    return None
 
 
 def _coerce(value: Any, kind: Any) -> Any:
@@ -407,25 +488,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             "lora.dropout: must be 0 with train.grad_checkpoint, whose second forward pass would "
             "draw another dropout mask than the first; set one of the two off"
         )
-    paths: dict[Path, str] = {}
-    for key in ("source", "train_pairs", "valid_pairs"):
-        other = paths.setdefault(Path(getattr(config.data, key)).resolve(), key)
-        if other != key:
-            yield f"data.{key}: must not be the file of data.{other}"
-    for key, value in _read_paths(config):
-        path = Path(value).resolve()
-        if any(path.is_relative_to((config.run / name).resolve()) for name in OWN):
-            yield f"{key}: {value} is among what the run writes into run_dir; name another place"
+    if 0 < config.generation.temperature < LEAST_TEMPERATURE:
+        yield (
+            f"generation.temperature: {config.generation.temperature} is too small; set 0, which "
+            f"takes the likeliest token, or at least {LEAST_TEMPERATURE}"
+        )
     for name in filter(None, (part.strip() for part in config.report_to.split(","))):
         if name.lower() not in REPORTERS:
-            yield f"report_to: {name!r} is not one of {', '.join(REPORTERS)}"
-
-
-def _read_paths(config: Config) -> Iterator[tuple[str, str]]:
-    """The keys that name what stages read or share with other runs."""
-    yield "model", config.model
-    for key in ("source", "train_pairs", "valid_pairs"):
-        yield f"data.{key}", getattr(config.data, key)
+            yield f"report_to: {_short(name)} is not one of {', '.join(REPORTERS)}"
 
 
 def _name(kind: Any) -> str:
@@ -434,4 +504,9 @@ def _name(kind: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+    return "nothing" if value is None else f"{type(value).__name__} {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    """A value as YAML's author knows it, cut."""
+    return shown(_REPR.repr(value))

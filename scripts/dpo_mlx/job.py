@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.nn as nn
 from tqdm import tqdm
 
-from . import device, jsonl, memory, models, pairs, reference, stamp, team, voice
+from . import check_pairs, device, jsonl, memory, models, pairs, reference, stamp, team, voice
+from .check_pairs import few
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .pairs import EncodedPair, Encoder, Pair
@@ -66,6 +67,8 @@ def prepare(config: Config) -> Job:
     Raises UserError for pairs, a model or settings that cannot be trained.
     """
     read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
+    for note in check_pairs.check(read[TRAIN], read[VALID], config):
+        print(f"10: note: {note}")
     loaded, worker = team.load(config, train=True)
     encoder = Encoder.of(loaded.tokenizer, config)
     for note in encoder.template.notes():
@@ -76,8 +79,9 @@ def prepare(config: Config) -> Job:
         if dropped:
             print(
                 f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
-                f"{config.data.max_length} tokens and dropped (lines {_few(dropped)})"
+                f"{config.data.max_length} tokens and dropped (lines {few(dropped)})"
             )
+            read[split] = [pair for pair in read[split] if pair.line not in {*dropped}]
     need = pairs_per_update(config.train)
     if len(encoded[TRAIN]) < need:
         raise UserError(
@@ -119,7 +123,8 @@ def _require_memory(
 def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) -> GenerationConfig:
     """How questions are answered."""
     everything = [pair for split in SPLITS for pair in raw[split]]
-    return limited(config.generation, pairs.chosen_lengths(everything, encoder))
+    lengths = pairs.chosen_lengths(everything, encoder, config.data.max_length)
+    return limited(config.generation, lengths)
 
 
 def reference_inputs(
@@ -178,7 +183,3 @@ def load_reference(
 
 def pair_file(config: Config, split: str) -> Path:
     return Path(config.data.train_pairs if split == TRAIN else config.data.valid_pairs)
-
-
-def _few(lines: list[int]) -> str:
-    return ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")

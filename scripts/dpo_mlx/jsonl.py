@@ -3,57 +3,87 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import ownership
+from . import bounded, file_kinds, ownership
 from .errors import UserError
 
+# Bytes of a row, which may be an answer that is too long, with each character escaped.
+LONGEST_LINE = 2**26
 
-def read_bytes(path: Path, remedy: str) -> bytes:
-    """The file's bytes. Raises UserError, ending in `remedy`, when it is no readable file."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, not a file; {remedy}")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; {remedy}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+
+def read_bytes(path: Path, remedy: str, most: int = bounded.STATE) -> bytes:
+    """The file's bytes. Raises UserError, ending in `remedy`, when it is no readable file, or has
+    more than `most`.
+    """
+    return bounded.read(path, most, remedy)
 
 
 def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line; blank lines, a BOM and CRLF are fine.
 
-    Raises UserError for an unreadable or empty file, and with `path:line` for a line that is no
-    UTF-8, no JSON or no object.
+    Raises UserError for an unreadable or empty file or one of another kind, and with `path:line`
+    for a line that is no UTF-8, no JSON or no object.
     """
-    found = False
-    for number, raw in enumerate(read_bytes(path, remedy).split(b"\n"), start=1):
-        if not raw.strip(b"\xef\xbb\xbf \t\r"):
+    content = read_bytes(path, remedy, bounded.DATA)
+    if kind := file_kinds.by_first_bytes(content):
+        raise UserError(f"{bounded.shown(path)}: {kind}")
+    first = True
+    for number, raw in enumerate(io.BytesIO(content), start=1):
+        line = raw.removesuffix(b"\n")
+        if not line.strip(b"\xef\xbb\xbf \t\r"):
             continue
-        found = True
-        yield number, _parse(raw, f"{path}:{number}")
-    if not found:
-        raise UserError(f"{path}: is empty; {remedy}")
+        try:
+            row = _parse(line, f"{bounded.shown(path)}:{number}")
+        except UserError as error:
+            if first and (kind := file_kinds.by_first_line(line)):
+                raise UserError(f"{bounded.shown(path)}: {kind}") from error
+            raise
+        first = False
+        yield number, row
+    if first:
+        raise UserError(f"{bounded.shown(path)}: is empty; {remedy}")
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    if len(raw) > LONGEST_LINE:
+        raise UserError(f"{where}: a line of {len(raw) / 1e6:.0f} MB; no row is that long")
     try:
         text = raw.decode("utf-8-sig")
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_without_repetition)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        if "\\u" in text and not _is_text(row):
+            raise UserError(f"{where}: half a surrogate pair (\\ud800 to \\udfff); write it whole")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}); save as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
-        raise UserError(f"{where}: JSON that cannot be read: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if "\\u" in text and not _is_text(row):
-        raise UserError(f"{where}: half a surrogate pair (\\ud800 to \\udfff); write it whole")
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON that is nested too deeply; write text fields") from error
+    except _Repeated as error:
+        raise UserError(f"{where}: the key {error} stands twice; remove one") from error
+    except ValueError as error:
+        raise UserError(
+            f"{where}: a number of thousands of digits; shorten or remove it"
+        ) from error
+    return row
+
+
+class _Repeated(ValueError):
+    """A key that stands twice in an object, as a message shows it."""
+
+
+def _without_repetition(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(items)
+    if len(row) < len(items):
+        [(key, _)] = Counter(key for key, _ in items).most_common(1)
+        raise _Repeated(f'"{bounded.shown(key)}"')
     return row
 
 
@@ -109,7 +139,7 @@ def read_whole_lines(path: Path, remedy: str = "") -> list[dict[str, Any]]:
 
     Raises UserError with `path:line`, ending in `remedy`, for a row that is no JSON object.
     """
-    raw = read_bytes(path, remedy)
+    raw = read_bytes(path, remedy, bounded.DATA)
     whole = raw[: raw.rfind(b"\n") + 1]
     rows = []
     for number, line in enumerate(whole.splitlines(), start=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
@@ -28,7 +29,7 @@ from .config import Config, GenerationConfig
 from .errors import UserError
 from .lock import LOCK
 from .ownership import Status
-from .pairs import Encoder, Pair
+from .pairs import COUNTED, Encoder, Pair, most_characters
 from .questions import Question
 from .sampling import Answer, batches, limited
 from .typed import Count
@@ -236,11 +237,14 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
 
 
 def generation_settings(rows: list[Question], config: Config, encoder: Encoder) -> GenerationConfig:
-    """How answers are sampled. `max_tokens` comes from all rows that fit, so that raising
-    data.limit does not sample any answer again.
+    """How answers are sampled. `max_tokens` comes from the first rows of all that fit, so that
+    raising data.limit does not sample any answer again.
     """
-    fitting = [row for row in rows if _fits(encoder, row.question, row.answer, config)]
-    return limited(config.generation, [len(encoder.answer(row.answer)) for row in fitting])
+    if config.generation.max_tokens is not None:
+        return config.generation
+    fitting = (row for row in _short(rows, config, encoder) if _fits(encoder, row, config))
+    counted = islice(fitting, COUNTED)
+    return limited(config.generation, [len(encoder.answer(row.answer)) for row in counted])
 
 
 def usable_rows(
@@ -256,7 +260,7 @@ def usable_rows(
     dropped["copy of another row"] = len(rows) - len(unique)
     limited = unique[: config.data.limit]
     dropped["beyond data.limit"] = len(unique) - len(limited)
-    fitting = [row for row in limited if _fits(encoder, row.question, row.answer, config)]
+    fitting = [row for row in _short(limited, config, encoder) if _fits(encoder, row, config)]
     dropped["chosen longer than data.max_length"] = len(limited) - len(fitting)
     if not fitting:
         raise UserError(
@@ -266,8 +270,14 @@ def usable_rows(
     return fitting
 
 
-def _fits(encoder: Encoder, question: str, answer: str, config: Config) -> bool:
-    return len(encoder.sequence(question, answer).ids) <= config.data.max_length
+def _short(rows: list[Question], config: Config, encoder: Encoder) -> list[Question]:
+    """Rows that are not too long by their characters alone: to tokenise 10 MB takes a minute."""
+    most = most_characters(encoder, config.data.max_length)
+    return [row for row in rows if len(row.question) + len(row.answer) <= most]
+
+
+def _fits(encoder: Encoder, row: Question, config: Config) -> bool:
+    return len(encoder.sequence(row.question, row.answer).ids) <= config.data.max_length
 
 
 def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
@@ -359,7 +369,7 @@ def _join(
             dropped["rejected is empty"] += 1
         elif answer.text == row.answer:
             dropped["rejected equals chosen"] += 1
-        elif not _fits(encoder, row.question, answer.text, config):
+        elif not _fits(encoder, replace(row, answer=answer.text), config):
             dropped["rejected longer than data.max_length"] += 1
         else:
             kept.append((row, answer))

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonl
+from .bounded import shown
 from .chat_template import ChatTemplate
 from .config import Config, Scalar
 from .errors import UserError
 
 # Why an answer stopped: it ended its turn by itself, or it was cut at the token limit.
 STOP, LENGTH = "stop", "length"
+
+# Answers that are counted to see how long answers are: more would not change a percentile.
+COUNTED = 2000
 
 
 @dataclass(frozen=True)
@@ -131,33 +135,57 @@ def read(path: Path) -> list[Pair]:
     Raises UserError with `path:line` for a row that is no pair.
     """
     return [
-        _pair(row, line, path)
+        _pair(row, line, shown(path))
         for line, row in jsonl.read(path, remedy="make it with 06_generate_dpo_pairs.py")
     ]
 
 
-def _pair(row: dict[str, Any], line: int, path: Path) -> Pair:
+def _pair(row: dict[str, Any], line: int, path: str) -> Pair:
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f'{path}:{line}: the field "{key}" must be text that is not empty')
+        if "\0" in row[key] and key != "rejected":  # a model may write anything
+            raise UserError(
+                f'{path}:{line}: the field "{key}" holds a NUL character (\\u0000); remove it'
+            )
     finish = row.get("rejected_finish", STOP)
     if finish not in (STOP, LENGTH):
         raise UserError(f'{path}:{line}: "rejected_finish" must be "{STOP}" or "{LENGTH}"')
     return Pair(row["prompt"], row["chosen"], row["rejected"], finish, line)
 
 
+def most_characters(encoder: Encoder, max_length: int) -> int:
+    """A text of more characters than this has more than `max_length` tokens, which is known without
+    tokenising it: no token stands for more characters than the longest of the vocabulary. (A
+    tokenizer that drops characters, such as repeated blanks, could fit more in, but a text of so
+    many of those is no answer.)
+    """
+    return max_length * max(map(len, encoder.tokenizer.get_vocab()))
+
+
 def encode_all(
     pairs: list[Pair], encoder: Encoder, max_length: int
 ) -> tuple[list[EncodedPair], list[int]]:
     """(pairs whose longer side fits `max_length` tokens, lines of those dropped)."""
-    encoded = [encoder.pair(pair) for pair in pairs]
-    fitting = [pair for pair in encoded if pair.length <= max_length]
-    return fitting, [pair.line for pair in encoded if pair.length > max_length]
+    most = most_characters(encoder, max_length)
+    fitting, dropped = [], []
+    for pair in pairs:
+        longer = max(len(pair.chosen), len(pair.rejected))
+        encoded = encoder.pair(pair) if len(pair.prompt) + longer <= most else None
+        if encoded is not None and encoded.length <= max_length:
+            fitting.append(encoded)
+        else:
+            dropped.append(pair.line)
+    return fitting, dropped
 
 
-def chosen_lengths(pairs: list[Pair], encoder: Encoder) -> list[int]:
-    """Of the chosen answers, in tokens with the end of turn."""
-    return [len(encoder.answer(pair.chosen)) for pair in pairs]
+def chosen_lengths(pairs: list[Pair], encoder: Encoder, max_length: int) -> list[int]:
+    """Of the first COUNTED chosen answers that can fit `max_length` tokens, in tokens with the end
+    of turn.
+    """
+    most = most_characters(encoder, max_length)
+    short = [pair.chosen for pair in pairs if len(pair.prompt) + len(pair.chosen) <= most]
+    return [len(encoder.answer(chosen)) for chosen in short[:COUNTED]]
 
 
 def sequences(pairs: list[EncodedPair]) -> Iterator[Sequence]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonl
+from .bounded import shown
 from .errors import UserError
 
 FORMATS = (
     '{"question", "answer"}, {"prompt", "completion"}, {"messages"}, '
     'or {"text"} with "Question: ... Answer: ..." or Granite\'s chat markup'
 )
-_QUESTION_ANSWER = re.compile(r"\s*Question:(.*?)\n\s*Answer:(.*)", re.DOTALL)
+QUESTION, ANSWER = "Question:", "Answer:"
 _GRANITE_TURN = re.compile(
     r"<\|start_of_role\|>(\w+)<\|end_of_role\|>(.*?)(?=<\|end_of_text\|>|<\|start_of_role\|>|\Z)",
     re.DOTALL,
@@ -42,7 +43,7 @@ def read(path: Path) -> list[Question]:
         try:
             system, question, answer = _fields(row)
         except ValueError as error:
-            raise UserError(f"{path}:{line}: {error}") from error
+            raise UserError(f"{shown(path)}:{line}: {error}") from error
         questions.append(Question(question, answer, line, system))
     return questions
 
@@ -52,9 +53,13 @@ def is_held_out(question: str, valid_fraction: float) -> bool:
 
     Questions that differ only in case, blanks or punctuation fall on the same side.
     """
-    words = " ".join(re.findall(r"\w+", question.casefold()))
-    digest = hashlib.sha256(words.encode()).digest()
+    digest = hashlib.sha256(words(question).encode()).digest()
     return int.from_bytes(digest[:8], "big") < valid_fraction * 2**64
+
+
+def words(question: str) -> str:
+    """The question without case, blanks and punctuation: two that share them are one question."""
+    return " ".join(re.findall(r"\w+", question.casefold()))
 
 
 def _fields(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -72,9 +77,26 @@ def _fields(row: dict[str, Any]) -> tuple[str, str, str]:
 def _from_text(text: str) -> tuple[str, str, str]:
     if turns := _GRANITE_TURN.findall(text):
         return _from_messages([{"role": role, "content": content} for role, content in turns])
-    if match := _QUESTION_ANSWER.match(text):
-        return "", _filled(match[1], "the question"), _filled(match[2], "the answer")
+    if sides := _question_and_answer(text):
+        question, answer = sides
+        return "", _filled(question, "the question"), _filled(answer, "the answer")
     raise ValueError('"text" holds neither "Question: ... Answer: ..." nor Granite\'s chat markup')
+
+
+def _question_and_answer(text: str) -> tuple[str, str] | None:
+    """What stands after `Question:`, up to the first line that begins with `Answer:`, and what
+    stands after that. Line by line: a regular expression would go back over all blank lines at each
+    of them.
+    """
+    lines = text.split("\n")
+    if not lines[0].startswith(QUESTION):
+        return None
+    for number, line in enumerate(lines[1:], start=1):
+        if line.lstrip().startswith(ANSWER):
+            question = "\n".join(lines[:number]).removeprefix(QUESTION)
+            answer = "\n".join([line.lstrip().removeprefix(ANSWER), *lines[number + 1 :]])
+            return question, answer
+    return None
 
 
 def _from_messages(messages: Any) -> tuple[str, str, str]:
@@ -83,7 +105,9 @@ def _from_messages(messages: Any) -> tuple[str, str, str]:
     roles = [m.get("role") for m in messages]
     system = _text(messages[0], "content") if roles[:1] == ["system"] else ""
     if roles[bool(system) :] != ["user", "assistant"]:
-        raise ValueError(f"expected one user and one assistant message, found roles {roles}")
+        raise ValueError(
+            f"expected one user and one assistant message, found roles {shown(roles[:5])}"
+        )
     return system, _text(messages[-2], "content"), _text(messages[-1], "content")
 
 
@@ -96,6 +120,8 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _filled(text: str, what: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"{what} holds a NUL character (\\u0000); remove it")
     if not text.strip():
         raise ValueError(f"{what} is empty")
     return text.strip()

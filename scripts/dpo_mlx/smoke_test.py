@@ -118,7 +118,8 @@ def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
     require_valid(config, encoded)
     everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
-    generation = limited(config.generation, pairs.chosen_lengths(everything, encoder))
+    lengths = pairs.chosen_lengths(everything, encoder, config.data.max_length)
+    generation = limited(config.generation, lengths)
     config = replace(config, generation=generation)
     questions = valid[: config.smoke.questions]
     _require_memory(config, loaded, encoder, encoded, questions)

@@ -6,29 +6,36 @@ what it was made of, is copied from there: the reference, and SFT with its end.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import shlex
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
+from urllib.parse import quote
 
 from . import checkpoint, jsonl, lock, origin, outcome, ownership, pages, records, stamp
 from . import config as configs
+from .bounded import shown
 from .checkpoint import Checkpoints
 from .config import Config
 from .errors import UserError
 from .job import AFTER_SFT, BASE
 from .make_pairs import make_pairs
 from .outcome import OUTCOME
+from .paths import sweep_folder
 from .phase import SFT
 from .report import FRAME, chart, report_rows
 from .train_dpo import ALL, Refused, train_dpo
 
 # Sections that training alone reads; another pairs file would be another comparison.
 VARIED = ("lora", "sft", "dpo", "train", "guard")
+
+# Runs of a sweep; each takes minutes at least. Characters of the name of a run's folder.
+MOST_RUNS, LONGEST_NAME, DIGEST = 100, 120, 12
 
 RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
 REFERENCE, METRICS = "reference", "metrics.jsonl"
@@ -67,30 +74,56 @@ class Combination:
 def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Combination]:
     """Every combination of the grid's values, each line of which is `section.key=value,value`.
 
-    Raises UserError for a key that a sweep does not vary, and for what no run would take.
+    Raises UserError for a key that a sweep does not vary, for what no run would take, for two
+    values that mean the same, and for more than MOST_RUNS combinations.
     """
-    folder = _folder(configs.load(path, overrides))
+    folder = sweep_folder(configs.load(path, overrides))
     choices = [_choices(line) for line in grid]
-    keys = [line.partition("=")[0] for line in grid]
+    keys = [line.partition("=")[0].strip() for line in grid]
     if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"--grid: {repeated[0]} is given twice")
-    found = []
+        raise UserError(f"--grid: {shown(repeated[0])} is given twice")
+    if (runs := math.prod(map(len, choices))) > MOST_RUNS:
+        raise UserError(
+            f"--grid: {runs} combinations, and the most is {MOST_RUNS}; give fewer values"
+        )
+    made: list[Combination] = []
     for settings in itertools.product(*choices):
-        run = f"run_dir={folder / '_'.join(settings)}"
-        found.append(Combination(settings, configs.load(path, [*overrides, *settings, run])))
-    return found
+        run = f"run_dir={folder / _folder_name(settings)}"
+        config = configs.load(path, [*overrides, *settings, run])
+        made.append(Combination(settings, config))
+    _refuse_same_runs(made)
+    return made
 
 
-def _folder(config: Config) -> Path:
-    """Where the runs of a sweep are, beside the run's own folder."""
-    return config.run.with_name(f"{config.run.name}_sweep")
+def _folder_name(settings: tuple[str, ...]) -> str:
+    """One name for these settings, which leads nowhere else: what is no letter, digit, or one of
+    `_.-~=+` is escaped. Of a long name, and of one with capitals, which to a Mac are small letters,
+    a digest is a part.
+    """
+    text = "_".join(settings)
+    name = quote(text, safe="=+")
+    if len(name) <= LONGEST_NAME and name == quote(text.lower(), safe="=+"):
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST]
+    return f"{name[: LONGEST_NAME - DIGEST - 1]}_{digest}"
+
+
+def _refuse_same_runs(runs: list[Combination]) -> None:
+    first: dict[str, Combination] = {}
+    for run in runs:
+        other = first.setdefault(configs.digest(replace(run.config, run_dir="")), run)
+        if other is not run:
+            raise UserError(
+                f"--grid: {shown(other.name)} and {shown(run.name)} are the same settings; remove "
+                "one of the two"
+            )
 
 
 def _choices(line: str) -> list[str]:
     key, _, values = line.partition("=")
-    if key.partition(".")[0] not in VARIED or not values:
+    if key.partition(".")[0] not in VARIED or not values or not line.isprintable():
         raise UserError(
-            f"--grid {line}: write section.key=value,value with a key of "
+            f"--grid {shown(line)}: write section.key=value,value with a key of "
             f"{', '.join(VARIED)}; other keys change the pairs, or nothing that is compared"
         )
     return [f"{key}={value}" for value in values.split(",")]
@@ -99,7 +132,7 @@ def _choices(line: str) -> list[str]:
 def sweep(base: Config, runs: list[Combination]) -> list[Row]:
     """Run all, print and write the table after each; the rows, best first."""
     make_pairs(base)
-    folder = _folder(base)
+    folder = sweep_folder(base)
     for name in (RESULTS, PAGE):
         ownership.require(folder / name)
     before = {row["name"]: row for row in _read(folder)}

@@ -248,7 +248,9 @@ class Asked:
         self.loaded = models.load(config.model)
         self.encoder = Encoder.of(self.loaded.tokenizer, config)
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
-        self.decodings = decodings(pairs.chosen_lengths([*train, *valid], self.encoder))
+        self.decodings = decodings(
+            pairs.chosen_lengths([*train, *valid], self.encoder, config.data.max_length)
+        )
         base = {
             SAMPLED: [self.as_sampled(p.rejected, p.rejected_finish) for p in valid],
             GREEDY: self.answer(self.loaded, self.encoder, GREEDY),
@@ -424,7 +426,8 @@ def raw_pairs(config: Config) -> Config:
     files = {split: config.run / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
     for split, file in files.items():
         rows = pairs.read(pair_file(config, split))
-        limits = limited(config.generation, pairs.chosen_lengths(rows, encoder))
+        lengths = pairs.chosen_lengths(rows, encoder, config.data.max_length)
+        limits = limited(config.generation, lengths)
         answers = answer(loaded, encoder, rows, limits, config.seed)
         made = [
             {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text or row.rejected}
