@@ -87,7 +87,7 @@ def test_the_end_of_turn_is_the_end_of_text(granite_4):
     assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|end_of_text|>"
 
 
-USER = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+USER = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
 OWN = "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
 SYSTEM_MESSAGES = {
     "no default": (tiny.GRANITE_TEMPLATE, None, "Be brief."),
