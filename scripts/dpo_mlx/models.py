@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
             f"{adapters}: does not fit model {name}: {reason}; set model to the one it was trained "
             "on, or delete the folder and run 10_train_dpo.py again"
         )
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
     if not is_hub_name(name):
         return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
@@ -169,7 +170,7 @@ def _is_plain_rope(parameters: Any) -> TypeGuard[dict[str, Any]]:
 
 def folder_of(name: str) -> Path:
     """The local folder of a model. Raises OSError or ValueError when it is not on this machine."""
-    return Path(name) if Path(name).is_dir() else hf_repo_to_path(name)
+    return Path(name) if os.path.isdir(name) else hf_repo_to_path(name)
 
 
 def fingerprint(name: str) -> dict[str, str] | None:
