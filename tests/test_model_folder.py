@@ -264,6 +264,11 @@ def test_a_damaged_folder_is_one_line(case, folder):
         assert words in line
 
 
+def test_a_folder_that_mlx_lm_takes_for_a_pattern(folder, tmp_path):
+    """Brackets in the path; the weights are there, and the line says why they are not seen."""
+    assert "rename it" in one_line(lambda: encoder(folder.rename(tmp_path / "m[1]")))
+
+
 @pytest.mark.parametrize("kind", ["granite", "dense", "thinking", "llama"])
 def test_sound_models_pass(kind, tmp_path):
     """Plain and quantised, in every architecture that is trained here."""

@@ -6,6 +6,7 @@ possible for these weights: MLX believes any, and builds millions of layers, or 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -107,6 +108,10 @@ def check(folder: Path) -> None:
     a complete model that can be loaded without risk. Whether its weights are finite is not looked
     at here; see `require_finite`.
     """
+    if glob.escape(str(folder)) != str(folder):
+        raise UserError(
+            f"{folder}: mlx-lm finds no weights in a folder with *, ? or [ in its path; rename it"
+        )
     for path in _files(folder, READABLE):
         if not path.is_dir():  # a directory is not read; one under a known name is refused below
             require_regular(path)

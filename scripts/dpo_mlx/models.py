@@ -17,7 +17,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import hf_repo_to_path, load_config, save_model
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    hf_repo_to_path,
+    load_config,
+    save_model,
+    snapshot_download,
+)
 
 from . import device, jsonl, model_folder, scan, tokens, weights_file
 from .config import LoraConfig
@@ -60,7 +66,7 @@ def load(
         model_folder.check(folder)
         model_folder.require_finite(folder)
         if adapters is not None:
-            _check_adapters(adapters)
+            check_adapters(adapters)
         model, tokenizer, *_ = mlx_lm.load(
             str(folder),
             tokenizer_config=NO_CODE,
@@ -104,7 +110,7 @@ def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
     )
 
 
-def _check_adapters(folder: Path) -> None:
+def check_adapters(folder: Path) -> None:
     """Raises UserError for adapters that are damaged."""
     try:
         weights, settings = folder / ADAPTERS, folder / ADAPTER_CONFIG
@@ -132,11 +138,13 @@ def is_hub_name(name: str) -> bool:
 
 
 def _fetch(name: str) -> Path:
-    """The local folder of a model, which mlx-lm downloads when it is not on this machine yet."""
+    """The local folder of a model, which is downloaded when it is not on this machine yet."""
     try:
         return folder_of(name)
     except (OSError, ValueError):
-        mlx_lm.load(name, tokenizer_config=NO_CODE, lazy=True, **NO_CODE)
+        snapshot_download(
+            name, allow_patterns=DEFAULT_ALLOW_PATTERNS
+        )  # the files that mlx-lm reads
         return folder_of(name)
 
 
