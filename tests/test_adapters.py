@@ -119,7 +119,7 @@ def test_adapters_that_do_not_fit_are_refused(name, llama, tmp_path):
     OTHERS[name](llama, path)
     model = adapted(llama, size=0.0)
     before = adapters(model)
-    with pytest.raises(UserError, match="cannot be used: .*delete the folder .* and run") as error:
+    with pytest.raises(UserError, match="delete the folder .* and run") as error:
         models.load_adapters(model, path)
     assert str(error.value).startswith(f"{path / models.ADAPTERS}: ")
     assert "\n" not in str(error.value)

@@ -262,9 +262,10 @@ CASES: dict[str, Case] = {
         lambda: other_weights(tiny.folder(Path("other"))),
         ("--set", "model=other"),
     ),
-    "no weights": model(lambda f: (f / "model.safetensors").unlink(), "model other", "safetensors"),
+    "no weights": model(lambda f: (f / "model.safetensors").unlink(), "other: holds no weights"),
     "torn weights": model(
-        lambda f: os.truncate(f / "model.safetensors", 5000), "model other", "safetensors"
+        lambda f: os.truncate(f / "model.safetensors", 5000),
+        "other/model.safetensors: is cut short",
     ),
     "no config.json": model(lambda f: (f / "config.json").unlink(), "other/config.json"),
     "unknown architecture": model(
@@ -381,10 +382,11 @@ CASES: dict[str, Case] = {
         more=("--set", "smoke.questions=1"),
     ),
     "checkpoint torn": checkpoint(
-        lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors: cannot"
+        lambda f: os.truncate(f / "optimizer.safetensors", 999),
+        "optimizer.safetensors: is cut short",
     ),
     "checkpoint's adapters torn": checkpoint(
-        lambda f: os.truncate(f / "adapters.safetensors", 999), "adapters.safetensors: cannot"
+        lambda f: os.truncate(f / "adapters.safetensors", 999), "adapters.safetensors: is cut short"
     ),
     "checkpoint's state broken": checkpoint(
         lambda f: (f / "state.json").write_text("{"), "state.json: broken JSON", "the one before"
@@ -414,13 +416,15 @@ CASES: dict[str, Case] = {
         ("--set", "fuse.check_pairs=2"),
     ),
     "fused torn": Case(
-        "12", ("model run/fused",), lambda: os.truncate("run/fused/model.safetensors", 999)
+        "12",
+        ("run/fused/model.safetensors: is cut short", "run the stage that makes it again"),
+        lambda: os.truncate("run/fused/model.safetensors", 999),
     ),
     "config.json broken": model(
-        lambda f: (f / "config.json").write_text("{"), "model other", script="06"
+        lambda f: (f / "config.json").write_text("{"), "other/config.json: broken JSON", script="06"
     ),
     "config.json a list": model(
-        lambda f: (f / "config.json").write_text("[]"), "model other", script="06"
+        lambda f: (f / "config.json").write_text("[]"), "other/config.json: expected", script="06"
     ),
     "tokenizer.json broken": model(
         lambda f: (f / "tokenizer.json").write_text("{"), "model other", script="06"

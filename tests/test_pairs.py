@@ -88,7 +88,7 @@ def test_system_prompt_comes_first(kind, granite, llama):
 
 def test_no_token_spans_prompt_and_answer(tmp_path):
     """With a token for two newlines, ChatML's last newline and the answer's first stay apart."""
-    folder = tiny.folder(tmp_path / "m", "llama")
+    folder = tiny.folder(tmp_path / "m", "llama", vocab_size=len(tiny.vocabulary("llama")) + 1)
     path = folder / "tokenizer.json"
     model = json.loads(path.read_text())["model"]
     model["vocab"]["ĊĊ"] = double = len(model["vocab"])

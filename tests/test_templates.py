@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl, make_pairs, models, pairs
+from dpo_mlx import chat_template, config, jsonl, make_pairs, models, pairs, time_limit
 from dpo_mlx.errors import UserError
 from dpo_mlx.job import prepare
 from dpo_mlx.pairs import Encoder
@@ -87,7 +90,7 @@ def test_the_end_of_turn_is_the_end_of_text(granite_4):
     assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|end_of_text|>"
 
 
-USER = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+USER = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
 OWN = "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
 SYSTEM_MESSAGES = {
     "no default": (tiny.GRANITE_TEMPLATE, None, "Be brief."),
@@ -280,3 +283,107 @@ def test_changed_arguments_are_other_samples(settings, write_config, granite_4):
     assert not [name for name in stamp if name.startswith("chat_template_args")]
     with pytest.raises(UserError, match="chat_template_args.tone: None -> dry"):
         run_06(settings, write_config, "data.limit=20", "chat_template_args.tone=dry")
+
+
+# Broken templates ---------------------------------------------------------------------------------
+
+GRANITE = tiny.GRANITE_TEMPLATE
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+BROKEN = {
+    "syntax": ("{% for", "fails (unexpected"),
+    "refuses": ("{{ raise_exception('only\nFrench') }}", "fails (only French)"),
+    "filter": ("{{ messages | nosuch }}" + GRANITE, "fails (No filter named 'nosuch'"),
+    "attribute": ("{{ messages.nosuch() }}" + GRANITE, "fails ("),
+    "division": ("{{ 1 / 0 }}" + GRANITE, "fails (division by zero)"),
+    "recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}" + GRANITE, "fails (maximum"),
+    "range": ("{% for i in range(10**9) %}{% endfor %}" + GRANITE, "fails (Range too big"),
+    "import": ("{% import 'x' as x %}" + GRANITE, "fails (no loader"),
+    "sandbox": ("{{ messages.pop() }}" + GRANITE, "fails ("),
+    "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}" + GRANITE, "fails ("),
+    "surrogate": ("{{ '\\ud800' }}" + GRANITE, "surrogates not allowed"),
+    "loops": (LOOPS + GRANITE, "it computes for more than 0.5 seconds"),
+    "long": ("{{ 'x' * 10**8 }}" + GRANITE, "it adds 100000"),
+    "empty": ("", "leaves out the question"),
+    "constant": ("Hello!", "leaves out the question"),
+    "question cut": ("{% for m in messages %}{{ m.content[:999] }}{% endfor %}", "or a part"),
+    "question changed": (
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "leaves out",
+    ),
+    "answer": (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        "leaves out the answer",
+    ),
+    "answer refused": (
+        "{{ raise_exception('no') if messages[-1].role == 'assistant' }}" + GRANITE,
+        "fails (no)",
+    ),
+    "chance": ("{{ ['a', 'b'] | random }}" + GRANITE, "other prompts of the same question"),
+    "clock": ("{{ strftime_now('%f') }}" + GRANITE, "other prompts of the same question"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_template_is_one_line_in_seconds(name, tmp_path, monkeypatch):
+    """It names the template and the remedy, whatever the template does."""
+    monkeypatch.setattr(chat_template, "RENDERING", 0.5)
+    template, says = BROKEN[name]
+    folder = tiny.folder(tmp_path / "m")
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"^model: its chat template ") as error:
+        encoder_of(folder)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("use another model") and len(str(error.value)) < 500
+    assert time.process_time() - start < 8
+
+
+def test_a_template_that_fails_on_one_question_is_one_line(tmp_path):
+    """Later than at the start, when the question is encoded."""
+    picky = "{{ raise_exception('rude') if 'damn' in messages[0].content }}" + GRANITE
+    encoder = with_template(tmp_path, picky)
+    assert encoder.prompt("Why?")
+    with pytest.raises(UserError, match=r"chat template fails \(rude\)"):
+        encoder.prompt("damn")
+
+
+def test_the_date_is_no_chance(tmp_path):
+    """Llama 3's templates write it."""
+    assert "20" in with_template(tmp_path, "{{ strftime_now('%Y') }}" + GRANITE).rendered("Why?")
+
+
+# The time limit -----------------------------------------------------------------------------------
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_a_time_limit_leaves_no_trace():
+    """The handler and the timer are as before, whether it ran out or not; waiting is free."""
+    before = signal.getsignal(signal.SIGVTALRM)
+    with time_limit.computing(0.05):
+        time.sleep(0.2)
+    too_slow = pytest.raises(time_limit.TooSlow, match=r"more than 0.05 seconds")
+    with too_slow, time_limit.computing(0.05):
+        spin(5)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    spin(0.2)  # no late signal
+
+
+def test_a_time_limit_is_harmless_in_another_thread():
+    """Python handles signals in the main thread alone."""
+    ran = []
+
+    def work() -> None:
+        with time_limit.computing(0.01):
+            spin(0.05)
+            ran.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ran

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         config=config,
         template_args=_template_args(config.chat_template_args),
         name=config.run.name,
-        base=Path(config.model).name if Path(config.model).is_dir() else config.model,
+        base=Path(config.model).name if os.path.isdir(config.model) else config.model,
         counts=read_report(config),
         training=outcome.read(config.run),
         fuse=report["fuse"],
@@ -42,7 +44,9 @@ def _template_args(arguments: Mapping[str, Scalar]) -> dict[str, str] | None:
     """The chat template's arguments as a shell word and as Python keywords; None without any."""
     if not arguments:
         return None
+    are_names = all(name.isidentifier() and not iskeyword(name) for name in arguments)
+    keywords = ", ".join(f"{name}={value!a}" for name, value in arguments.items())
     return {
         "shell": shlex.quote(json.dumps(arguments)),
-        "python": ", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+        "python": keywords if are_names else f"**{ascii(dict(arguments))}",
     }

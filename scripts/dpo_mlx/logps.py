@@ -87,10 +87,16 @@ def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
 
 def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
     """Raises UserError when the model's own logits are not the head's: its final scaling is none
-    of those known here.
+    of those known here; and when they are not finite.
     """
     ids = mx.arange(1, 9)[None] % head.vocabulary
     expected = model(ids)[0].astype(mx.float32)
+    if not mx.isfinite(expected).all():
+        raise UserError(
+            "model: its logits are NaN or infinite, though its weights are finite; correct the "
+            "numbers in the model's config.json (multipliers, epsilons), lower lora.scale, or use "
+            "another model"
+        )
     hidden = backbone(ids)[0].astype(mx.float32)
     blocks: list[mx.array] = []
     for rows in _blocks(head.vocabulary):
@@ -98,7 +104,7 @@ def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
         mx.eval(blocks)  # otherwise the whole head would be in memory in float32
     own_logits = mx.concatenate(blocks, axis=-1)
     # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%.
-    # An unknown scaling is off by far more. NaN fails the comparison.
+    # An unknown scaling is off by far more.
     if own_logits.shape != expected.shape or not (
         mx.abs(own_logits - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
     ):

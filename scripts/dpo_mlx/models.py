@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import hf_repo_to_path, load_config, save_model
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    hf_repo_to_path,
+    load_config,
+    save_model,
+    snapshot_download,
+)
 
-from . import device, jsonl, scan
+from . import device, jsonl, model_folder, scan, tokens, weights_file
 from .config import LoraConfig
 from .durable import disk_errors
 from .errors import UserError
 from .lora import round_once
 from .ownership import new_folder
+from .weights_file import Damaged
 
-# Files of a model folder beside its weights, and the weights' index.
-SETTINGS, INDEX = (".json", ".jinja", ".model", ".txt", ".tiktoken"), "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"  # of the weights, where they are in several files
 QUANTIZATION = ("quantization", "quantization_config")  # keys of config.json
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 # Code that comes with a model is never run; left unsaid, the tokenizer's loader would ask for it.
@@ -50,12 +57,17 @@ def load(
     when they are first used. Pass `train.scan_chunk`: results that are compared with training must
     come from the same scan.
 
-    Raises UserError, with remedies, when the model cannot be loaded.
+    Raises UserError, with remedies, when the model cannot be loaded, is damaged, or its tokenizer
+    belongs to another one.
     """
     device.release()
     device.bound()
     try:
         folder = _fetch(name)
+        model_folder.check(folder)
+        model_folder.require_finite(folder)
+        if adapters is not None:
+            check_adapters(adapters)
         model, tokenizer, *_ = mlx_lm.load(
             str(folder),
             tokenizer_config=NO_CODE,
@@ -66,13 +78,18 @@ def load(
         )
         round_once(model)
         scan.use_chunks(model, scan_chunk)
+        tokens.check(model, tokenizer)
         return LoadedModel(model, tokenizer, folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        if not tokens.is_fault(error):
+            raise
         raise UserError(_why_not(name, adapters, error)) from error
 
 
-def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     if "trust_remote_code" in str(error):
         return (
             f"model {name}: comes with Python code of its own, which is never run here; set model "
@@ -83,7 +100,7 @@ def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
             f"{adapters}: does not fit model {name}: {reason}; set model to the one it was trained "
             "on, or delete the folder and run 10_train_dpo.py again"
         )
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
     if not is_hub_name(name):
         return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
@@ -94,17 +111,41 @@ def _why_not(name: str, adapters: Path | None, error: Exception) -> str:
     )
 
 
+def check_adapters(folder: Path) -> None:
+    """Raises UserError for adapters that are damaged."""
+    try:
+        weights, settings = folder / ADAPTERS, folder / ADAPTER_CONFIG
+        if weights.exists():
+            model_folder.require_regular(weights)
+            weights_file.require_finite(weights)
+        if settings.exists():
+            model_folder.require_regular(settings, model_folder.SETTINGS_LIMIT)
+            _check_scale(settings)
+    except Damaged as fault:
+        raise UserError(f"{fault}; delete {folder} and run 10_train_dpo.py again") from fault
+
+
+def _check_scale(path: Path) -> None:
+    parameters = model_folder.read_object(path).get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (number and abs(scale) <= model_folder.LARGEST_FACTOR):
+        raise Damaged(path, "lora_parameters.scale is no number that can be computed with")
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a model's name has the form owner/name, and is not a path."""
     return name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def _fetch(name: str) -> Path:
-    """The local folder of a model, which mlx-lm downloads when it is not on this machine yet."""
+    """The local folder of a model, which is downloaded when it is not on this machine yet."""
     try:
         return folder_of(name)
     except (OSError, ValueError):
-        mlx_lm.load(name, tokenizer_config=NO_CODE, lazy=True, **NO_CODE)
+        snapshot_download(
+            name, allow_patterns=DEFAULT_ALLOW_PATTERNS
+        )  # the files that mlx-lm reads
         return folder_of(name)
 
 
@@ -138,37 +179,25 @@ def _is_plain_rope(parameters: Any) -> TypeGuard[dict[str, Any]]:
 
 def folder_of(name: str) -> Path:
     """The local folder of a model. Raises OSError or ValueError when it is not on this machine."""
-    return Path(name) if Path(name).is_dir() else hf_repo_to_path(name)
+    return Path(name) if os.path.isdir(name) else hf_repo_to_path(name)
 
 
-def fingerprint(name: str, times: bool = True) -> dict[str, str] | None:
-    """What tells one model from another, file by file; None when it is not on this machine yet.
+def fingerprint(name: str) -> dict[str, str] | None:
+    """What tells one model from another, file by file, by content; None when it is not on this
+    machine yet.
 
-    Everything but the weights is told apart by content. Copies on several machines differ in the
-    `times` of their files.
+    Raises UserError for files that cannot be read without risk.
     """
     try:
         folder = folder_of(name)
-        marks = {"config.json, added": jsonl.dumps(config_additions(folder))}
+    except (OSError, ValueError):
+        return None
+    files = [*model_folder.settings_files(folder), *model_folder.weights_files(folder)]
+    marks = {path.relative_to(folder).as_posix(): model_folder.mark(path) for path in files}
+    try:
+        return {**marks, "config.json, added": jsonl.dumps(config_additions(folder))}
     except (OSError, ValueError, AttributeError):  # a config.json that is no object
         return None
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            marks[path.name] = _weights_mark(path, times)
-        elif path.suffix in SETTINGS:
-            marks[path.name] = jsonl.digest(path)
-    return marks
-
-
-def _weights_mark(path: Path, times: bool) -> str:
-    """Hashing gigabytes at every start would cost minutes. The hub's cache names a file by the
-    hash of its content; elsewhere size and time of change must do.
-    """
-    if path.is_symlink():
-        return path.resolve().name
-    stat = path.stat()
-    changed = f", changed at {stat.st_mtime_ns}" if times else ""
-    return f"{stat.st_size} bytes{changed}"
 
 
 def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
@@ -255,12 +284,16 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
 def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.array]:
     """What `save_tensors` wrote. Raises UserError for other names or shapes than `expected`."""
     try:
+        model_folder.require_regular(path)
+        weights_file.require_finite(path)
         tensors: Any = mx.load(str(path))
         mx.eval(tensors)  # now: the file may be written anew while they are in use
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its tensors are of another model or rank")
-        if not all(mx.isfinite(tensor).all() for tensor in tensors.values()):
-            raise ValueError("it holds NaN or infinite numbers")
+    except Damaged as fault:
+        raise UserError(
+            f"{fault}; delete the folder {path.parent} and run 10_train_dpo.py again"
+        ) from fault
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be used: {' '.join(str(error).split())}; delete the folder "
@@ -322,12 +355,19 @@ def save(
 
 
 def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
-    """All of a model folder but its weights, to the byte; config.json where it must say else."""
-    for path in sorted(source.iterdir()):
-        if path.suffix in SETTINGS and path.name not in (INDEX, "config.json"):
-            shutil.copy(path, folder / path.name)
+    """The files of a model beside its weights, to the byte; config.json where it must say else.
+    Other files of the folder stay where they are: copies of a model are uploaded.
+
+    Raises UserError for a link that leads out of the model; see `model_folder.settings_files`.
+    """
+    for path in model_folder.settings_files(source):
+        if path.name == "config.json":
+            continue
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     if config == jsonl.read_json(source / "config.json"):
-        shutil.copy(source / "config.json", folder)
+        shutil.copyfile(source / "config.json", folder / "config.json")
     else:
         jsonl.write_json(folder / "config.json", config)
 

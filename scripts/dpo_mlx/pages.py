@@ -1,12 +1,19 @@
-"""Templates into pages: everything from outside is escaped in HTML, a missing value is an error."""
+"""Templates into pages: what comes from outside is quoted for where it stands.
+
+HTML is escaped everywhere; Markdown, YAML and shell have filters. A missing value is an error.
+"""
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 ENVIRONMENT = Environment(
@@ -32,7 +39,65 @@ def setting(value: Any) -> str:
     return value if is_text else json.dumps(value, ensure_ascii=False, default=str)
 
 
-ENVIRONMENT.filters |= {"number": number, "setting": setting}
+def visible(text: str) -> str:
+    """Text without control characters but newlines and tabs: a terminal would obey them."""
+    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\U0010ffff]", _code_point, text)
+
+
+def _code_point(match: re.Match[str]) -> str:
+    return ascii(match.group())[1:-1]
+
+
+def line(text: str) -> str:
+    """Text on one line."""
+    return visible(" ".join(text.split()))
+
+
+def markdown(text: str) -> str:
+    """Text as a line of Markdown that shows it as it is, also in a table's cell."""
+    escaped = re.sub(r"[\\`*_{}\[\]()#!|~$]", r"\\\g<0>", line(text))
+    # At the start of a line these would begin a list, a rule or a heading.
+    return html.escape(re.sub(r"^(\d*)([-+=.])", r"\1\\\2", escaped), quote=False)
+
+
+def code(text: str) -> str:
+    """Text on one line as code within Markdown."""
+    marks = "`" * (_longest_backticks(text) + 1)
+    blank = " " if "`" in text else ""
+    return f"{marks}{blank}{line(text)}{blank}{marks}"
+
+
+def fenced(text: str) -> str:
+    """Text as a block of code in Markdown."""
+    fence = "`" * max(3, _longest_backticks(text) + 1)
+    return f"{fence}text\n{visible(text)}\n{fence}"
+
+
+def _longest_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def yaml_text(text: str) -> str:
+    """Text as a quoted YAML scalar on one line."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")
+
+
+def shell(text: str) -> str:
+    """Text on one line as one word of a shell command, which is no option."""
+    word = line(text)
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
+
+
+FILTERS: dict[str, Any] = {
+    "number": number,
+    "setting": setting,
+    "markdown": markdown,
+    "code": code,
+    "fenced": fenced,
+    "yaml": yaml_text,
+    "shell": shell,
+}
+ENVIRONMENT.filters |= FILTERS
 
 
 def render(template: str, **values: Any) -> str:

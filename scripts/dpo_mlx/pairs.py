@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import jsonl
+from . import jsonl, tokens
 from .bounded import shown
 from .chat_template import ChatTemplate
 from .config import Config, Scalar
@@ -80,7 +80,8 @@ class Encoder:
     """Text to token ids with a model's tokenizer and chat template.
 
     Prompt and answer are tokenised apart and joined as ids, so that no token spans the two.
-    Raises UserError for a chat template that cannot be used; see ChatTemplate.
+    Raises UserError for a chat template that cannot be used, and for text that the tokenizer cannot
+    turn into ids of this model; see ChatTemplate and `tokens.encode`.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Encoder:
 
     def prompt(self, question: str) -> list[int]:
         """Ids of the rendered question, up to where the answer begins."""
-        return self.tokenizer.encode(self.rendered(question), add_special_tokens=False)
+        return tokens.encode(self.tokenizer, self.rendered(question))
 
     def rendered(self, question: str) -> str:
         """The prompt as the model sees it."""
@@ -108,7 +109,7 @@ class Encoder:
 
     def answer(self, text: str, finish: str = STOP) -> list[int]:
         """Ids of an answer, with the end of turn when the answer ended by itself."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = tokens.encode(self.tokenizer, text)
         return [*ids, self.end_of_turn] if finish == STOP else ids
 
     def sequence(self, question: str, answer: str, finish: str = STOP) -> Sequence:
@@ -124,9 +125,11 @@ class Encoder:
 
     def _end_of_turn(self) -> int:
         """The stop token that the chat template writes after an answer."""
-        after = self.tokenizer.encode(self.template.after_answer(), add_special_tokens=False)
-        stops = (i for i in after if i in self.tokenizer.eos_token_ids)
-        return next(stops, self.tokenizer.eos_token_id)
+        after = tokens.encode(self.tokenizer, self.template.after_answer())
+        ends = self.tokenizer.eos_token_ids
+        usual = self.tokenizer.eos_token_id
+        stops = (i for i in after if i in ends)
+        return next(stops, min(ends) if usual is None else usual)
 
 
 def read(path: Path) -> list[Pair]:

@@ -174,7 +174,7 @@ def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
         between.send({"config": asdict(config), "train": train})
         between.busy = True
     loaded = _load(config, train)
-    marks = between.gather(models.fingerprint(config.model, times=False))
+    marks = between.gather(models.fingerprint(config.model))
     machines = between.gather(platform.node())
     between.busy = False
     differing = [rank for rank, mark in enumerate(marks) if mark != marks[0]]

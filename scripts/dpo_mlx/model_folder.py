@@ -1,0 +1,335 @@
+"""The files of a model folder, checked before anything loads them.
+
+What is read is a regular file of bounded size, complete and finite. The numbers in config.json are
+possible for these weights: MLX believes any, and builds millions of layers, or ends in a crash.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from . import weights_file
+from .errors import UserError
+from .weights_file import Damaged, Tensor
+
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+WEIGHTS = "model*.safetensors"  # what mlx-lm loads
+# Files that can hold a vocabulary, and so be large.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "*.tiktoken",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+# JSON files, each of which holds one object.
+OBJECTS = (
+    CONFIG,
+    "generation_config.json",
+    "hf_quant_config.json",
+    TOKENIZER,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+TEMPLATES = ("chat_template.jinja", "chat_templates/*.jinja")
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+# All that a model folder holds beside its weights. Other files are never read and never copied:
+# fused/ and hf/ are uploaded, and a user's own files have no place there.
+SETTINGS = (*OBJECTS, *TEMPLATES, *VOCABULARIES, *LICENCES)
+# Other names of files that a tokenizer may look for.
+READABLE = (*SETTINGS, "*.json", "*.jinja", "*.model", "*.txt", WEIGHTS)
+
+VOCABULARY_LIMIT = 256 * 2**20  # bytes; the largest of today's models have about 35 MB
+SETTINGS_LIMIT = 32 * 2**20
+DEPTH_LIMIT = 32  # brackets within brackets in a settings file
+# A file of weights up to this size is told from others by all of its bytes, a larger one by
+# SLICES slices of SLICE bytes.
+HASHED_WHOLE, SLICES, SLICE = 64 * 2**20, 1024, 4096
+
+# Numbers in config.json that are sizes of tensors, or whose products are.
+SIZES = (
+    *("vocab_size", "hidden_size", "n_embd", "d_model", "dim", "model_dim"),
+    *("intermediate_size", "shared_intermediate_size", "moe_intermediate_size", "ffn_hidden_size"),
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"),
+    *("num_kv_heads", "n_kv_heads", "head_dim", "v_head_dim", "qk_nope_head_dim"),
+    *("qk_rope_head_dim", "q_lora_rank", "kv_lora_rank"),
+    *("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv"),
+    *("mamba_expand", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "state_size"),
+)
+BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+NOT_ZERO = (*SIZES[:6], "num_attention_heads", "n_head", "n_heads", "num_heads", *BLOCKS)
+# Numbers that the model computes with. MLX fails on larger ones, and they overflow a float32.
+FACTORS = (
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+    *("logit_scale", "rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("norm_eps", "final_logit_softcapping"),
+)
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-30, 1e15
+# Numbers in one packed integer of a quantised weight, at most: 32 of one bit.
+PACKED = 32
+
+AGAIN = "download the model or run the stage that makes it again, or set model to another folder"
+
+
+@contextmanager
+def _with_remedy(remedy: str) -> Iterator[None]:
+    """Makes Damaged a UserError that ends in the remedy. As a decorator too."""
+    try:
+        yield
+    except Damaged as fault:
+        raise UserError(f"{fault}; {remedy}") from fault
+
+
+@_with_remedy(AGAIN)
+def check(folder: Path) -> None:
+    """Raises UserError, with one line that names the file and what to do, unless the folder holds
+    a complete model that can be loaded without risk. Whether its weights are finite is not looked
+    at here; see `require_finite`.
+    """
+    if glob.escape(str(folder)) != str(folder):
+        raise UserError(
+            f"{folder}: mlx-lm finds no weights in a folder with *, ? or [ in its path; rename it"
+        )
+    for path in _files(folder, READABLE):
+        if not path.is_dir():  # a directory is not read; one under a known name is refused below
+            require_regular(path)
+    settings = {path.relative_to(folder).as_posix(): path for path in settings_files(folder)}
+    if CONFIG not in settings:
+        raise Damaged(folder / CONFIG, "no such file")
+    objects = {name: read_object(settings[name]) for name in OBJECTS if name in settings}
+    for name, path in settings.items():
+        if name.endswith(".jinja"):
+            _read_text(path)
+    if TOKENIZER in objects:
+        _check_template(objects[TOKENIZER].get("chat_template"), settings[TOKENIZER])
+    _check_numbers(objects[CONFIG], _tensors(folder), settings[CONFIG])
+
+
+@_with_remedy(f"the download or the conversion is damaged; {AGAIN}")
+def require_finite(folder: Path) -> None:
+    """Raises UserError when the weights of a folder hold a NaN or an infinity."""
+    for path in weights_files(folder):
+        weights_file.require_finite(path)
+
+
+@_with_remedy(AGAIN)
+def settings_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to a model, in the order of their names.
+
+    Raises UserError for one that is no regular file, too large, or a link out of the model.
+    """
+    files = sorted(_files(folder, SETTINGS))
+    for path in files:
+        large = any(fnmatchcase(path.name, pattern) for pattern in VOCABULARIES)
+        require_regular(path, VOCABULARY_LIMIT if large else SETTINGS_LIMIT)
+        _require_inside(path, folder)
+    return files
+
+
+@_with_remedy(AGAIN)
+def weights_files(folder: Path) -> list[Path]:
+    """The files of weights that mlx-lm loads, in the order of their names.
+
+    Raises UserError for one that is no regular file.
+    """
+    files = sorted(_files(folder, (WEIGHTS,)))
+    for path in files:
+        require_regular(path)
+    return files
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    for path in chain(folder.iterdir(), folder.glob("chat_templates/*")):
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield path
+
+
+def require_regular(path: Path, limit: int | None = None) -> None:
+    """Raises Damaged for what is no regular file of at most `limit` bytes, after following links.
+
+    Nothing is opened: a pipe would be waited for without end.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise Damaged(path, f"cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise Damaged(path, f"is {kind}, not a file")
+    if limit is not None and status.st_size > limit:
+        raise Damaged(path, f"has {status.st_size} bytes, more than any such file ({limit})")
+
+
+def _require_inside(path: Path, folder: Path) -> None:
+    """Raises UserError for a link that leads out of the folder and is not the hub's.
+
+    Its target would be copied into fused/ and hf/, which are uploaded. In the hub's cache,
+    models--NAME/snapshots/REVISION/FILE is a link into models--NAME/blobs.
+    """
+    root, target = folder.resolve(), path.resolve()
+    if target.is_relative_to(root):
+        return
+    cache = root.parent.parent
+    in_hub = root.parent.name == "snapshots" and cache.name.startswith("models--")
+    if not (in_hub and target.parent == cache / "blobs"):
+        raise UserError(
+            f"{path}: is a link to {target}, outside of the model's folder, whose files are copied "
+            "into fused/ and hf/; copy that file into the folder in place of the link"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Damaged(path, f"not UTF-8 (byte {error.start + 1})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises Damaged for anything else, and for one nested too deep."""
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, f"broken JSON ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(value, dict):
+        raise Damaged(path, f"expected a JSON object, found {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(DEPTH_LIMIT):
+        level = [part for whole in level for part in _parts(whole)]
+    if level:
+        raise Damaged(path, f"has more than {DEPTH_LIMIT} brackets within brackets")
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_template(template: Any, path: Path) -> None:
+    """A chat template is one text, or a list of texts with names."""
+    rows = template if isinstance(template, list) else []
+    texts = [row.get(key) for row in rows if isinstance(row, dict) for key in ("name", "template")]
+    is_list = len(texts) == 2 * len(rows) and all(isinstance(text, str) for text in texts)
+    if not isinstance(template, str | None) and not (isinstance(template, list) and is_list):
+        raise Damaged(path, "chat_template is neither text nor a list of names and texts")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder. Raises Damaged when there are none, or a file is not complete."""
+    paths = weights_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors |= weights_file.read_header(path)
+    if not tensors:
+        raise Damaged(folder, f"holds no weights ({WEIGHTS})")
+    names = {path.name for path in paths}
+    for name in sorted(names):
+        if missing := next((part for part in _all_parts(name) if part not in names), None):
+            raise Damaged(folder / missing, "no such file, so the weights are not complete")
+    return tensors
+
+
+def _all_parts(name: str) -> list[str]:
+    """The names of model-00001-of-00003.safetensors and so on, of one among them."""
+    match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.safetensors)", name)
+    if match is None:
+        return [name]
+    before, count, after = match.groups()
+    return [f"{before}{number:05d}-of-{count}{after}" for number in range(1, int(count) + 1)]
+
+
+def _check_numbers(config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises Damaged for numbers that no model with these tensors has.
+
+    The upper bounds hold for every architecture: a block has at least one tensor, and a size is no
+    larger than a dimension of some tensor, where one integer may hold PACKED quantised numbers.
+    """
+    dimension = max((size for tensor in tensors.values() for size in tensor.shape), default=1)
+    limits = dict.fromkeys(SIZES, max(PACKED * dimension, len(tensors)))
+    limits |= dict.fromkeys(BLOCKS, len(tensors))
+    for section in (config, config.get("text_config")):
+        if not isinstance(section, dict):
+            continue
+        for key, value in section.items():
+            if key in limits:
+                fault = _fault_of_count(key, value, limits[key])
+            else:
+                fault = _fault_of_factor(key, value) if key in FACTORS else None
+            if fault:
+                raise Damaged(path, f"{key} is {_short(value)}, {fault}")
+
+
+def _fault_of_count(key: str, value: Any, limit: int) -> str | None:
+    """Why this is no count of something, and some layers' own counts in a list neither."""
+    for count in value if isinstance(value, list) else [value]:
+        if count is None:
+            continue
+        if type(count) is not int:
+            return "which is no whole number"
+        if count < (key in NOT_ZERO):
+            return "which is too small"
+        if count > limit:
+            return f"but these weights allow at most {limit}"
+    return None
+
+
+def _fault_of_factor(key: str, value: Any) -> str | None:
+    """Why a float32 cannot be multiplied or divided by this."""
+    if value is None and key not in FACTORS[:4]:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "which is no number"
+    least = 0 if key.endswith(("eps", "epsilon")) else SMALLEST_FACTOR
+    return None if least <= value <= LARGEST_FACTOR else "with which nothing can be computed"
+
+
+def _short(value: Any) -> str:
+    """A value as JSON has it, in a few characters."""
+    large = isinstance(value, int) and abs(value) >= 10**15
+    return f"about 10^{len(str(abs(value))) - 1}" if large else json.dumps(value)[:60]
+
+
+def mark(path: Path) -> str:
+    """What tells a regular file from another of the same name: SHA-256 of its content.
+
+    Hashing gigabytes at every start would take minutes. Of a large file it is the hash of its size
+    and of slices spread evenly over it, the first and the last bytes among them. In a file of 5 GB
+    they lie 5 MB apart: a changed tensor of more megabytes is noticed, one of kilobytes may not be.
+
+    Raises Damaged for what is no regular file.
+    """
+    require_regular(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= HASHED_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for number in range(SLICES):
+            file.seek(number * (size - SLICE) // (SLICES - 1))
+            digest.update(file.read(SLICE))
+        return digest.hexdigest()
