@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 
@@ -43,3 +44,9 @@ def of_gpu_error(error: RuntimeError) -> int | None:
     if "[METAL] Command buffer execution failed" not in text:
         return None
     return KILLED if "Insufficient Memory" in text or "OutOfMemory" in text else ABORTED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or MLX could not get the memory it asked for."""
+    refused = re.match(r"\[[\w:]*malloc\w*\] .*allocate", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(refused))
