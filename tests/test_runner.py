@@ -60,7 +60,10 @@ case "$*" in
 esac
 """
 
-TOOLS = ("bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mv", "sed", "uname")
+TOOLS = (
+    "bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mkdir", "mktemp", "mv",
+    "readlink", "rm", "sed", "uname",
+)  # fmt: skip
 
 
 class Sandbox:
