@@ -26,7 +26,10 @@ def explain(code: int, platform: str = sys.platform) -> str:
             f"which needs less memory, or {LESS_MEMORY}"
         )
     if code in CRASHED:
-        return "a library crashed; if it happens again, report it with the lines above"
+        return (
+            "a library crashed, as MLX does on a CPU when memory runs out; "
+            f"{LESS_MEMORY}, and if it happens again, report it with the lines above"
+        )
     if platform == "darwin":
         return (
             "macOS most likely stopped a long GPU command because the display was on; let the "
@@ -48,5 +51,6 @@ def of_gpu_error(error: RuntimeError) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python or MLX could not get the memory it asked for."""
-    refused = re.match(r"\[[\w:]*malloc\w*\] .*allocate", str(error))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(refused))
+    if isinstance(error, RuntimeError):
+        return re.match(r"\[[\w:]*malloc\w*\] .*allocate", str(error)) is not None
+    return isinstance(error, MemoryError)
