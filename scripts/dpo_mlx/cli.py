@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +17,7 @@ try:
     from .config import Config
 except ImportError as error:  # no PyYAML: not the Python that the packages are installed in
     sys.exit(f"error: {last_resort.explain(error)[1]}")
-from .errors import doing
+from .errors import UserError, doing
 from .supervisor import RANK_0
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
@@ -59,6 +60,7 @@ def _main(stage: Stage, options: argparse.Namespace) -> int:
     # Loading what computes takes seconds, in which ^C may come, and the packages may be missing.
     from .link import dismiss, link
 
+    require_own_libraries()
     awake.keep()
     if link().size > 1:
         # The launcher's threads never rest while a process could still read what is typed.
@@ -89,6 +91,26 @@ def _run(stage: Stage, options: argparse.Namespace) -> int | None:
         config = configs.load(options.config, options.overrides)
     with signals.caught(), lock.run_folder(config.run), last_resort.logged(config.run):
         return stage(config, options)
+
+
+def require_own_libraries() -> None:
+    """On a CPU, MLX compiles libraries into TMPDIR/mlx, and loads what it finds there.
+
+    Raises UserError when someone else could put libraries there. The runner's TMPDIR is private. A
+    stage alone uses the shared one, as compiling anew takes some 2 seconds a stage.
+    """
+    import mlx.core as mx
+
+    if mx.default_device() != mx.cpu:
+        return
+    folder = Path(tempfile.gettempdir(), "mlx")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise UserError(
+            f"{folder}: belongs to another user, and MLX would load that user's libraries; start "
+            "with TMPDIR set to a folder of your own"
+        )
+    folder.chmod(0o700)
 
 
 def warn_without_blas() -> None:

@@ -21,6 +21,7 @@ def main() -> int:
     cli.Parser(description=__doc__).parse_args()
     from dpo_mlx import selftest
 
+    cli.require_own_libraries()
     cli.warn_without_blas()
     with signals.caught():
         return 0 if selftest.run(MARK) else 1
