@@ -238,6 +238,17 @@ def _exit_code_of(script: Path, config: Path, more: list[str]) -> Any:
     return stopped.value.code
 
 
+def test_libraries_that_someone_else_may_plant_are_refused(tmp_path, config, monkeypatch, capsys):
+    """MLX would load them. A folder of the user's own is closed to others."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    (tmp_path / "mlx").mkdir(mode=0o777)
+    assert end(config, lambda: 0, monkeypatch) == 0
+    assert (tmp_path / "mlx").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert end(config, lambda: 0, monkeypatch) == 1
+    assert f"error: {tmp_path}/mlx: belongs to another user" in capsys.readouterr().err
+
+
 def test_a_long_argument_is_not_repeated_whole(config, capsys, monkeypatch):
     """argparse and the config's reader name it, and cut it."""
     huge = "seed=" + "9" * 3000 + "\x1b[2J"

@@ -129,12 +129,11 @@ class Staged:
     def start(self, todo: list[str], *options: str, **more: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*self.command(todo), *options],
-            env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **more,
+            **{"env": self.environment, **more},
         )
 
     @property
@@ -279,10 +278,14 @@ def test_the_runner_can_end_a_stage_at_once(options, staged):
 
 def test_a_stage_whose_supervisor_was_killed_saves_and_ends(staged):
     """Nobody could stop it any more, and the next start would find the folder in use."""
-    process = staged.start(["checks"])
+    (staged.folder / "tmp").mkdir()
+    environment = {**staged.environment, "TMPDIR": str(staged.folder / "tmp")}
+    process = staged.start(["checks"], env=environment)
     staged.wait_for("waiting.txt")
     assert staged.lines("ended.txt") == []
     process.kill()
+    for file in (staged.folder / "tmp").iterdir():  # as the runner does
+        file.unlink()
     staged.wait_for("ended.txt")
     assert staged.lines("ended.txt") == ["129"]
     process.wait()

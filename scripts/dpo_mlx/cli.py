@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,7 +83,8 @@ def _help() -> None:
 
 def _tell_runner(number: int) -> None:
     if path := os.environ.get(RANK_0):
-        with Path(path).open("a", encoding="utf-8") as file:
+        # A runner that was killed has taken its files along, and nobody reads this.
+        with suppress(FileNotFoundError), Path(path).open("a", encoding="utf-8") as file:
             print(number, file=file)
 
 

@@ -7,8 +7,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
+from typing import BinaryIO
 
 CAUGHT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -21,6 +22,7 @@ SECONDS_OF_ONE_REQUEST = 1.0
 
 _received: signal.Signals | None = None
 _received_at = 0.0
+_supervisor: BinaryIO | None = None  # its file, within `caught`
 
 
 class Interrupted(BaseException):
@@ -48,12 +50,14 @@ def check() -> None:
 @contextmanager
 def caught() -> Iterator[None]:
     """Within, a signal is kept for `check`; a second one leaves at once."""
-    global _received
+    global _received, _supervisor
     before = {number: signal.signal(number, _receive) for number in _to_catch()}
     _received = None
     try:
-        yield
+        with _supervisor_file() as _supervisor:
+            yield
     finally:
+        _supervisor = None
         for number, handler in before.items():
             signal.signal(number, handler)
         _received = None
@@ -82,13 +86,20 @@ def _receive(number: int, frame: FrameType | None) -> None:
         os.write(2, line.encode())  # print fails when the signal came in the middle of a print
 
 
+def _supervisor_file() -> AbstractContextManager[BinaryIO | None]:
+    """Opened early, as the runner removes its temporary files when it finds the supervisor dead."""
+    try:
+        return open(os.environ[SUPERVISOR], "rb")
+    except (KeyError, FileNotFoundError):
+        return nullcontext()
+
+
 def _supervisor_is_gone() -> bool:
     """Whether the supervisor's file is unlocked: even SIGKILL unlocks it."""
-    if (path := os.environ.get(SUPERVISOR)) is None:
+    if _supervisor is None:
         return False
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # locked; or the file is gone, which says nothing about the supervisor
+        fcntl.flock(_supervisor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     return True
