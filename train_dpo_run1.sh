@@ -12,8 +12,9 @@
 # --selftest           check this machine with a tiny model, in about 2 minutes, and stop
 # --help               print this text and stop
 set -euo pipefail
-caller=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+caller=$PWD script=$(readlink -f "${BASH_SOURCE[0]}") || script=${BASH_SOURCE[0]}
+# With CDPATH, cd may go elsewhere and print where.
+CDPATH="" cd -- "$(dirname -- "$script")" > /dev/null
 . scripts/environment.sh
 
 config="" launch=auto retries=3 only="" options=()
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
       shift 2 ;;
     --check) only=02_check_run.py; shift ;;
     --selftest) only=01_selftest.py; shift ;;
-    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"; exit ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$script"; exit ;;
     -*) fail "unknown option $1; --help lists all options" ;;
     *) [ -z "$config" ] || fail "two config files given, $config and $1; name one"; config=$1; shift ;;
   esac
@@ -43,14 +44,14 @@ esac
 options=(--config "$config" ${options[@]+"${options[@]}"})
 
 # stage LAUNCH SCRIPT: runs a stage in the background, so that this script can pass on signals. The
-# stage then saves and ends.
-child="" signalled="" in_stage=""
+# stage then saves and ends; after a second signal it ends at once.
+child="" signalled="" signalled_at=0 in_stage=""
 stage() {
   local code=0
   in_stage=yes
   [ -z "$signalled" ] || exit "$signalled"
   PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" python -m dpo_mlx.supervisor \
-    --launch="$1" --retries "$retries" "$2" "${options[@]}" & child=$!
+    --launch="$1" --retries "$retries" --runner $$ "$2" ${options[@]+"${options[@]}"} & child=$!
   # The signal may have come before the child had a number.
   [ -z "$signalled" ] || kill -TERM "$child" 2> /dev/null || true
   wait "$child" || code=$?
@@ -62,25 +63,37 @@ stage() {
 }
 
 hand_on() {
-  signalled=$1
+  local signal=TERM
+  if [ -z "$signalled" ]; then
+    signalled=$1 signalled_at=$SECONDS
+  # A closed window and `timeout` send their signal twice at once; a hand that presses ^C means it.
+  elif [ "$1" = 130 ] || [ $((SECONDS - signalled_at)) -gt 1 ]; then
+    signal=USR1
+  fi
   [ -n "$in_stage" ] || exit "$signalled"
-  [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
+  [ -z "$child" ] || kill -"$signal" "$child" 2> /dev/null || true
 }
 trap 'hand_on 129' HUP
 trap 'hand_on 130' INT
 trap 'hand_on 143' TERM
 
 started=$SECONDS
+# MLX compiles libraries into this folder, and loads those it finds there: nobody else may write it.
+private=$(mktemp -d "${TMPDIR:-/tmp}/dpo.XXXXXX" 2> /dev/null || mktemp -d /tmp/dpo.XXXXXX) ||
+  fail "no temporary folder can be made in ${TMPDIR:-/tmp}; set TMPDIR to a folder you can write to"
+trap 'rm -rf "$private"' EXIT
+export TMPDIR=$private
 use_venv .venv requirements.txt
 find_openblas
 if [ -n "$only" ]; then
-  export LD_PRELOAD=$MLX_PRELOAD
+  retries=0
   if [ "$only" = 01_selftest.py ]; then
     options=()
   else  # the demo's model must be there to be checked
-    python scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py "${options[@]}"
+    stage none scripts/phase3-prepare-data-mlx/05_fetch_demo_model.py
   fi
-  exec python "scripts/phase1-check-machine/$only" ${options[@]+"${options[@]}"}
+  stage none "scripts/phase1-check-machine/$only"
+  exit
 fi
 if is_mac && command -v caffeinate > /dev/null; then
   caffeinate -is -w $$ &

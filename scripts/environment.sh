@@ -18,9 +18,11 @@ use_venv() {
   local folder=$1; shift
   require_machine
   if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -x "$folder/bin/pip" ] || make_venv "$folder"
+    is_whole_venv "$folder" || make_venv "$folder"
     . "$folder/bin/activate"
   fi
+  [ -x "$VIRTUAL_ENV/bin/python" ] ||
+    fail "the active environment $VIRTUAL_ENV has no Python; open a new terminal, and run again"
   PATH="$VIRTUAL_ENV/bin:$PATH"
   local fault; fault=$(python_fault python)
   [ -z "$fault" ] || fail "$VIRTUAL_ENV: its $fault, but MLX needs $PYTHONS; deactivate or delete it"
@@ -28,7 +30,10 @@ use_venv() {
   if ! cat "$@" | cmp -s - "$stamp"; then
     echo "setting up $VIRTUAL_ENV from $*"
     local file
-    for file in "$@"; do python -m pip install --quiet --disable-pip-version-check -r "$file"; done
+    for file in "$@"; do
+      python -m pip install --quiet --no-input --disable-pip-version-check -r "$file" ||
+        fail "pip could not install $file, see above; mend that (is there a network?), and run again"
+    done
     cat "$@" > "$stamp"
   fi
 }
@@ -44,6 +49,20 @@ require_machine() {
     fail "MLX needs macOS $OLDEST_MACOS or later, and this Mac runs macOS $version; update it and run again"
 }
 
+# The mark tells an environment that make_venv made, whole or not, from one of the user's.
+VENV_MARK=.made-by-dpo-mlx
+
+# is_whole_venv FOLDER: whether it is an environment of ours that can be used; fails when FOLDER is
+# something else.
+is_whole_venv() {
+  [ -e "$1" ] || [ -L "$1" ] || return 1
+  [ -e "$1/$VENV_MARK" ] || [ -e "$1/.installed-$(basename "$1")" ] ||
+    fail "$1 was not made by this script; activate it to install the packages there, or move it away"
+  [ -r "$1/bin/activate" ] && "$1/bin/python" -c 'import pip._internal' > /dev/null 2>&1 && return
+  echo "-- $1 was left half-made, or its Python is gone: making it again"
+  return 1
+}
+
 # Debian keeps what `python -m venv` needs in a package of its own.
 make_venv() {
   local python; python=$(find_python)
@@ -54,6 +73,9 @@ make_venv() {
       fail "$python cannot make virtual environments; install python3-venv"
     fi
   fi
+  rm -rf "$1"
+  mkdir "$1"
+  : > "$1/$VENV_MARK"  # first: if this is interrupted, the next run knows whose the folder is
   "$python" -m venv "$1"
 }
 

@@ -43,10 +43,15 @@ def stop(number, frame):
 code = json.loads((home / "codes.json").read_text()).get(name, 0)
 if code == "wait":
     signal.signal(signal.SIGTERM, stop)
+if code == "stubborn":
+    signal.signal(signal.SIGTERM, lambda *_: None)
 with open(home / "stages.txt", "a") as file:
-    awake = "DPO_KEPT_AWAKE" in os.environ
-    file.write(json.dumps({"stage": name, "arguments": sys.argv[1:], "awake": awake}) + "\\n")
-while code == "wait":
+    awake, tmp = "DPO_KEPT_AWAKE" in os.environ, pathlib.Path(os.environ["TMPDIR"])
+    call = {"stage": name, "arguments": sys.argv[1:], "awake": awake}
+    mode = oct(tmp.stat().st_mode & 0o777)
+    file.write(json.dumps({**call, "tmp": str(tmp), "mode": mode}) + "\\n")
+(tmp / "left over").touch()
+while code in ("wait", "stubborn"):
     time.sleep(0.01)
 sys.exit(code)
 """
@@ -60,7 +65,10 @@ case "$*" in
 esac
 """
 
-TOOLS = ("bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mv", "sed", "uname")
+TOOLS = (
+    "bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mkdir", "mktemp", "mv",
+    "readlink", "rm", "sed", "uname",
+)  # fmt: skip
 
 
 class Sandbox:
@@ -108,9 +116,11 @@ class Sandbox:
         stand_in(self.programs, "caffeinate", 'echo "$@" > "$HOME/caffeinate.txt"')
         self.activate("3 12 arm64")
 
-    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, cwd: Path | None = None, script: str | None = None
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", str(self.repository / "train_dpo_run1.sh"), *arguments],
+            ["bash", script or str(self.repository / "train_dpo_run1.sh"), *arguments],
             cwd=cwd or self.home,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -141,6 +151,12 @@ class Sandbox:
     @property
     def stages(self) -> list[str]:
         return [call["stage"] for call in self.calls]
+
+    def wait_for(self, stage: str) -> None:
+        give_up = time.monotonic() + 30
+        while self.stages[-1:] != [stage]:
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
 
     @property
     def installed(self) -> str:
@@ -274,15 +290,174 @@ def test_a_signal_to_the_runner_reaches_the_stage(number, send, sandbox):
     """
     sandbox.exit(s10="wait")
     process = sandbox.start(*ALONE)
-    give_up = time.monotonic() + 30
-    while sandbox.stages[-1:] != ["10"]:
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
+    sandbox.wait_for("10")
     send(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number, err
     assert (sandbox.home / "told.txt").read_text() == "SIGTERM\n"
     assert sandbox.stages[-1] == "10"
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_the_stage_at_once(first, sandbox):
+    """Also a stage that does not react; the exit code is the first signal's."""
+    sandbox.exit(s10="stubborn")
+    process = sandbox.start(*ALONE)
+    sandbox.wait_for("10")
+    os.killpg(process.pid, first)
+    time.sleep(0.3)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + first, err
+    assert sandbox.stages[-1] == "10"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_at_once_is_one_request(number, sandbox):
+    """`timeout` and a closed window do that; the stage saves all the same."""
+    sandbox.exit(s10="wait")
+    process = sandbox.start(*ALONE)
+    sandbox.wait_for("10")
+    for _ in range(2):
+        os.killpg(process.pid, number)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "SIGTERM" in (sandbox.home / "told.txt").read_text()
+
+
+# Temporary files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [ALONE, ("--check",), ("--selftest",)])
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_stages_get_a_temporary_folder_of_their_own(code, arguments, sandbox):
+    """Nobody else may put a library there; it is removed however the run ends."""
+    shared = sandbox.home / "shared tmp"
+    shared.mkdir()
+    sandbox.environment["TMPDIR"] = str(shared)
+    sandbox.exit(**dict.fromkeys(("s01", "s02", "s12"), code))
+    assert sandbox.run(*arguments)[0] == code
+    assert all(Path(call["tmp"]).parent == shared for call in sandbox.calls)
+    assert {call["mode"] for call in sandbox.calls} == {"0o700"}
+    assert list(shared.iterdir()) == []
+
+
+def test_a_temporary_folder_is_removed_after_a_signal(sandbox):
+    """And one that cannot be made is made in /tmp."""
+    sandbox.environment["TMPDIR"] = str(sandbox.home / "gone")
+    sandbox.exit(s10="wait")
+    process = sandbox.start(*ALONE)
+    sandbox.wait_for("10")
+    (folder,) = {call["tmp"] for call in sandbox.calls}
+    assert Path(folder).is_dir() and folder.startswith("/tmp/dpo.")
+    process.terminate()
+    process.communicate(timeout=30)
+    assert not Path(folder).exists()
+
+
+# Where and how it is started --------------------------------------------------------------------
+
+
+def test_it_can_be_started_through_a_link_and_with_cdpath(sandbox):
+    """A link in ~/bin finds the repository; CDPATH neither leads astray nor prints."""
+    (sandbox.home / "bin").mkdir()
+    link = sandbox.home / "bin/train"
+    link.symlink_to("../repository/train_dpo_run1.sh")
+    sandbox.exit(s05=7)
+    (sandbox.home / "elsewhere/repository").mkdir(parents=True)
+    sandbox.environment |= {
+        "CDPATH": str(sandbox.home / "elsewhere"),
+        "GLOBIGNORE": "*",
+        "IFS": "/",
+    }
+    for script in (str(link), "repository/train_dpo_run1.sh"):
+        process = sandbox.start(*ALONE, script=script)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 7, err
+        assert out.splitlines()[0].startswith("-- "), out
+    assert {tuple(call["arguments"]) for call in sandbox.calls} == {
+        ("--config", str(sandbox.config))
+    }
+
+
+@pytest.mark.parametrize("name", ["a b.yaml", "-n.yaml", "a\nb.yaml", "$(touch x).yaml", "~"])
+def test_a_config_may_have_any_name(name, sandbox):
+    """A dash needs ./ before it, as everywhere."""
+    (sandbox.home / name).write_text("demo_model: false\n")
+    sandbox.exit(s05=7)
+    code, _, err = sandbox.run(f"./{name}", "--set", "x=$(touch y) *", *ALONE)
+    assert code == 7, err
+    expected = ["--config", f"{sandbox.home}/{name}", "--set", "x=$(touch y) *"]
+    assert sandbox.calls[0]["arguments"] == expected
+    assert not (sandbox.home / "x").exists() and not (sandbox.home / "y").exists()
+
+
+def test_a_deleted_working_directory_does_not_matter(sandbox):
+    """The script goes to its own folder; bash alone may say that it cannot find where it is."""
+    gone = sandbox.home / "gone"
+    gone.mkdir()
+    sandbox.exit(s05=7)
+    script = sandbox.repository / "train_dpo_run1.sh"
+    process = subprocess.run(
+        ["bash", "-c", f'rmdir "{gone}"; exec bash "{script}" --launch none'],
+        cwd=gone,
+        env=sandbox.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 7, process.stderr
+    assert sandbox.stages == ["05"]
+
+
+# The environment --------------------------------------------------------------------------------
+
+
+def as_a_file(venv: Path) -> None:
+    venv.write_text("mine\n")
+
+
+def of_the_user(venv: Path) -> None:
+    (venv / "bin").mkdir(parents=True)
+    stand_in(venv / "bin", "pip", "exit 0")
+    (venv / "bin/activate").write_text("")
+    (venv / "pyvenv.cfg").touch()
+
+
+def dangling(venv: Path) -> None:
+    venv.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("put", [as_a_file, of_the_user, dangling], ids=lambda f: f.__name__)
+def test_an_environment_that_is_not_ours_is_left_alone(put, sandbox):
+    """One line says what to do with it."""
+    del sandbox.environment["VIRTUAL_ENV"]
+    venv = sandbox.repository / ".venv"
+    put(venv)
+    before = sorted(map(str, sandbox.repository.rglob("*")))
+    assert ".venv was not made by this script; activate it" in sandbox.refuses()
+    assert sorted(map(str, sandbox.repository.rglob("*"))) == before
+
+
+def test_an_environment_that_was_left_half_made_is_made_again(sandbox):
+    """Its Python was taken away by an update, or venv was interrupted."""
+    del sandbox.environment["VIRTUAL_ENV"]
+    sandbox.python(sandbox.programs, "python3.12", "3 12 x86_64")
+    venv = sandbox.repository / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / ".made-by-dpo-mlx").touch()
+    (venv / "bin/python").symlink_to("gone")
+    (venv / "bin/activate").touch()
+    _, out, _ = sandbox.run(*ALONE)
+    assert ".venv was left half-made, or its Python is gone" in out
+    assert f"{sandbox.programs}/python3.12 -m venv .venv" in sandbox.installed
+    assert [path.name for path in venv.iterdir()] == [".made-by-dpo-mlx"]
+
+
+def test_an_active_environment_without_a_python_is_named(sandbox):
+    """It was deleted, and the terminal still has it."""
+    shutil.rmtree(sandbox.venv)
+    assert f"{sandbox.venv} has no Python; open a new terminal" in sandbox.refuses()
 
 
 # A Mac ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import rings
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import aborts, awake, cli, supervisor
+from dpo_mlx import aborts, awake, cli, signals, supervisor
 from dpo_mlx import config as configs
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -73,6 +73,28 @@ for word in (here / "todo.txt").read_text().splitlines()[start].split():
         while not (here / "received-0.txt").exists() and not (here / "go-on").exists():
             time.sleep(0.01)
         time.sleep(0.1)  # for a second signal
+    elif word == "stubborn":
+        signal.signal(signal.SIGTERM, received)
+        note("waiting.txt", "now")
+        while True:
+            time.sleep(0.01)
+    elif word == "frozen":
+        signal.signal(signal.SIGTERM, received)
+        note("waiting.txt", "now")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif word == "family":
+        note("waiting.txt", f"{os.getppid()} {os.getpid()}")
+        time.sleep(60)
+    elif word == "checks":
+        from dpo_mlx import signals
+        with signals.caught():
+            note("waiting.txt", str(os.getpid()))
+            try:
+                while True:
+                    signals.check()
+                    time.sleep(0.01)
+            except signals.Interrupted as stop:
+                note("ended.txt", str(stop.exit_code))
     else:
         end(int(word))
 """
@@ -98,18 +120,25 @@ class Staged:
         }
         self.config.write_text(yaml.safe_dump(values))
 
-    def start(self, todo: list[str], *options: str, **more: Any) -> subprocess.Popen[str]:
+    def command(self, todo: list[str]) -> list[str]:
+        """That of a supervisor whose stage does what `todo` says."""
         (self.folder / "todo.txt").write_text("\n".join(todo))
         supervise = [sys.executable, "-m", "dpo_mlx.supervisor", str(self.script)]
+        return [*supervise, "--config", str(self.config)]
+
+    def start(self, todo: list[str], *options: str, **more: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*supervise, "--config", str(self.config), *options],
-            env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
+            [*self.command(todo), *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **more,
+            **{"env": self.environment, **more},
         )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(SCRIPTS)}
 
     def run(self, todo: list[str], *options: str) -> tuple[int, str]:
         """(exit code, stderr)."""
@@ -225,6 +254,100 @@ def test_what_nohup_started_goes_on_without_its_terminal(staged):
     assert staged.lines("received-0.txt") == []
 
 
+def test_a_frozen_stage_can_be_stopped(staged):
+    """SIGTERM alone has no effect on a process that was stopped with SIGSTOP."""
+    process = staged.start(["frozen 0", "0"])
+    staged.wait_for("waiting.txt")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and staged.lines("received-0.txt") == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("options", [(), ("--launch=-n 1",)])
+def test_the_runner_can_end_a_stage_at_once(options, staged):
+    """SIGUSR1 is the runner's second signal. The exit code is the first one's."""
+    process = staged.start(["stubborn", "0"], *options)
+    staged.wait_for("waiting.txt")
+    process.send_signal(signal.SIGTERM)
+    staged.wait_for("received-0.txt")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and staged.starts == 1
+
+
+def test_a_stage_whose_supervisor_was_killed_saves_and_ends(staged):
+    """Nobody could stop it any more, and the next start would find the folder in use."""
+    (staged.folder / "tmp").mkdir()
+    environment = {**staged.environment, "TMPDIR": str(staged.folder / "tmp")}
+    process = staged.start(["checks"], env=environment)
+    staged.wait_for("waiting.txt")
+    assert staged.lines("ended.txt") == []
+    process.kill()
+    for file in (staged.folder / "tmp").iterdir():  # as the runner does
+        file.unlink()
+    staged.wait_for("ended.txt")
+    assert staged.lines("ended.txt") == ["129"]
+    process.wait()
+
+
+def test_a_stage_whose_runner_was_killed_saves_and_ends(staged):
+    """The supervisor finds that its parent is another process."""
+    command = shlex.join(staged.command(["checks"]))
+    runner = subprocess.Popen(
+        ["bash", "-c", f"{command} --runner $$ & wait; true"], env=staged.environment
+    )
+    staged.wait_for("waiting.txt")
+    runner.kill()
+    runner.wait()
+    staged.wait_for("ended.txt")
+    assert staged.lines("ended.txt") == ["143"], "the supervisor's SIGTERM"
+
+
+def test_a_stage_without_a_supervisor_outlives_its_parent(staged):
+    """`nohup python 10_train_dpo.py &`, and the shell is closed."""
+    environment = {k: v for k, v in staged.environment.items() if k != signals.SUPERVISOR}
+    (staged.folder / "todo.txt").write_text("checks")
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{shlex.quote(sys.executable)} {shlex.quote(str(staged.script))} & wait"],
+        env=environment,
+    )
+    staged.wait_for("waiting.txt")
+    shell.kill()
+    shell.wait()
+    time.sleep(0.3)
+    assert staged.lines("ended.txt") == []
+    os.kill(int(staged.lines("waiting.txt")[0]), signal.SIGTERM)
+    staged.wait_for("ended.txt")
+
+
+def test_a_stop_that_takes_long_is_explained_once(monkeypatch, capsys):
+    """After some seconds, with what to press."""
+
+    class Slow:
+        def stop(self) -> None:
+            pass
+
+        kill = stop
+
+        def wait(self, look: Callable[[], None]) -> int:
+            look()
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(3):
+                look()
+            return 143
+
+    before = {n: signal.getsignal(n) for n in (*signals.CAUGHT, signal.SIGUSR1)}
+    monkeypatch.setattr(supervisor, "SECONDS_OF_PATIENCE", -1)
+    try:
+        code = supervisor.Supervisor("10.py", Slow, dict, 3).run()  # type: ignore[arg-type]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    err = capsys.readouterr().err
+    assert code == 143 and err.count("\n") == 1 and "press ^C again to stop at once" in err
+
+
 # mlx.launch -------------------------------------------------------------------------------------
 
 
@@ -265,6 +388,26 @@ def test_only_rank_0_is_told_of_a_signal(staged, two):
     assert process.returncode == 143
     assert staged.lines("received-0.txt") == ["SIGTERM"]
     assert staged.lines("received-1.txt") == []
+
+
+def test_a_launcher_that_was_killed_leaves_no_process_behind(staged, two):
+    """The stage starts again only when the processes that hold its folder are gone."""
+    process = staged.start(["family", "3"], two)
+    staged.wait_for("waiting.txt")
+    launcher, rank_0 = map(int, staged.lines("waiting.txt"))
+    os.kill(launcher, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert (process.returncode, staged.starts) == (3, 2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(rank_0, 0)
+
+
+@pytest.mark.parametrize("launch", ["-n '2", '"'])
+def test_launch_options_that_cannot_be_read_are_one_line(launch, staged):
+    """A quote without its partner."""
+    code, said = staged.run(["0"], f"--launch={launch}")
+    assert code == 1 and staged.starts == 0
+    assert said.startswith("error: --launch: ") and len(said.splitlines()) == 1
 
 
 def test_a_launcher_that_starts_nothing_is_an_ordinary_fault(staged):
@@ -377,10 +520,10 @@ def test_a_gpu_s_fault_is_one_line_and_an_abort(text, code, staged, monkeypatch,
     )
 
 
-def test_another_runtime_error_keeps_its_traceback(staged, monkeypatch):
-    """It is a bug of ours, and a report must show where."""
-    with pytest.raises(RuntimeError, match="shapes"):
-        end_of_stage(RuntimeError("[matmul] shapes"), staged.config, monkeypatch)
+def test_another_runtime_error_is_no_abort(staged, monkeypatch, capsys):
+    """It would only happen again: the stage exits with 1."""
+    assert end_of_stage(RuntimeError("[matmul] shapes"), staged.config, monkeypatch) == 1
+    assert "[matmul] shapes" in capsys.readouterr().err
 
 
 def test_a_mac_s_abort_is_told_with_the_display():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 
@@ -25,7 +26,10 @@ def explain(code: int, platform: str = sys.platform) -> str:
             f"which needs less memory, or {LESS_MEMORY}"
         )
     if code in CRASHED:
-        return "a library crashed; if it happens again, report it with the lines above"
+        return (
+            "a library crashed, as MLX does on a CPU when memory runs out; "
+            f"{LESS_MEMORY}, and if it happens again, report it with the lines above"
+        )
     if platform == "darwin":
         return (
             "macOS most likely stopped a long GPU command because the display was on; let the "
@@ -43,3 +47,10 @@ def of_gpu_error(error: RuntimeError) -> int | None:
     if "[METAL] Command buffer execution failed" not in text:
         return None
     return KILLED if "Insufficient Memory" in text or "OutOfMemory" in text else ABORTED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or MLX could not get the memory it asked for."""
+    if isinstance(error, RuntimeError):
+        return re.match(r"\[[\w:]*malloc\w*\] .*allocate", str(error)) is not None
+    return isinstance(error, MemoryError)

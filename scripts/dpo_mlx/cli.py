@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
-import mlx.core as mx
+from . import awake, last_resort, lock, signals, terminal
 
-from . import aborts, awake, lock, signals
-from . import config as configs
-from .config import Config
-from .errors import UserError
-from .link import LostProcess, dismiss, link
+try:
+    from . import config as configs
+    from .config import Config
+except ImportError as error:  # no PyYAML: not the Python that the packages are installed in
+    sys.exit(f"error: {last_resort.explain(error)[1]}")
+from .errors import UserError, doing
 from .supervisor import RANK_0
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments without repeating all of a long one."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(terminal.cut(message, last_resort.MOST_OF_TEXT))
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that all stages take."""
-    arguments = argparse.ArgumentParser(description=description)
+    arguments = Parser(description=description)
     arguments.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     arguments.add_argument(
         "--set",
@@ -36,26 +46,33 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
-def main(stage: Stage, arguments: argparse.ArgumentParser) -> None:
-    """Run a stage in its run's folder and exit: 0, its own code, 1 after one line about a user's
-    mistake or a disk error, 130 for ^C, 143 for SIGTERM, one of aborts.CODES for a GPU error.
+def main(stage: Stage, arguments: argparse.ArgumentParser) -> NoReturn:
+    """Run a stage in its run's folder and exit: 0, its own code, or the code of what went wrong
+    (see last_resort.code_of).
 
     Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
     exit codes to itself, and adds a line to those that are not 0, the process number and the code
     go to the file that RANK_0 names, if it does.
     """
-    options = arguments.parse_args()
+    last_resort.guarded(lambda: _main(stage, arguments.parse_args()))
+
+
+def _main(stage: Stage, options: argparse.Namespace) -> int:
+    # Loading what computes takes seconds, in which ^C may come, and the packages may be missing.
+    from .link import dismiss, link
+
+    require_own_libraries()
     awake.keep()
     if link().size > 1:
         # The launcher's threads never rest while a process could still read what is typed.
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if link().rank:
-        sys.exit(_code_of(_help))
+        return last_resort.code_of(_help)
     _tell_runner(os.getpid())
-    code = _code_of(lambda: _run(stage, options))
+    code = last_resort.code_of(lambda: _run(stage, options))
     dismiss()
     _tell_runner(code)
-    sys.exit(0 if os.environ.get(RANK_0) else code)
+    return 0 if os.environ.get(RANK_0) else code
 
 
 def _help() -> None:
@@ -66,57 +83,42 @@ def _help() -> None:
 
 def _tell_runner(number: int) -> None:
     if path := os.environ.get(RANK_0):
-        with Path(path).open("a", encoding="utf-8") as file:
+        # A runner that was killed has taken its files along, and nobody reads this.
+        with suppress(FileNotFoundError), Path(path).open("a", encoding="utf-8") as file:
             print(number, file=file)
 
 
 def _run(stage: Stage, options: argparse.Namespace) -> int | None:
-    config = configs.load(options.config, options.overrides)
-    with signals.caught(), lock.run_folder(config.run):
+    with doing("loading", options.config):
+        config = configs.load(options.config, options.overrides)
+    with signals.caught(), lock.run_folder(config.run), last_resort.logged(config.run):
         return stage(config, options)
 
 
-def _code_of(run: Callable[[], int | None]) -> int:
-    """The exit code of what is run; a fault has said its line."""
-    try:
-        return run() or 0
-    except LostProcess as error:
-        print(f"error: {error}", file=sys.stderr)
-        return aborts.LOST
-    except UserError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {_of_the_disk(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        code = aborts.of_gpu_error(error)
-        if code is None:
-            raise
-        print(f"error: {error} Cause: {aborts.explain(code)}", file=sys.stderr)
-        return code
-    except signals.Interrupted as stop:
-        print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
-        return stop.exit_code
+def require_own_libraries() -> None:
+    """On a CPU, MLX compiles libraries into TMPDIR/mlx, and loads what it finds there.
 
+    Raises UserError when someone else could put libraries there. The runner's TMPDIR is private. A
+    stage alone uses the shared one, as compiling anew takes some 2 seconds a stage.
+    """
+    import mlx.core as mx
 
-def _of_the_disk(error: OSError) -> str:
-    """What happened to which file, and the remedy."""
-    if error.filename is None:
-        return str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "the disk is full; free some space, and the same command goes on from here"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = f"{error.strerror}; make it writable, or name another place in the config"
-    elif error.errno in (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENXIO):
-        remedy = f"{error.strerror}; put back what was moved or taken away, and run again"
-    else:
-        remedy = str(error.strerror)
-    return f"{error.filename}: {remedy}"
+    if mx.default_device() != mx.cpu:
+        return
+    folder = Path(tempfile.gettempdir(), "mlx")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise UserError(
+            f"{folder}: belongs to another user, and MLX would load that user's libraries; start "
+            "with TMPDIR set to a folder of your own"
+        )
+    folder.chmod(0o700)
 
 
 def warn_without_blas() -> None:
     """On a Linux CPU, say what it costs to run without OpenBLAS."""
+    import mlx.core as mx
+
     if not sys.platform.startswith("linux") or mx.default_device() != mx.cpu:
         return
     if "openblas" not in Path("/proc/self/maps").read_text():

@@ -14,16 +14,12 @@ import mlx.nn as nn
 import numpy as np
 
 from . import aborts
-from .errors import UserError
+from .errors import LostProcess, UserError
 
 LOST = (
     "another process of this run was lost, or its machine; see what it said, then start the same "
     "command again, which goes on from here"
 )
-
-
-class LostProcess(UserError):
-    """Another process of the run, or its machine, is gone."""
 
 
 class Link:

@@ -1,16 +1,19 @@
 """Run one stage in its own processes, pass signals on to it, and restart it when it aborts.
 
-    python -m dpo_mlx.supervisor SCRIPT --config FILE [--set section.key=value ...]
-        [--launch none|auto|OPTIONS] [--retries N]
+    python -m dpo_mlx.supervisor SCRIPT [--config FILE] [--set section.key=value ...]
+        [--launch none|auto|OPTIONS] [--retries N] [--runner PROCESS]
 
 The runner starts every stage like this. The exit code is the stage's: 130, 143 or 129 after ^C,
-SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted too often.
+SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted too often. SIGUSR1 ends the stage
+at once. When the runner is gone, that counts as SIGHUP.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import math
 import os
 import random
 import re
@@ -20,15 +23,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from . import aborts
+from . import aborts, last_resort
 from . import config as configs
 from .config import Config
 from .errors import UserError
+from .signals import SUPERVISOR
 
 # mlx.launch reports no exit codes. `cli.main` appends rank 0's process number, then its exit code,
 # to the file that this variable names.
@@ -38,7 +42,9 @@ RANK_0 = "DPO_RANK_0"
 PLAN = "plan.json"
 
 STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
-SECONDS_BETWEEN_NEWLINES = 2
+SECONDS_BETWEEN_LOOKS = 1  # at whether the runner is there; also between newlines for mlx.launch
+SECONDS_OF_PATIENCE = 10  # from a request to stop to the line that says why it takes so long
+SECONDS_TO_DIE = 10  # for processes that SIGKILL was sent to
 
 
 class Process:
@@ -49,17 +55,27 @@ class Process:
         self._process = subprocess.Popen(command, env=environment, preexec_fn=_ignore_terminal)
 
     def stop(self) -> None:
-        """Ask the stage to save and end."""
+        """Ask the stage to save and end, also when it was frozen with SIGSTOP."""
         self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(signal.SIGCONT)
 
-    def wait(self) -> int:
-        """The exit code, as a shell reports it."""
-        code = self._process.wait()
+    def kill(self) -> None:
+        """End the stage at once."""
+        self._process.kill()
+
+    def wait(self, look: Callable[[], None]) -> int:
+        """The exit code, as a shell reports it; calls `look` every second until there is one."""
+        while _is_running(self._process):
+            look()
+        code = self._process.returncode
         return code if code >= 0 else 128 - code
 
 
 class SharedProcess:
-    """A stage in the processes that `mlx.launch` starts; rank 0 speaks for all of them."""
+    """A stage in the processes that `mlx.launch` starts; rank 0 speaks for all of them.
+
+    On this machine all are in one process group, apart from the supervisor's.
+    """
 
     def __init__(self, command: list[str], launch: str) -> None:
         self._stopping = self._stop_wanted = False
@@ -73,42 +89,61 @@ class SharedProcess:
         }
         sets = [part for pair in variables.items() for part in ("--env", "=".join(pair))]
         self._launcher = subprocess.Popen(
-            ["mlx.launch", *shlex.split(launch), *sets, "--", *command],
+            ["mlx.launch", *_words(launch), *sets, "--", *command],
             stdin=subprocess.PIPE,
             bufsize=0,
             preexec_fn=_ignore_terminal,
+            start_new_session=True,
         )
 
     def stop(self) -> None:
-        """Ask rank 0, once it has started, to save and end; the others end with it."""
+        """Ask rank 0, once it has started, to save and end; the others end with it, also when one
+        was frozen with SIGSTOP.
+        """
         self._stopping = self._stop_wanted = True
         if numbers := self._numbers():
             with suppress(ProcessLookupError):
                 os.kill(numbers[0], signal.SIGTERM)
+            self._signal_group(signal.SIGCONT)
             self._stopping = False
 
-    def wait(self) -> int:
-        """Rank 0's exit code; LOST if a process died, 1 if rank 0 never started.
+    def kill(self) -> None:
+        """End all processes at once."""
+        self._signal_group(signal.SIGKILL)
 
-        When a process dies, mlx.launch ends the others with SIGTERM.
+    def wait(self, look: Callable[[], None]) -> int:
+        """Rank 0's exit code; LOST if a process died, 1 if rank 0 never started. Calls `look` every
+        second until then.
+
+        When a process dies, mlx.launch ends the others with SIGTERM. When mlx.launch itself was
+        killed, the others would go on, and hold the run's folder.
         """
-        while self._is_running():
+        while _is_running(self._launcher):
+            look()
             if self._stopping:
                 self.stop()
             self._type_newline()
+        self._end_group()
         numbers = self._numbers()
-        self._rank_0.unlink()
+        self._rank_0.unlink(missing_ok=True)
         if not numbers:
-            return 1
+            return 1 if self._launcher.returncode >= 0 else aborts.LOST
         ended_by_launcher = not self._stop_wanted and numbers[1:] == [128 + signal.SIGTERM]
         return aborts.LOST if len(numbers) == 1 or ended_by_launcher else numbers[1]
 
-    def _is_running(self) -> bool:
+    def _end_group(self) -> None:
+        """End what outlived the launcher, and wait until it is gone."""
+        give_up = time.monotonic() + SECONDS_TO_DIE
+        while self._signal_group(signal.SIGKILL) and time.monotonic() < give_up:
+            time.sleep(0.05)
+
+    def _signal_group(self, number: signal.Signals) -> bool:
+        """Whether any process was there to get the signal."""
         try:
-            self._launcher.wait(SECONDS_BETWEEN_NEWLINES)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
+            os.killpg(self._launcher.pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS refuses when all of them have ended
+            return False
+        return True
 
     def _type_newline(self) -> None:
         """The launcher's threads stay busy until every process has refused some input."""
@@ -123,11 +158,27 @@ class SharedProcess:
         return [int(word) for word in self._rank_0.read_text().split()]
 
 
+def _is_running(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it still is after a second."""
+    try:
+        process.wait(SECONDS_BETWEEN_LOOKS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _words(launch: str) -> list[str]:
+    try:
+        return shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"--launch: {error} in {launch}; see mlx.launch --help") from error
+
+
 class Supervisor:
     """Runs a stage until it ends, is stopped by a signal, or has aborted too often.
 
     `start` starts the stage, `kept_work` lists the work that a restart resumes from, `name` is the
-    script's name.
+    script's name, `runner` the process number of the runner, if there is one.
     """
 
     def __init__(
@@ -136,17 +187,21 @@ class Supervisor:
         start: Callable[[], Process | SharedProcess],
         kept_work: Callable[[], dict[Path, int]],
         retries: int,
+        runner: int | None = None,
     ) -> None:
         self._name, self._start, self._kept_work = name, start, kept_work
-        self._retries = retries
+        self._retries, self._runner = retries, runner
         self._process: Process | SharedProcess | None = None
         self._signalled: signal.Signals | None = None
+        self._kill_wanted = False
+        self._say_patience_at = math.inf
 
     def run(self) -> int:
         """The stage's exit code, or 128 + the first signal that came."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hand_on)
+        signal.signal(signal.SIGUSR1, self._kill)
         started = time.monotonic()
         code = self._run_with_retries()
         if self._signalled is not None:
@@ -179,17 +234,52 @@ class Supervisor:
         self._process = process
         if self._signalled is not None:  # the signal came while the stage was starting
             process.stop()
-        code = process.wait()
+        if self._kill_wanted:
+            process.kill()
+        code = process.wait(self._look)
         self._process = None
         return code
 
+    def _look(self) -> None:
+        """What is to be done every second."""
+        if self._runner is not None and os.getppid() != self._runner:
+            self._hand_on(signal.SIGHUP, None)
+        if time.monotonic() > self._say_patience_at:
+            self._say_patience_at = math.inf
+            _say(
+                f"-- {self._name}: still finishing the step in progress; press ^C again to stop "
+                "at once"
+            )
+
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        """Pass the first signal on to the stage: more of them are the same request."""
+        """Pass the first signal on to the stage. More of them are the same request: ^C and a closed
+        window reach the runner, which hands them on, and the supervisor too.
+        """
         if self._signalled is not None:
             return
         self._signalled = signal.Signals(number)
+        self._say_patience_at = time.monotonic() + SECONDS_OF_PATIENCE
         if self._process is not None:
             self._process.stop()
+
+    def _kill(self, number: int, frame: FrameType | None) -> None:
+        """The runner got a second signal: end the stage at once. Checkpoints and rows are kept."""
+        self._kill_wanted = True
+        self._signalled = self._signalled or signal.SIGTERM
+        if self._process is not None:
+            self._process.kill()
+
+
+@contextmanager
+def held_for_the_stage() -> Iterator[None]:
+    """Within, a locked file tells the stage that its supervisor lives: see signals.SUPERVISOR."""
+    with tempfile.NamedTemporaryFile(prefix="supervisor-") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.environ[SUPERVISOR] = file.name
+        try:
+            yield
+        finally:
+            del os.environ[SUPERVISOR]
 
 
 def kept_work(config: Config) -> dict[Path, int]:
@@ -281,30 +371,34 @@ def _say(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("script", type=Path)
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--launch", default="none")
     parser.add_argument("--retries", type=int, default=3)
+    parser.add_argument("--runner", type=int, help="end the stage when this process is gone")
     return parser
 
 
-def main() -> None:
+def main() -> int:
+    """Supervise the stage that the arguments name; its exit code."""
     options = _parser().parse_args()
     name = options.script.name
-    config = _load(options.config, options.overrides)
-    sets = [part for override in options.overrides for part in ("--set", override)]
-    command = [sys.executable, str(options.script), "--config", str(options.config), *sets]
+    config = None if options.config is None else _load(options.config, options.overrides)
+    arguments = [] if options.config is None else ["--config", str(options.config)]
+    arguments += [part for override in options.overrides for part in ("--set", override)]
     supervisor = Supervisor(
         name,
-        _starter(command, options.launch),
+        _starter([sys.executable, str(options.script), *arguments], options.launch),
         lambda: {} if config is None else kept_work(config),
         options.retries,
+        options.runner,
     )
-    code = supervisor.run()
+    with held_for_the_stage():
+        code = supervisor.run()
     if config is not None and code in (0, STOPPED_BY_GUARD):
         _say_minutes_to_go(minutes_to_go(config, name))
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    last_resort.guarded(main)

@@ -33,7 +33,7 @@ from .reference import Reference
 from .trainer import Stopped, Trainer
 from .writing import Measures, Watch
 
-STAGES = PRECOMPUTE, TRAIN_ONLY, ALL = ("precompute", "train", "all")
+PRECOMPUTE, TRAIN_ONLY, ALL = "precompute", "train", "all"
 
 # At once on the disk: the last two, one that is written, the end of SFT, and the best of each of
 # these three; the adapters that are kept count as another.
@@ -45,7 +45,7 @@ class Refused(UserError):
 
 
 def train_dpo(config: Config, stage: str) -> bool:
-    """Run stage 10, one of STAGES; whether training reached its end.
+    """Run stage 10, PRECOMPUTE, TRAIN_ONLY or ALL of it; whether training reached its end.
 
     Raises UserError for pairs, a model or settings that cannot be trained, and for TRAIN_ONLY
     without a reference.

@@ -5,29 +5,27 @@ Runs the whole chain on a tiny random Granite, on MLX's default device, in a tem
 1 when a check fails; put the output into your bug report.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_mlx import cli, selftest, signals
+from dpo_mlx import cli, signals
+from dpo_mlx.last_resort import guarded
 
 # Says which machine was tested and when; train_dpo_run1.sh looks for this file.
 MARK = Path(__file__).resolve().parents[2] / "data" / ".selftest.json"
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+def main() -> int:
+    cli.Parser(description=__doc__).parse_args()
+    from dpo_mlx import selftest
+
+    cli.require_own_libraries()
     cli.warn_without_blas()
-    try:
-        with signals.caught():
-            passed = selftest.run(MARK)
-    except signals.Interrupted as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    sys.exit(0 if passed else 1)
+    with signals.caught():
+        return 0 if selftest.run(MARK) else 1
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

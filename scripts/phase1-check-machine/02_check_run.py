@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
-from dpo_mlx.check_run import check_run
 from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
+    from dpo_mlx.check_run import check_run
+
     cli.warn_without_blas()
     check_run(config)
 

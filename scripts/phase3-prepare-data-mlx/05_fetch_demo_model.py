@@ -7,11 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_mlx import cli, demo_model
+from dpo_mlx import cli
 from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
+    from dpo_mlx import demo_model
+
     folder = Path(config.model)
     if not config.demo_model:
         print("05: demo_model is false, nothing to fetch")

@@ -9,10 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.make_pairs import make_pairs
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
+    from dpo_mlx.make_pairs import make_pairs
+
     cli.warn_without_blas()
     make_pairs(config)
 

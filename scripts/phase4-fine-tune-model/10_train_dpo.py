@@ -9,13 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.job import prepare
-from dpo_mlx.train_dpo import STAGES, preflight, train_dpo
 
 STOPPED = 3  # by a guard: a finding, with the best adapters kept
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
+    from dpo_mlx.job import prepare
+    from dpo_mlx.train_dpo import preflight, train_dpo
+
     cli.warn_without_blas()
     if options.check:
         preflight(prepare(config))
@@ -25,7 +26,8 @@ def stage(config: Config, options: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--stage", choices=STAGES, default="all", help="default: all")
+    stages = ("precompute", "train", "all")
+    parser.add_argument("--stage", choices=stages, default="all", help="default: all")
     parser.add_argument("--check", action="store_true", help="say what a run would do, and stop")
     cli.main(stage, parser)
 

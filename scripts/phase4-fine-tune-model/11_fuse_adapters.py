@@ -9,10 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.fuse_adapters import fuse_adapters
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
+    from dpo_mlx.fuse_adapters import fuse_adapters
+
     cli.warn_without_blas()
     fuse_adapters(config)
 

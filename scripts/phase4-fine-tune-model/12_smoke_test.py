@@ -12,10 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.smoke_test import smoke_test
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
+    from dpo_mlx.smoke_test import smoke_test
+
     cli.warn_without_blas()
     return 0 if smoke_test(config) else 1
 

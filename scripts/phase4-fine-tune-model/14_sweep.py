@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.sweep import combinations, command, sweep, winner
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
+    from dpo_mlx.sweep import combinations, command, sweep, winner
+
     cli.warn_without_blas()
     runs = combinations(options.config, options.overrides, options.grid)
     best = winner(sweep(config, runs))

@@ -7,13 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_mlx import cli, llama_cpp
+from dpo_mlx import cli
 from dpo_mlx.config import Config
-from dpo_mlx.export import export
-from dpo_mlx.export_peft import export_peft
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
+    from dpo_mlx import llama_cpp
+    from dpo_mlx.export import export
+    from dpo_mlx.export_peft import export_peft
+
     if options.peft:
         export_peft(config)
     else:
