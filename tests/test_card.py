@@ -43,7 +43,9 @@ def rendered(settings: dict[str, Any], write_config: Any) -> Any:
     loaded = config.load(write_config(settings))
 
     def render(**changes: Any) -> str:
-        return card.render(replace(loaded, **changes), {"fuse": FUSE})
+        return card.render(
+            replace(loaded, **changes), {"fuse": FUSE, "training": {"updates": 7, "kept_update": 6}}
+        )
 
     return render
 

@@ -318,13 +318,13 @@ DAMAGES = {
     ),
     "adapters that are not finite": (
         lambda f: scale(f / models.ADAPTERS, float("nan")),
-        "adapters.safetensors: .* NaN or infinite",
+        "adapters.safetensors: .* NaN or an infinity",
     ),
     "cut adapters": (
         lambda f: (f / models.ADAPTERS).write_bytes((f / models.ADAPTERS).read_bytes()[:-50]),
-        "adapters.safetensors: cannot be used",
+        "adapters.safetensors: is cut short",
     ),
-    "no optimizer": (lambda f: (f / OPTIMIZER).unlink(), f"{OPTIMIZER}: cannot be used"),
+    "no optimizer": (lambda f: (f / OPTIMIZER).unlink(), f"{OPTIMIZER}: cannot be read"),
     "optimizer of another model": (
         lambda f: mx.save_safetensors(str(f / OPTIMIZER), {"step": mx.array(1)}),
         f"{OPTIMIZER}: cannot be used: its tensors are of another model",

@@ -86,6 +86,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(config, path, base)
 
 
+# What the model card says of training.
+TRAINING = {"updates": 7, "kept_update": 6}
+
+
 def add_merge(tokenizer: Path) -> None:
     made = json.loads(tokenizer.read_text())
     made["model"]["vocab"]["".join(MERGE)] = len(made["model"]["vocab"])
@@ -327,14 +331,15 @@ def test_the_card_waits_for_what_is_not_measured(finished):
     """Before stage 12 it says so; counts of pairs are told where stage 06 made them."""
     fuse = jsonl.read_json(finished.at("fuse.json"))
     config = replace(finished.config, system_prompt="Be brief.")
-    text = card.render(config, {"fuse": {**fuse, "margin_kept": None, "quantize": 4}})
+    fuse = {**fuse, "margin_kept": None, "quantize": 4}
+    text = card.render(config, {"fuse": fuse, "training": TRAINING})
     assert "not measured yet" in text and "then 4-bit" in text and "Be brief." in text
     assert "no margin" in text
 
 
 def test_the_card_passes_the_template_s_arguments_on(finished):
     """The card names the arguments of training, and each command passes them in its own way."""
-    fuse = {"fuse": jsonl.read_json(finished.at("fuse.json"))}
+    fuse = {"fuse": jsonl.read_json(finished.at("fuse.json")), "training": TRAINING}
     arguments = {"enable_thinking": False, "tone": "it's dry"}
     text = card.render(replace(finished.config, chat_template_args=arguments), fuse)
     word = shlex.quote(json.dumps(arguments))
@@ -364,7 +369,7 @@ def test_mlx_lm_s_commands_take_these_options(module, option):
 
 def test_the_card_samples_only_where_the_run_did(finished):
     """transformers refuses a temperature of 0."""
-    fuse = {"fuse": jsonl.read_json(finished.at("fuse.json"))}
+    fuse = {"fuse": jsonl.read_json(finished.at("fuse.json")), "training": TRAINING}
     config = finished.config
     greedy = replace(config, generation=replace(config.generation, temperature=0.0))
     assert "do_sample=True,\n    temperature=0.7,\n" in card.render(config, fuse)

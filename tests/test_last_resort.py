@@ -170,7 +170,7 @@ def foreign_file(path: Path) -> None:
 
 
 def foreign_link(path: Path) -> None:
-    path.with_name("mine.txt").write_text(f"{last_resort.LOG_HEADER}\n")
+    path.with_name("mine.txt").write_text("mine\n")
     path.symlink_to(path.with_name("mine.txt"))
 
 

@@ -17,8 +17,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import model_folder, models, tokens, weights_file
+from dpo_mlx import digest, model_folder, models, tokens, weights_file
 from dpo_mlx.errors import UserError
+from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.pairs import Encoder
 from test_pairs import edit
 
@@ -369,8 +370,8 @@ def test_only_the_model_s_own_files_are_copied(folder, tmp_path):
         (folder / name).write_text(name)
     loaded = models.load(str(folder))
     models.save(loaded.model, folder, tmp_path / "copy")
-    copied = {p.relative_to(tmp_path / "copy").as_posix() for p in (tmp_path / "copy").rglob("*.*")}
-    copied |= {p.name for p in (tmp_path / "copy").iterdir() if p.is_file()}
+    files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    copied = {path.relative_to(tmp_path / "copy").as_posix() for path in files} - {MANIFEST}
     assert copied == {
         *("config.json", "tokenizer.json", "tokenizer_config.json"),
         *(WEIGHTS, models.INDEX),
@@ -447,8 +448,8 @@ def test_the_fingerprint_is_of_the_content(folder, tmp_path):
 def test_a_large_file_is_told_by_slices(tmp_path, monkeypatch):
     """Both ends, the size, and every stretch as long as the distance of two slices."""
     monkeypatch.setattr(model_folder, "HASHED_WHOLE", 1000)
-    monkeypatch.setattr(model_folder, "SLICES", 10)
-    monkeypatch.setattr(model_folder, "SLICE", 16)
+    monkeypatch.setattr(digest, "SLICES", 10)
+    monkeypatch.setattr(digest, "SLICE_BYTES", 16)
     path, content = tmp_path / "w", bytearray(5000)
     marks = set()
 

@@ -10,7 +10,7 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, outcome, pages
+from . import jsonl, pages
 from .config import Config, Scalar
 from .make_pairs import read_report
 
@@ -20,7 +20,8 @@ CARD, TEMPLATE = "README.md", "card.md.j2"
 def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
     """Put the card into a model folder.
 
-    `report` holds `fuse`, what stage 11 measured, and `voice` and `fluency` once stage 12 has.
+    `report` holds `training`, how that ended, `fuse`, what stage 11 measured, and `voice` and
+    `fluency` once stage 12 has.
     """
     jsonl.write_text(folder / CARD, render(config, report))
 
@@ -33,7 +34,7 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         name=config.run.name,
         base=Path(config.model).name if os.path.isdir(config.model) else config.model,
         counts=read_report(config),
-        training=outcome.read(config.run),
+        training=report["training"],
         fuse=report["fuse"],
         voice=report.get("voice"),
         fluency=report.get("fluency"),

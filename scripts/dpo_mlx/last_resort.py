@@ -19,7 +19,6 @@ from . import aborts, jsonl, signals, terminal
 from .errors import WHILE, LostProcess, UserError
 
 LOG = "error.log"
-LOG_HEADER = "dpo_mlx: an unexpected error"
 DETAILS = "the details are in "  # begins the note that `logged` adds
 
 # The most characters of a line, lines of an error, characters of an unexpected exception's text and
@@ -198,7 +197,7 @@ def _notes(error: BaseException) -> list[str]:
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
     """Within, an exception that may be a fault of ours leaves its traceback in the folder's
-    error.log, unless that file is someone else's or cannot be written.
+    error.log, unless that file is somebody else's or cannot be written.
     """
     try:
         yield
@@ -213,24 +212,12 @@ def logged(folder: Path) -> Iterator[None]:
 def _write_log(path: Path, error: BaseException) -> Path | None:
     """The path, or None when nothing was written."""
     try:
-        if not _is_log(path):
-            return None
-        lines = [LOG_HEADER, time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), versions()]
+        lines = [time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), versions()]
         text = "\n".join([*lines, "", *traceback.format_exception(error)])
         jsonl.write_text(path, text[:MOST_OF_LOG].encode(errors="backslashreplace").decode())
     except Exception:  # the line about the first fault must come, whatever happens to its log
         return None
     return path
-
-
-def _is_log(path: Path) -> bool:
-    """Whether a log may be written: nothing is there, or an older log."""
-    if path.is_symlink() or not path.exists():
-        return not path.is_symlink()
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.readline(len(LOG_HEADER) + 1) == f"{LOG_HEADER}\n".encode()
 
 
 def versions() -> str:

@@ -24,7 +24,6 @@ HEADER = "lock of dpo-mlx\n"  # how every lock file begins; then comes who holds
 # folders that hold such files and folders.
 FILES = {
     "config.yaml",
-    "error.log",
     "fuse.json",
     "metrics.jsonl",
     "outcome.json",
@@ -34,7 +33,7 @@ FILES = {
 }
 FOLDERS = {"adapters", "fused", "hf", "peft"}
 STAMPS = "stamps"
-OWN = FILES | FOLDERS | {"checkpoints", "reference", STAMPS}
+OWN = FILES | FOLDERS | {"checkpoints", "error.log", "reference", STAMPS}
 
 
 @contextmanager

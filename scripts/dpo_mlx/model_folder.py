@@ -7,7 +7,6 @@ possible for these weights: MLX believes any, and builds millions of layers, or 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 import stat
@@ -18,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from . import weights_file
+from . import digest, weights_file
 from .errors import UserError
 from .weights_file import Damaged, Tensor
 
@@ -63,9 +62,7 @@ READABLE = (*SETTINGS, "*.json", "*.jinja", "*.model", "*.txt", WEIGHTS)
 VOCABULARY_LIMIT = 256 * 2**20  # bytes; the largest of today's models have about 35 MB
 SETTINGS_LIMIT = 32 * 2**20
 DEPTH_LIMIT = 32  # brackets within brackets in a settings file
-# A file of weights up to this size is told from others by all of its bytes, a larger one by
-# SLICES slices of SLICE bytes.
-HASHED_WHOLE, SLICES, SLICE = 64 * 2**20, 1024, 4096
+HASHED_WHOLE = 64 * 2**20  # a larger file of weights is told from others by slices
 
 # Numbers in config.json that are sizes of tensors, or whose products are.
 SIZES = (
@@ -315,21 +312,9 @@ def _short(value: Any) -> str:
 
 
 def mark(path: Path) -> str:
-    """What tells a regular file from another of the same name: SHA-256 of its content.
-
-    Hashing gigabytes at every start would take minutes. Of a large file it is the hash of its size
-    and of slices spread evenly over it, the first and the last bytes among them. In a file of 5 GB
-    they lie 5 MB apart: a changed tensor of more megabytes is noticed, one of kilobytes may not be.
+    """What tells a regular file from another of the same name, by its content.
 
     Raises Damaged for what is no regular file.
     """
     require_regular(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= HASHED_WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for number in range(SLICES):
-            file.seek(number * (size - SLICE) // (SLICES - 1))
-            digest.update(file.read(SLICE))
-        return digest.hexdigest()
+    return digest.of_file(path, HASHED_WHOLE)

@@ -22,14 +22,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from . import durable, typed
+from . import digest, durable, typed
 from .errors import UserError
 
 MANIFEST = ".made_by_dpo_mlx"
 HEADER = b'{"made_by": "dpo_mlx", '  # how every manifest begins
 
-# Of a larger file only this many slices are digested: hashing gigabytes takes many seconds.
-WHOLE_BYTES, SLICES, SLICE_BYTES = 2**30, 1024, 4096
+WHOLE_BYTES = 2**30  # of a larger file only slices are digested
 
 # What file managers leave in a folder that somebody looks at; no one misses these files.
 LITTER = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
@@ -208,16 +207,8 @@ def require_name(folder: Path) -> None:
 
 
 def mark_of(path: Path) -> Mark:
-    """Size and digest of a file: SHA-256 of all of it, or of slices spread over a larger one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE_BYTES:
-            return Mark(size, hashlib.file_digest(file, "sha256").hexdigest())
-        digest = hashlib.sha256()
-        for number in range(SLICES):
-            file.seek(number * (size - SLICE_BYTES) // (SLICES - 1))
-            digest.update(file.read(SLICE_BYTES))
-        return Mark(size, digest.hexdigest())
+    """Size and digest of a file."""
+    return Mark(path.stat().st_size, digest.of_file(path, WHOLE_BYTES))
 
 
 def read_manifest(folder: Path) -> Manifest:
