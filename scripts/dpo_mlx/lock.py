@@ -33,7 +33,8 @@ FILES = {
 }
 FOLDERS = {"adapters", "fused", "hf", "peft"}
 STAMPS = "stamps"
-OWN = FILES | FOLDERS | {"checkpoints", "error.log", "reference", STAMPS}
+SHARED = {"checkpoints", "reference", STAMPS}
+OWN = FILES | FOLDERS | SHARED
 
 
 @contextmanager
@@ -50,6 +51,8 @@ def run_folder(run: Path) -> Iterator[None]:
             ownership.require(path)
         for name in sorted(FOLDERS):
             ownership.require_name(run / name)
+        for name in sorted(SHARED):
+            ownership.require_shared(run / name)
         yield
 
 

@@ -206,6 +206,12 @@ def require_name(folder: Path) -> None:
         raise _not_ours(folder, Status.FOREIGN)
 
 
+def require_shared(path: Path) -> None:
+    """Raises UserError for a file where a folder for our files goes, which others may use too."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise _not_ours(path, Status.FOREIGN)
+
+
 def mark_of(path: Path) -> Mark:
     """Size and digest of a file."""
     return Mark(path.stat().st_size, digest.of_file(path, WHOLE_BYTES))
