@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign
 import pytest
 import yaml
 from conftest import REPOSITORY
 from dpo_mlx import durable, ownership
 from dpo_mlx.lock import LOCK
 from dpo_mlx.ownership import MANIFEST, Status
+from foreign import Put, empty, folder, link, link_to_nothing, look, pipe, text
 from runs import IN_FOLDER, exit_code
 
 pytestmark = pytest.mark.timeout(60)
@@ -47,47 +47,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 
-# Each makes something of somebody else's under a name, with text that is theirs.
-Put = Callable[[Path], None]
-
-
-def text(path: Path) -> None:
-    path.write_text('{"theirs": true}\n')
-
-
-def empty(path: Path) -> None:
-    path.touch()
-
-
-def link(path: Path) -> None:
-    target = path.absolute().with_name(f"target of {path.name}")
-    target.write_text('{"theirs": true}\n')
-    path.symlink_to(target)
-
-
-def link_to_nothing(path: Path) -> None:
-    path.symlink_to("nowhere")
-
-
-def folder(path: Path) -> None:
-    path.mkdir()
-    (path / "thesis.txt").write_text("theirs")
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
 PUTS: list[Put] = [text, empty, link, link_to_nothing, folder, pipe]
-
-
-def look(path: Path) -> tuple[str, str | bytes | list[Any]]:
-    """All that could be changed of a path: its kind, and its bytes, its target, what is in it."""
-    if path.is_symlink():
-        return "link", os.readlink(path)
-    if path.is_dir():
-        return "folder", [(entry.name, look(entry)) for entry in sorted(path.iterdir())]
-    return ("file", path.read_bytes()) if path.is_file() else ("other", "")
 
 
 def make_folder(path: Path, model: Path) -> None:
@@ -211,41 +171,15 @@ def test_what_stands_under_a_name_of_ours_stays(name, put, again, capfd):
         assert name.split("/")[0] in line or path.name in line
 
 
-# Files that other tools keep beside a file of this name, and what people put beside ours.
-NEIGHBOURS = [
-    "uv.lock",
-    "poetry.lock",
-    "run/.lock",
-    "run/notes.txt",
-    "run/.gitignore",
-    "run/config.yml",
-    "run/adapters.zip",
-    "run/fused.gguf",
-    "run/.fused.tmp",
-    "run/checkpoints/README",
-    "run/checkpoints/dpo-000003-my-backup",
-    "run/checkpoints/sft-1",
-    "run/checkpoints/.dpo-000003.tmp",
-    "run/reference/base/valid.csv",
-    "run/stamps/mine.txt",
-    "run/pairs/train.lock",
-    "run/pairs/train.csv",
-    "run/pairs/.train.jsonl.tmp",
-    "run_sweep_notes",
-]
-
-
 def test_neighbours_stay_while_every_stage_runs_twice(work, capfd):
     """Files, links and folders beside ours do not stop a stage, and are the same after all of them
     have run, and have run again with other settings.
     """
-    for number, name in enumerate(NEIGHBOURS):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        (text, link, folder)[number % 3](Path(name))
-    theirs = {name: look(Path(name)) for name in NEIGHBOURS}
+    foreign.put_neighbours(work)
+    theirs = foreign.neighbours(work)
     assert run_all(capfd) == []
     assert run_all(capfd, *ANEW["10"], *ANEW["11"]) == []
-    assert {name: look(Path(name)) for name in NEIGHBOURS} == theirs
+    assert foreign.neighbours(work) == theirs
 
 
 # Where somebody put or changed something inside of a folder of ours, and who would replace that.

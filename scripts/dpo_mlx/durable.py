@@ -77,23 +77,24 @@ def replace(path: Path, content: bytes) -> None:
     """
     temporary = temporary_name(path)
     temporary.unlink(missing_ok=True)  # a killed process has left it
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            sync_file(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with disk_errors(path):
+        try:
+            with open(os.open(temporary, flags, 0o666), "wb") as file:
+                file.write(content)
+                file.flush()
+                sync_file(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def append(path: Path, content: bytes) -> None:
     """Add to the end of a file, all or nothing, and wait until it is on the disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+    with disk_errors(path), open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
             while content:

@@ -81,7 +81,7 @@ def require(path: Path, remedy: str = "move it away, or set run_dir to another f
 def write(path: Path, content: bytes) -> None:
     """Replace a file, atomically. Raises UserError for one that is not ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with durable.disk_errors(path), _alone_in(path.parent):
+    with _alone_in(path.parent):
         _claim(path, Mark.of(content))
         durable.replace(path, content)
 
@@ -92,7 +92,7 @@ def append(path: Path, content: bytes) -> None:
     Raises UserError for a file that is not ours.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with durable.disk_errors(path), _alone_in(path.parent):
+    with _alone_in(path.parent):
         require(path)
         if not path.exists():
             _claim(path, Mark.of(b""))
@@ -104,7 +104,7 @@ def append(path: Path, content: bytes) -> None:
 
 def seal(path: Path) -> None:
     """Nothing will be added to a file any more: from now on all of it tells it from others."""
-    with durable.disk_errors(path), _alone_in(path.parent):
+    with _alone_in(path.parent):
         _claim(path, mark_of(path))
 
 

@@ -75,18 +75,20 @@ class Output:
             action(*arguments)
         except OSError as error:
             self._lost = True
-            # Python writes what is left when it ends, and would fail again with exit code 120.
+            raise OutputLost(error) from error
+
+    def end(self) -> None:
+        """Python writes what is left when it ends, and if that fails, exits with 120."""
+        try:
+            self._stream.flush()
+        except OSError:
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            self._lose(error)
-
-    def _lose(self, error: OSError) -> None:
-        raise OutputLost(error)
 
 
 class Messages(Output):
-    """Standard error, on which tqdm may draw its bars. Nobody reads it once it cannot be written,
-    and the work goes on.
+    """Standard error, on which tqdm may draw its bars. While it cannot be written the work goes on;
+    a disk that is full now may have space for the next line.
     """
 
     def _shown(self, text: str) -> str:
@@ -95,8 +97,9 @@ class Messages(Output):
         start = "\r" if text.startswith("\r") else ""
         return start + visible(text[len(start) :])
 
-    def _lose(self, error: OSError) -> None:
-        pass
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        with suppress(OSError):
+            action(*arguments)
 
 
 @contextmanager
@@ -104,12 +107,14 @@ def protected() -> Iterator[None]:
     """Within, all that is printed goes through Output and Messages."""
     before = sys.stdout, sys.stderr
     _open_closed()
-    sys.stdout = cast(TextIO, Output(sys.stdout or _nowhere()))
-    sys.stderr = cast(TextIO, Messages(sys.stderr or _nowhere()))
+    output, messages = Output(sys.stdout or _nowhere()), Messages(sys.stderr or _nowhere())
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, messages)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        output.end()
+        messages.end()
 
 
 def _nowhere() -> TextIO:

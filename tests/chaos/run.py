@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Kill the stages at random moments, start them again, and compare with an undisturbed run.
 
-    python tests/chaos/run.py [--kills 50] [--seed 0] [--signal KILL|TERM|INT]
+    python tests/chaos/run.py [--kills 50] [--seed 0] [--signal KILL|TERM|INT] [--foreign]
 
 A tiny model goes through 06, 10, 11 and 12, as processes, again and again until there were so many
 kills; every round must end in the same bytes as the undisturbed one. Then with a full disk (a small
-tmpfs, where it may be mounted) and with two runs at once. Exits 1 on any difference.
+tmpfs, where it may be mounted) and with two runs at once. With --foreign every folder is filled
+first with other people's files and links, of which every byte must stay. Exits 1 on any difference.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts")]
 
+import foreign  # noqa: E402
 import tiny  # noqa: E402
 import yaml  # noqa: E402
 from dpo_mlx import jsonl  # noqa: E402
@@ -38,7 +40,7 @@ from runs import IN_FOLDER, determined  # noqa: E402
 SCRIPTS = {
     path.name[:2]: path
     for path in sorted((TESTS.parent / "scripts").glob("phase*/*.py"))
-    if not path.name.startswith(("05", "14"))
+    if not path.name.startswith(("01", "02", "05", "14"))
 }
 TMPFS_BYTES = 100_000_000
 
@@ -72,7 +74,9 @@ class Stage:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.started = time.monotonic()
-        self.errors = folder / f"errors-{name}.txt"
+        self.folder = folder
+        # Beside the folder, whose disk may be full.
+        self.errors = folder.with_name(f"{folder.name}-errors-{name}.txt")
         self.lock = folder / "run" / LOCK
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -106,12 +110,14 @@ class Stage:
         return code, "\n".join(said)
 
 
-def make_round(folder: Path, model: Path) -> Path:
-    """A folder with a config and its source."""
+def make_round(folder: Path, model: Path, foreign_files: bool = False) -> Path:
+    """A folder with a config and its source, and other people's files if wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"question": f"Why is {i}?", "answer": f"**So.** It is {i}."} for i in range(20)]
     jsonl.write(folder / "source.jsonl", rows)
     (folder / "c.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": str(model)}))
+    if foreign_files:
+        foreign.put_neighbours(folder)
     return folder
 
 
@@ -172,7 +178,7 @@ def send(number: signal.Signals) -> Callable[[Stage], None]:
 
 def fill_disk(stage: Stage) -> None:
     """Until the stage fails or ends; then the space is free again."""
-    ballast = stage.errors.with_name("ballast")
+    ballast = stage.folder / "ballast"
     with ballast.open("wb", buffering=0) as file:
         while stage.process.poll() is None:
             try:
@@ -189,6 +195,10 @@ def fill_disk(stage: Stage) -> None:
 
 def compare(found: Path, expected: Path) -> int:
     """How many files were compared; SystemExit when one differs, or is too many."""
+    require(
+        foreign.neighbours(found) == foreign.neighbours(expected),
+        f"{found}: a file that is not ours is not what it was",
+    )
     names = outputs(expected)
     require(outputs(found) == names, f"other files: {set(outputs(found)) ^ set(names)}")
     for name in names:
@@ -228,7 +238,7 @@ def storm(
     rounds = restarts = files = 0
     while left["all"] > 0:
         rounds += 1
-        folder = make_round(work / f"round{rounds}", model)
+        folder = make_round(work / f"round{rounds}", model, options.foreign)
         restarts += disturb(folder, seconds, chance, send(number), left)
         files = compare(folder, calm)
         print(f"{number.name}: round {rounds} is equal, {left['all']} to go", flush=True)
@@ -239,7 +249,9 @@ def storm(
     )
 
 
-def full_disk(work: Path, model: Path, calm: Path, seconds: dict[str, float], seed: int) -> None:
+def full_disk(
+    work: Path, model: Path, calm: Path, seconds: dict[str, float], options: argparse.Namespace
+) -> None:
     folder = work / "full"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(folder)]
@@ -247,17 +259,17 @@ def full_disk(work: Path, model: Path, calm: Path, seconds: dict[str, float], se
         print("full disk: left out, no tmpfs can be mounted here")
         return
     try:
-        make_round(folder, model)
+        make_round(folder, model, options.foreign)
         left = Counter({"all": 8})
-        restarts = disturb(folder, seconds, random.Random(seed), fill_disk, left)
+        restarts = disturb(folder, seconds, random.Random(options.seed), fill_disk, left)
         files = compare(folder, calm)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
     print(f"full disk: 8 times, {restarts} restarts, {files} files equal")
 
 
-def two_at_once(work: Path, model: Path, calm: Path) -> None:
-    folder = make_round(work / "two", model)
+def two_at_once(work: Path, model: Path, calm: Path, options: argparse.Namespace) -> None:
+    folder = make_round(work / "two", model, options.foreign)
     refused = 0
     for name in SCRIPTS:
         first = Stage(name, folder)
@@ -289,18 +301,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--only-kills", action="store_true", help="no full disk, no two at once")
+    parser.add_argument("--foreign", action="store_true", help="other people's files everywhere")
     options = parser.parse_args()
     os.environ["PYTHONFAULTHANDLER"] = "1"
     with TemporaryDirectory(prefix="chaos-") as name:
         work = Path(name)
         model = tiny.folder(work / "model", "llama")
-        calm = make_round(work / "calm", model)
+        calm = make_round(work / "calm", model, options.foreign)
         seconds = run_calmly(calm)
         print("undisturbed: " + ", ".join(f"{n} {s:.1f} s" for n, s in seconds.items()), flush=True)
         storm(work, model, calm, seconds, options)
         if not options.only_kills:
-            full_disk(work, model, calm, seconds, options.seed)
-            two_at_once(work, model, calm)
+            full_disk(work, model, calm, seconds, options)
+            two_at_once(work, model, calm, options)
 
 
 if __name__ == "__main__":
