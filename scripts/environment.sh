@@ -56,9 +56,12 @@ VENV_MARK=.made-by-dpo-mlx
 # something else.
 is_whole_venv() {
   [ -e "$1" ] || [ -L "$1" ] || return 1
-  [ -e "$1/$VENV_MARK" ] || [ -e "$1/.installed-$(basename "$1")" ] ||
+  local stamp; stamp="$1/.installed-$(basename "$1")"
+  [ -e "$1/$VENV_MARK" ] || [ -e "$stamp" ] ||
     fail "$1 was not made by this script; activate it to install the packages there, or move it away"
   [ -r "$1/bin/activate" ] && "$1/bin/python" -c 'import pip._internal' > /dev/null 2>&1 && return
+  # Packages may have been installed into an environment of the user's: only one with the mark goes.
+  [ -e "$1/$VENV_MARK" ] || fail "$1: its Python is gone; delete it, or move it away"
   echo "-- $1 was left half-made, or its Python is gone: making it again"
   return 1
 }

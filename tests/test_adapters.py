@@ -119,11 +119,22 @@ def test_adapters_that_do_not_fit_are_refused(name, llama, tmp_path):
     OTHERS[name](llama, path)
     model = adapted(llama, size=0.0)
     before = adapters(model)
-    with pytest.raises(UserError, match="delete the folder .* and run") as error:
+    with pytest.raises(UserError, match="move .* away and run") as error:
         models.load_adapters(model, path)
     assert str(error.value).startswith(f"{path / models.ADAPTERS}: ")
     assert "\n" not in str(error.value)
     assert differences(adapters(model), before) == 0
+
+
+def test_adapters_that_lack_a_block_are_not_loaded(llama, tmp_path):
+    """mlx-lm would leave the block at its random start, without a word."""
+    path = tmp_path / "a"
+    models.save_adapters(adapted(llama), LORA, path)
+    tensors: Any = mx.load(str(path / models.ADAPTERS))
+    kept = {name: array for name, array in tensors.items() if ".layers.1." not in name}
+    mx.save_safetensors(str(path / models.ADAPTERS), kept)
+    with pytest.raises(UserError, match=r"lacks model\.layers\.1\..*move"):
+        models.load(str(llama), path)
 
 
 def test_adapters_of_another_model_are_refused(llama, granite, tmp_path):

@@ -331,10 +331,10 @@ CASES: dict[str, Case] = {
     # fusing and after
     "no adapters": removed(ADAPTERS, "11", ADAPTERS, "run 10_train_dpo.py first"),
     "adapters of another rank": Case(
-        "11", (ADAPTERS, "was changed since", "delete"), lambda: other_adapters(64, 8)
+        "11", (ADAPTERS, "was changed since", "move"), lambda: other_adapters(64, 8)
     ),
     "adapters of another width": Case(
-        "11", (ADAPTERS, "was changed since", "delete"), lambda: other_adapters(32, 4)
+        "11", (ADAPTERS, "was changed since", "move"), lambda: other_adapters(32, 4)
     ),
     "adapters torn": Case(
         "11", (ADAPTERS,), lambda: os.truncate(f"{ADAPTERS}/adapters.safetensors", 999)
@@ -368,7 +368,7 @@ CASES: dict[str, Case] = {
         lambda: Path("run/pairs", MANIFEST).unlink(),
         ("--set", "generation.restart=true"),
     ),
-    "reference broken": replace(file(REFERENCE, b"[]\n", ":1: ", "delete"), more=AGAIN),
+    "reference broken": replace(file(REFERENCE, b"[]\n", ":1: ", "move run/reference"), more=AGAIN),
     "reference of another version": replace(lacking(REFERENCE, "chosen", "10"), more=AGAIN),
     "outcome broken": file("run/outcome.json", b"{", "was changed since", "move it away"),
     "outcome of another version": lacking("run/outcome.json", "stopped", "10"),
@@ -435,7 +435,7 @@ CASES: dict[str, Case] = {
     ),
     "run_dir holds someone else's": Case(
         "10",
-        ("home/config.yaml: was not made by this pipeline", "run_dir"),
+        ("home: no .made_by_dpo_mlx names config.yaml", "run_dir"),
         lambda: shutil.copytree("run", "home", ignore=shutil.ignore_patterns(MANIFEST)),
         ("--set", "run_dir=home"),
     ),

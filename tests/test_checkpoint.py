@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
     damage(newest)
     with pytest.raises(UserError, match=message) as error:
         train_dpo(unfinished, ALL)
-    assert str(newest) in str(error.value) and "delete" in str(error.value)
+    assert str(newest) in str(error.value) and "away" in str(error.value)
     assert "\n" not in str(error.value) and newest.exists()
     if name == "cut state":
         shutil.rmtree(newest)

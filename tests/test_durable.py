@@ -17,6 +17,8 @@ from dpo_mlx.durable import require_space
 from dpo_mlx.errors import UserError
 from dpo_mlx.ownership import MANIFEST, new_folder, remove_folder
 
+TEMPORARY = ".f.dpo-mlx.tmp"
+
 
 def fill(folder: Path, text: str) -> Path:
     with new_folder(folder) as temporary:
@@ -82,6 +84,12 @@ def test_where_names_cannot_be_swapped_in_one_step(tmp_path, monkeypatch):
     folder = fill(tmp_path / "f", "old")
     fill(folder, "new")
     assert (folder / "file").read_text() == "new" and names(tmp_path) == {"f"}
+    # A kill after the first of the three steps, and one after the second.
+    aside = tmp_path / f"{TEMPORARY}.old"
+    folder.rename(aside)
+    fill(folder, "newer")
+    shutil.copytree(folder, aside)
+    assert (fill(folder, "newest") / "file").read_text() == "newest" and names(tmp_path) == {"f"}
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError, ValueError])
@@ -101,9 +109,6 @@ def foreign_folder(path: Path) -> None:
 
 def foreign_link(path: Path) -> None:
     path.symlink_to(fill(path.with_name("elsewhere"), "mine"))
-
-
-TEMPORARY = ".f.dpo-mlx.tmp"
 
 
 @pytest.mark.parametrize("make", [foreign_folder, foreign_link, Path.touch])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 from dpo_mlx import durable, ownership
+from dpo_mlx.errors import UserError
 from dpo_mlx.lock import LOCK
 from dpo_mlx.ownership import MANIFEST, Status
 from foreign import Put, empty, folder, link, link_to_nothing, look, pipe, text
@@ -129,7 +130,7 @@ NAMES = {
     "pairs/train.report.json": "06",
     "pairs/train.samples.jsonl": "06",
     "pairs/train.samples.inputs.json": "06",
-    f"pairs/.train.jsonl{LOCK}": "06",
+    f"pairs/.train.samples.jsonl{LOCK}": "06",
     f"pairs/{MANIFEST}": "06",
     LOCK: "10",
     MANIFEST: "10",
@@ -140,7 +141,7 @@ NAMES = {
     "checkpoints/.sft-000004.dpo-mlx.tmp": "10",
 }
 # What a kill may have left: nobody's content.
-EMPTY = {LOCK, f"pairs/.train.jsonl{LOCK}", durable.temporary_name(Path(MANIFEST)).name}
+EMPTY = {LOCK, f"pairs/.train.samples.jsonl{LOCK}", durable.temporary_name(Path(MANIFEST)).name}
 # Folders that get our files beside what is in them.
 SHARED = {"checkpoints", "reference", "stamps", "reference/base"}
 # What no stage needs here, and leaves alone in silence.
@@ -363,11 +364,12 @@ def test_a_file_that_grows(tmp_path):
     """Known by its first rows until it is sealed, then by all; a torn row is ours."""
     path = tmp_path / "a"
     ownership.append(path, b"first\n")
-    for torn in (b"", b"fir", b"first\n", b"first\nsec"):
+    for torn in (b"first\n", b"first\nsec"):
         path.write_bytes(torn)
         assert ownership.status(path) is Status.OURS
-    path.write_bytes(b"other\n")
-    assert ownership.status(path) is Status.CHANGED
+    for other in (b"", b"fir", b"other\n", b"my notes"):
+        path.write_bytes(other)
+        assert ownership.status(path) is Status.CHANGED
     path.write_bytes(b"first\n")
     ownership.append(path, b"second\n")
     ownership.seal(path)
@@ -380,27 +382,54 @@ def test_a_file_that_grows(tmp_path):
     assert ownership.status(path) is Status.CHANGED, "what was sealed stays known"
 
 
-def test_a_torn_first_row_may_become_another(tmp_path):
-    """Metrics hold the time: the row that is written again after a kill has other bytes."""
+def test_a_first_row_that_a_kill_prevented_may_become_another(tmp_path, monkeypatch):
+    """Metrics hold the time: the row that is written again has other bytes."""
     path = tmp_path / "a"
-    ownership.append(path, b"first, 1.25 s\n")
-    ownership.cut(path, 0)
+    ownership.write(path, b"")
+    replace = durable.replace
+
+    def killed(target: Path, content: bytes) -> None:
+        if target == path:
+            raise KeyboardInterrupt
+        replace(target, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(durable, "replace", killed)
+        ownership.append(path, b"first, 1.25 s\n")
+    ownership.append(path, b"")
     ownership.append(path, b"first, 9.75 s\n")
     ownership.append(path, b"second\n")
     assert ownership.status(path) is Status.OURS
     assert path.read_bytes() == b"first, 9.75 s\nsecond\n"
 
 
+def test_a_folder_that_another_process_has_locked(tmp_path, monkeypatch):
+    """Nobody waits for ever: one line names the folder, and nothing is written."""
+    monkeypatch.setattr(ownership, "PATIENCE", 0.05)
+    with ownership._alone_in(tmp_path), pytest.raises(UserError, match="has locked this folder"):
+        ownership.write(tmp_path / "a", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_an_earlier_version_is_not_ours(tmp_path):
+    """It was marked by an empty file, which says nothing of what is inside."""
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / MANIFEST).touch()
+    (tmp_path / "fused/model.safetensors").write_text("x")
+    with pytest.raises(UserError, match="model.safetensors: was not made by this pipeline"):
+        ownership.require_untouched(tmp_path / "fused")
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'{"files": []}', b'{"files": {"a": 1}}', b"\xff", b"[" * 9999]
+    [b"{", b"[]", b"null", b'{"files": []}', b'{"files": {"a": 1}}', b"\xff", b"[" * 9999]
     + [b'{"files": {"a": [{"size": -1, "sha256": 5, "grows": 0}]}}'],
 )
 def test_a_damaged_manifest_is_named(content, tmp_path):
     """Nothing in its folder is known as ours then, and nothing is written."""
     (tmp_path / "a").write_text("x")
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(ownership.UserError, match=f"{MANIFEST}: is damaged") as error:
+    with pytest.raises(UserError, match=f"{MANIFEST}: is damaged") as error:
         ownership.write(tmp_path / "a", b"y")
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert (tmp_path / "a").read_text() == "x"

@@ -72,7 +72,7 @@ def test_another_tool_s_lock_stays(make, tmp_path):
     path = tmp_path / LOCK
     make(path)
     before = {entry: entry.lstat() for entry in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f"{path}: is no lock of this pipeline"):
+    with pytest.raises(UserError, match=f"{path}: is not a lock of this pipeline"):
         lock.run_folder(tmp_path).__enter__()
     assert {entry: entry.lstat().st_size for entry in tmp_path.iterdir()} == {
         entry: stat.st_size for entry, stat in before.items()

@@ -520,7 +520,7 @@ def test_damaged_adapters_are_one_line(case, adapters, granite, tmp_path):
     damage(folder)
     line = one_line(lambda: models.load(str(granite), folder))
     assert line.startswith(str(folder)) and says in line
-    assert f"delete {folder} and run 10_train_dpo.py again" in line
+    assert f"move {folder} away and run 10_train_dpo.py again" in line
 
 
 def test_adapters_with_a_nan_are_named(adapters, granite, tmp_path):

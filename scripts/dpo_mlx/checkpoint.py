@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from . import jsonl, models, ownership, records, stamp
 from .config import LoraConfig
-from .errors import UserError
+from .errors import UserError, doing
 from .guard import Kept
 from .phase import PHASES, SFT
 from .typed import Count
@@ -142,7 +142,8 @@ class Checkpoints:
         # Metal reports a failed command late, and until then its arrays hold garbage.
         mx.eval(model.trainable_parameters(), optimizer.state)
         mx.synchronize()
-        with ownership.new_folder(self.path(state.phase, state.update)) as temporary:
+        path = self.path(state.phase, state.update)
+        with doing("saving", path), ownership.new_folder(path) as temporary:
             models.save_adapters(model, lora, temporary)
             tensors: Any = tree_flatten(optimizer.state)
             models.save_tensors(temporary / OPTIMIZER, dict(tensors))
@@ -220,4 +221,4 @@ def require_unchanged(path: Path) -> None:
 
 
 def _remedy(path: Path) -> str:
-    return f"delete {path}, and the same command goes on from the one before"
+    return f"move {path} away, and the same command goes on from the one before"

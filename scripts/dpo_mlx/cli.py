@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -106,13 +107,15 @@ def require_own_libraries() -> None:
     if mx.default_device() != mx.cpu:
         return
     folder = Path(tempfile.gettempdir(), "mlx")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid != os.getuid():
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
-            f"{folder}: belongs to another user, and MLX would load that user's libraries; start "
-            "with TMPDIR set to a folder of your own"
+            f"{folder}: other users could put libraries there, which MLX would load; start with "
+            "TMPDIR set to a folder of your own"
         )
-    folder.chmod(0o700)
 
 
 def warn_without_blas() -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -23,10 +23,11 @@ SWAP, AT_FDCWD = 2, -100  # flag and constant of both systems' calls that swap t
 def sync_file(descriptor: int) -> None:
     """Wait until an open file is on the disk; macOS's fsync leaves it in the drive's own memory."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is None:
-        os.fsync(descriptor)
-    else:
-        fcntl.fcntl(descriptor, full)
+    if full is not None:
+        with suppress(OSError):  # network disks do not know it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -85,9 +86,9 @@ def replace(path: Path, content: bytes) -> None:
                 file.flush()
                 sync_file(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
         sync(path.parent)
 
 
@@ -105,6 +106,11 @@ def append(path: Path, content: bytes) -> None:
             raise
 
 
+def aside_name(path: Path) -> Path:
+    """Where `swap` puts the other one of two, for a moment."""
+    return path.with_name(f"{path.name}.old")
+
+
 def swap(one: Path, other: Path) -> None:
     """Swap two folders' names in one step; where the file system cannot, in three."""
     libc = ctypes.CDLL(None)
@@ -114,7 +120,7 @@ def swap(one: Path, other: Path) -> None:
     else:
         failed = libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], SWAP)
     if failed:
-        aside = one.with_name(f"{one.name}.old")
+        aside = aside_name(one)
         other.rename(aside)
         one.rename(other)
         aside.rename(one)

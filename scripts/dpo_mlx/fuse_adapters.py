@@ -55,7 +55,7 @@ def fuse_adapters(config: Config) -> None:
                 f"{adapters}: were not trained on {config.model} as it is now; set model to the "
                 "one they were trained on, or run 10_train_dpo.py again"
             )
-        ownership.require_folder(fused)
+        ownership.require_untouched(fused)
         report = _fuse(config)
         jsonl.write_json(report_path, report)
         training = asdict(outcome.read(config.run))

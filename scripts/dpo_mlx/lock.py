@@ -16,6 +16,7 @@ from typing import TextIO
 
 from . import ownership
 from .errors import UserError
+from .ownership import MANIFEST, Status
 
 LOCK = ".dpo-mlx.lock"
 HEADER = "lock of dpo-mlx\n"  # how every lock file begins; then comes who holds it
@@ -46,14 +47,26 @@ def run_folder(run: Path) -> Iterator[None]:
     """
     run.mkdir(parents=True, exist_ok=True)
     with held(run / LOCK, "run_dir"):
-        files = [run / name for name in sorted(FILES)]
-        for path in (*files, *sorted((run / STAMPS).glob("*.json"))):
-            ownership.require(path)
-        for name in sorted(FOLDERS):
-            ownership.require_name(run / name)
-        for name in sorted(SHARED):
-            ownership.require_shared(run / name)
+        _require_ours(run)
         yield
+
+
+def _require_ours(run: Path) -> None:
+    files = [run / name for name in sorted(FILES)]
+    paths = [*files, *sorted((run / STAMPS).glob("*.json"))]
+    foreign = [path.name for path in paths if ownership.status(path) is Status.FOREIGN]
+    if len(foreign) > 1 and not ownership.read_manifest(run):
+        raise UserError(
+            f"{run}: no {MANIFEST} names {foreign[0]} and {len(foreign) - 1} more files there: an "
+            "earlier version made them, or they were copied without it, or they are not the "
+            "pipeline's; set run_dir to a new folder"
+        )
+    for path in paths:
+        ownership.require(path)
+    for name in sorted(FOLDERS):
+        ownership.require_our_folder(run / name)
+    for name in sorted(SHARED):
+        ownership.require_directory(run / name)
 
 
 @contextmanager
@@ -71,6 +84,11 @@ def held(path: Path, key: str) -> Iterator[None]:
             raise UserError(
                 f"{path.parent}: in use by {holder}; wait until that has ended, or set {key} to "
                 "another place"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: its disk has no locks ({error.strerror}); set {key} to a place on "
+                "a disk of this machine"
             ) from error
         # A lock that was made a moment ago, or torn by a kill, holds only a part of the header.
         if not (content := file.read(len(HEADER))) == HEADER[: len(content)]:
@@ -105,7 +123,7 @@ def _open(path: Path) -> int:
 
 
 def _foreign(path: Path) -> UserError:
-    return UserError(f"{path}: is no lock of this pipeline; move it away")
+    return UserError(f"{path}: is not a lock of this pipeline; move it away")
 
 
 def _myself() -> str:

@@ -100,7 +100,7 @@ class PairFiles:
     @property
     def lock(self) -> Path:
         """Held while these files are written: several runs may share them."""
-        return self.train.with_name(f".{self.train.name}{LOCK}")
+        return self.samples.with_name(f".{self.samples.name}{LOCK}")
 
     @property
     def all(self) -> tuple[Path, ...]:
@@ -202,18 +202,18 @@ def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
 
 
 def _refuse_foreign(files: PairFiles, restart: bool) -> None:
-    """Raises UserError for files that were not made here, or were changed since. Edited pairs are
-    set aside with `restart`.
+    """Raises UserError for files that were not made here, or were changed since; `restart` lets
+    edited pairs pass, which are set aside later.
     """
     for path in files.all:
-        if restart and path in files.splits.values() and ownership.status(path) is Status.CHANGED:
-            print(f"06: {path} was edited; it is now {ownership.set_aside(path)}")
-        elif path in files.splits.values():
+        is_edited = path in files.splits.values() and ownership.status(path) is Status.CHANGED
+        if is_edited and not restart:
             ownership.require(
                 path,
-                "move it away, or --set generation.restart=true, which sets edited pairs aside",
+                "move it away (sampled answers are kept), or --set generation.restart=true, which "
+                "sets edited pairs aside and samples anew",
             )
-        else:
+        elif not is_edited:
             ownership.require(path, "move it away")
 
 
@@ -225,8 +225,8 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
     if old is None:
         if files.samples.exists() and files.samples.stat().st_size:
             raise UserError(
-                f"{files.samples_stamp}: no such file, so that nobody knows the settings of "
-                f"{files.samples}; move that away, or --set generation.restart=true to sample anew"
+                f"{files.samples_stamp}: no such file, so the settings behind {files.samples} are "
+                "unknown; move that away, or --set generation.restart=true to sample anew"
             )
         return
     if changed := stamp.differences(old, sampling):
@@ -327,12 +327,17 @@ def _sample(
     known = {
         number: finished[number]["answers"]
         for number, questions_asked in enumerate(asked)
-        if number in finished and finished[number]["questions"] == questions_asked
+        if number in finished
+        and finished[number]["questions"] == questions_asked
+        and len(finished[number]["answers"]) == len(questions_asked)
     }
     there = sum(len(answers) for answers in known.values())
     print(f"06: {len(rows)} answers to sample, {there} of them are there already")
     missing = [number for number in range(len(every)) if number not in known]
-    with tqdm(total=len(rows), initial=there, desc="06 sample", unit="answer") as bar:
+    with (
+        ownership.growing(files.samples),
+        tqdm(total=len(rows), initial=there, desc="06 sample", unit="answer") as bar,
+    ):
         started = time.perf_counter()
         for start in range(0, len(missing), worker.size):
             numbers = missing[start : start + worker.size]
@@ -350,8 +355,6 @@ def _sample(
                 seconds = (time.perf_counter() - started) / sum(map(len, made))
                 left = seconds * (len(rows) - bar.n)
                 bar.write(f"06: {seconds:.1f} s an answer, about {left / 60:.1f} minutes to go")
-    if missing:
-        ownership.seal(files.samples)
     return [answer for number in range(len(every)) for answer in known[number]]
 
 
@@ -398,6 +401,8 @@ def _write(
                 "data.limit or data.max_length, or change data.valid_fraction"
             )
     for split, path in files.splits.items():
+        if ownership.status(path) is Status.CHANGED:
+            print(f"06: {path} was edited; it is now {ownership.set_aside(path)}")
         jsonl.write(path, [_row(pair) for pair in splits[split]])
     pairs = splits["train"] + splits["valid"]
     report: PairsReport = {

@@ -28,7 +28,7 @@ from mlx_lm.utils import (
 from . import device, jsonl, model_folder, scan, tokens, weights_file
 from .config import LoraConfig
 from .durable import disk_errors
-from .errors import UserError
+from .errors import UserError, doing
 from .lora import round_once
 from .ownership import new_folder
 from .weights_file import Damaged
@@ -63,29 +63,53 @@ def load(
     device.release()
     device.bound()
     try:
-        folder = _fetch(name)
-        model_folder.check(folder)
-        model_folder.require_finite(folder)
-        if adapters is not None:
-            check_adapters(adapters)
-        model, tokenizer, *_ = mlx_lm.load(
-            str(folder),
-            tokenizer_config=NO_CODE,
-            model_config=config_additions(folder),
-            adapter_path=None if adapters is None else str(adapters),
-            lazy=lazy,
-            **NO_CODE,
-        )
-        round_once(model)
-        scan.use_chunks(model, scan_chunk)
-        tokens.check(model, tokenizer)
-        return LoadedModel(model, tokenizer, folder)
+        with doing("loading", name):
+            return _load(name, adapters, lazy, scan_chunk)
     except (UserError, MemoryError):
         raise
     except BaseException as error:
         if not tokens.is_fault(error):
             raise
         raise UserError(_why_not(name, adapters, error)) from error
+
+
+def _load(name: str, adapters: Path | None, lazy: bool, scan_chunk: int | None) -> LoadedModel:
+    folder = _fetch(name)
+    model_folder.check(folder)
+    model_folder.require_finite(folder)
+    if adapters is not None:
+        check_adapters(adapters)
+    model, tokenizer, *_ = mlx_lm.load(
+        str(folder),
+        tokenizer_config=NO_CODE,
+        model_config=config_additions(folder),
+        adapter_path=None if adapters is None else str(adapters),
+        lazy=lazy,
+        **NO_CODE,
+    )
+    if adapters is not None:
+        _require_all_adapters(model, adapters)
+    round_once(model)
+    scan.use_chunks(model, scan_chunk)
+    tokens.check(model, tokenizer)
+    return LoadedModel(model, tokenizer, folder)
+
+
+def _require_all_adapters(model: nn.Module, adapters: Path) -> None:
+    """Raises UserError unless the file has a tensor for each adapter: mlx-lm leaves the others at
+    their random start.
+    """
+    expected = {
+        f"{name}.{half}"
+        for name, module in model.named_modules()
+        if isinstance(module, LORA_LAYERS)
+        for half in ("lora_a", "lora_b")
+    }
+    if missing := sorted(expected - weights_file.read_header(adapters / ADAPTERS).keys()):
+        raise UserError(
+            f"{adapters / ADAPTERS}: lacks {missing[0]}, and {len(missing) - 1} more tensors; move "
+            f"{adapters} away and run 10_train_dpo.py again"
+        )
 
 
 def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
@@ -98,7 +122,7 @@ def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
     if adapters is not None:
         return (
             f"{adapters}: does not fit model {name}: {reason}; set model to the one it was trained "
-            "on, or delete the folder and run 10_train_dpo.py again"
+            "on, or move the folder away and run 10_train_dpo.py again"
         )
     if os.path.isdir(name):
         return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
@@ -122,7 +146,7 @@ def check_adapters(folder: Path) -> None:
             model_folder.require_regular(settings, model_folder.SETTINGS_LIMIT)
             _check_scale(settings)
     except Damaged as fault:
-        raise UserError(f"{fault}; delete {folder} and run 10_train_dpo.py again") from fault
+        raise UserError(f"{fault}; move {folder} away and run 10_train_dpo.py again") from fault
 
 
 def _check_scale(path: Path) -> None:
@@ -292,12 +316,12 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
             raise ValueError("its tensors are of another model or rank")
     except Damaged as fault:
         raise UserError(
-            f"{fault}; delete the folder {path.parent} and run 10_train_dpo.py again"
+            f"{fault}; move {path.parent} away and run 10_train_dpo.py again"
         ) from fault
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: cannot be used: {' '.join(str(error).split())}; delete the folder "
-            f"{path.parent} and run 10_train_dpo.py again"
+            f"{path}: cannot be used: {' '.join(str(error).split())}; move {path.parent} away and "
+            "run 10_train_dpo.py again"
         ) from error
     return tensors
 

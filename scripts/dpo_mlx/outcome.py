@@ -7,9 +7,9 @@ from pathlib import Path
 
 from . import jsonl, models, ownership, records
 from .errors import UserError
-from .typed import Count
+from .typed import Count, Finite
 
-OUTCOME, ADAPTERS = "outcome.json", "adapters"  # in a run's folder
+OUTCOME, ADAPTERS, METRICS = "outcome.json", "adapters", "metrics.jsonl"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Outcome:
 
     updates: Count
     kept_update: Count
-    voice: float
+    voice: Finite
     stopped: list[str]
     adapters: str
 
@@ -34,7 +34,12 @@ def read(run: Path) -> Outcome:
     path = run / OUTCOME
     if not path.exists():
         raise UserError(f"{path}: no such file; run 10_train_dpo.py first")
-    return records.read(path, Outcome)
+    outcome: Outcome = records.read(path, Outcome)
+    if outcome.kept_update > outcome.updates:
+        raise UserError(
+            f"{path}: keeps update {outcome.kept_update} of {outcome.updates}; {records.AGAIN}"
+        )
+    return outcome
 
 
 def require_adapters(run: Path) -> Path:
@@ -42,7 +47,7 @@ def require_adapters(run: Path) -> Path:
     folder = run / ADAPTERS
     if not (folder / models.ADAPTERS).is_file():
         raise UserError(f"{folder}: no adapters there; run 10_train_dpo.py first")
-    remedy = f"delete {folder} and run 10_train_dpo.py again"
+    remedy = f"move {folder} away and run 10_train_dpo.py again"
     for name in (models.ADAPTERS, models.ADAPTER_CONFIG):
         ownership.require(folder / name, remedy)
     if jsonl.digest(folder / models.ADAPTERS) != read(run).adapters:

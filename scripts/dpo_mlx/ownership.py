@@ -4,6 +4,9 @@ Every folder that a stage writes into has a manifest, MANIFEST, which names the 
 there, with their size and digest. A file that the manifest does not name is somebody else's, and so
 is one whose content has changed since. The manifest is written before the file, with both the old
 and the new content: after a kill, whichever is there is known as ours.
+
+Two limits: while a file grows, only what stood in it when it began to is compared, and of a file
+over WHOLE_BYTES only slices.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -29,6 +32,9 @@ MANIFEST = ".made_by_dpo_mlx"
 HEADER = b'{"made_by": "dpo_mlx", '  # how every manifest begins
 
 WHOLE_BYTES = 2**30  # of a larger file only slices are digested
+PATIENCE = 10.0  # seconds to wait for another process that writes a manifest
+# Of file systems that lock no folders, such as NFS.
+NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 # What file managers leave in a folder that somebody looks at; no one misses these files.
 LITTER = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
@@ -57,6 +63,12 @@ class Status(Enum):
     CHANGED = "was changed since the pipeline wrote it"
     FOREIGN = "was not made by this pipeline"
 
+    def of(self, path: Path) -> str:
+        """What to say of a path."""
+        copied = self is Status.FOREIGN and not (path.parent / MANIFEST).exists()
+        hint = f" (or was copied without the {MANIFEST} beside it)" if copied else ""
+        return f"{path}: {self.value}{hint}"
+
 
 Manifest = dict[str, list[Mark]]  # by file: the contents that it may have
 
@@ -75,7 +87,7 @@ def require(path: Path, remedy: str = "move it away, or set run_dir to another f
     """Raises UserError, ending in `remedy`, for a file that is there and is not ours."""
     found = status(path)
     if found in (Status.CHANGED, Status.FOREIGN):
-        raise UserError(f"{path}: {found.value}; {remedy}")
+        raise UserError(f"{found.of(path)}; {remedy}")
 
 
 def write(path: Path, content: bytes) -> None:
@@ -91,21 +103,35 @@ def append(path: Path, content: bytes) -> None:
 
     Raises UserError for a file that is not ours.
     """
+    if not content:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(path.parent):
         require(path)
-        if not path.exists():
-            _claim(path, Mark.of(b""))
-            durable.replace(path, b"")
+        before = path.read_bytes() if path.exists() else b""
+        if not before:
+            _claim(path, Mark.of(content, grows=True))
+            durable.replace(path, content)
+            return
         if not _is_known_to_grow(path):
-            _claim(path, Mark.of(path.read_bytes() or content, grows=True))
+            _claim(path, Mark.of(before, grows=True))
         durable.append(path, content)
 
 
 def seal(path: Path) -> None:
-    """Nothing will be added to a file any more: from now on all of it tells it from others."""
+    """Nothing will be added to a file for now: all of it tells it from others."""
     with _alone_in(path.parent):
         _claim(path, mark_of(path))
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[None]:
+    """Seals a file that is appended to within, however that ends."""
+    try:
+        yield
+    finally:
+        if path.exists():
+            seal(path)
 
 
 def cut(path: Path, size: int) -> None:
@@ -131,8 +157,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     take the place of a folder that holds anything but what was written like this.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    require_folder(folder)
     temporary = durable.temporary_name(folder)
+    _finish_swap(temporary, folder)
+    require_untouched(folder)
     _delete(temporary)
     temporary.mkdir()
     try:
@@ -141,7 +168,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _write_manifest(temporary, {name: [mark_of(temporary / name)] for name in _all(temporary)})
         for path in (*temporary.rglob("*"), temporary):
             durable.sync(path)
-        require_folder(folder)  # something may have been put there meanwhile
+        require_untouched(folder)  # something may have been put there meanwhile
         if folder.exists():
             durable.swap(temporary, folder)
         else:
@@ -156,7 +183,7 @@ def remove_folder(folder: Path) -> None:
 
     Raises UserError when it holds anything else.
     """
-    require_folder(folder)
+    require_untouched(folder)
     temporary = durable.temporary_name(folder)
     _delete(temporary)
     folder.rename(temporary)
@@ -170,7 +197,7 @@ def remove_leftovers(folder: Path) -> None:
             _delete(path)
 
 
-def require_folder(folder: Path) -> None:
+def require_untouched(folder: Path) -> None:
     """Raises UserError, which names the file at fault, for what is there and is neither an empty
     folder nor one that holds exactly what `new_folder` wrote.
     """
@@ -192,21 +219,30 @@ def require_folder(folder: Path) -> None:
 def is_untouched(folder: Path) -> bool:
     """Whether a folder holds nothing but what `new_folder` wrote."""
     try:
-        require_folder(folder)
+        require_untouched(folder)
     except UserError:
         return False
     return True
 
 
-def require_name(folder: Path) -> None:
+def is_complete(folder: Path) -> bool:
+    """Whether every file that `new_folder` wrote is there, with its size."""
+    files = read_manifest(folder).items()
+    paths = [(folder / name, {mark.size for mark in marks}) for name, marks in files]
+    return bool(paths) and all(
+        _is_regular(path) and path.stat().st_size in sizes for path, sizes in paths
+    )
+
+
+def require_our_folder(folder: Path) -> None:
     """Raises UserError when somebody else's folder, or a file, has the name of one of ours. Reads
-    only the beginning of its manifest; `require_folder` looks at everything inside.
+    only the beginning of its manifest; `require_untouched` looks at everything inside.
     """
     if _holds_something(folder) and not _has_manifest(folder):
         raise _not_ours(folder, Status.FOREIGN)
 
 
-def require_shared(path: Path) -> None:
+def require_directory(path: Path) -> None:
     """Raises UserError for a file where a folder for our files goes, which others may use too."""
     if os.path.lexists(path) and not path.is_dir():
         raise _not_ours(path, Status.FOREIGN)
@@ -224,15 +260,17 @@ def read_manifest(folder: Path) -> Manifest:
         return {}
     try:
         if not _is_regular(path):
-            raise ValueError("is no file")
-        values = json.loads(path.read_bytes())
-        typed.parse(values, dict[str, Any])
+            raise ValueError("it is not a file")
+        content = path.read_bytes()
+        if not content:  # an earlier version marked its folders by an empty file
+            return {}
+        values = typed.parse(json.loads(content), dict[str, Any])
         return typed.parse(values.get("files"), dict[str, list[Mark]], "files")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: is damaged ({reason}), so that nothing here is known as the pipeline's; move "
-            "the folder away, or set another one"
+            f"{path}: is damaged ({reason}), so the pipeline cannot tell its own files here; move "
+            "the folder away, or choose another one"
         ) from error
 
 
@@ -263,17 +301,31 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Runs may share a folder, each with files of its own: they write its manifest in turn."""
+    """Runs may share a folder, each with files of its own: they write its manifest in turn.
+
+    Raises UserError when another process does not let go of the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
+    give_up = time.monotonic() + PATIENCE
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:  # file systems that lock no folders, such as NFS
-            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+        while not _has_locked(descriptor):
+            if time.monotonic() > give_up:
+                raise UserError(f"{folder}: another process has locked this folder; end it first")
+            time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
+
+
+def _has_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
 
 
 def _is_one_of(path: Path, marks: list[Mark]) -> bool:
@@ -283,10 +335,7 @@ def _is_one_of(path: Path, marks: list[Mark]) -> bool:
     size = path.stat().st_size
     if any(mark.size == size for mark in marks) and mark_of(path) in marks:
         return True
-    # Of what was first appended to an empty file, a kill may leave any part.
-    first, last = marks[0], marks[-1]
-    is_torn = first.size == 0 and last.grows and size < last.size
-    return is_torn or any(_begins_like(path, mark) for mark in marks)
+    return any(_begins_like(path, mark) for mark in marks)
 
 
 def _begins_like(path: Path, mark: Mark) -> bool:
@@ -308,7 +357,7 @@ def _is_regular(path: Path) -> bool:
 def _all(folder: Path) -> list[str]:
     """Every file and link below a folder, by its path from there; not the manifest, nor litter."""
     paths = []
-    for where, folders, files in os.walk(folder):
+    for where, folders, files in os.walk(folder, onerror=_stop):
         links = [name for name in folders if (Path(where) / name).is_symlink()]
         paths += [Path(where) / name for name in files + links if not _is_litter(name)]
     names = (path.relative_to(folder).as_posix() for path in paths)
@@ -344,20 +393,36 @@ def _begins_like_a_manifest(path: Path) -> bool:
 
 def _not_ours(path: Path, found: Status) -> UserError:
     return UserError(
-        f"{path}: {found.value}, which would replace it; move it away, or set run_dir to another "
-        "folder"
+        f"{found.of(path)}, and would be replaced; move it away, or set run_dir to another folder"
     )
 
 
 def _delete(folder: Path) -> None:
     """Remove a temporary folder; the manifest goes last, so that a rest is still known as ours."""
-    require_name(folder)
-    if folder.exists():
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != MANIFEST:
-                path.unlink()
-        with suppress(FileNotFoundError):
-            (folder / MANIFEST).unlink()
-        folder.rmdir()
+    require_our_folder(folder)
+    if not folder.exists():
+        return
+    # On a disk of another format, macOS removes `._a` along with `a`.
+    for where, folders, files in os.walk(folder, topdown=False, onerror=_stop):
+        links = [name for name in folders if (Path(where) / name).is_symlink()]
+        for name in files + links:
+            if Path(where, name) != folder / MANIFEST:
+                Path(where, name).unlink(missing_ok=True)
+        if Path(where) != folder:
+            Path(where).rmdir()
+    (folder / MANIFEST).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _finish_swap(temporary: Path, folder: Path) -> None:
+    """Where two names cannot be swapped in one step, a kill may have left the old folder aside."""
+    aside = durable.aside_name(temporary)
+    if os.path.lexists(folder):
+        _delete(aside)
+    elif os.path.lexists(aside):
+        require_our_folder(aside)
+        aside.rename(folder)
+
+
+def _stop(error: OSError) -> None:
+    raise error

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .config import Config
 
 # What stage 06 writes beside the train pairs: the suffixes in the place of the file's own.
-BESIDE_PAIRS = (".report.json", ".samples.jsonl", ".samples.inputs.json")
+SAMPLES = ".samples.jsonl"
+BESIDE_PAIRS = (".report.json", SAMPLES, ".samples.inputs.json")
 SWEEP = "_sweep"
 OWN_FOLDER = "name a folder of its own, like data/runs/NAME"
 # Folders of this repository in which no run belongs.
@@ -54,7 +55,8 @@ def places(config: Config, file: Path) -> Iterator[Place]:
     yield Place("data.source", Path(data.source), written=False)
     train, valid = Path(data.train_pairs), Path(data.valid_pairs)
     beside = [train.with_suffix(suffix) for suffix in BESIDE_PAIRS]
-    beside += [train.with_name(f".{train.name}{LOCK}"), train.with_name(MANIFEST)]
+    lock = train.with_name(f".{train.with_suffix(SAMPLES).name}{LOCK}")
+    beside += [lock, train.with_name(MANIFEST)]
     if valid.parent != train.parent:
         beside.append(valid.with_name(MANIFEST))
     for path in beside:

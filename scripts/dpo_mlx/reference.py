@@ -50,17 +50,16 @@ def load_or_compute(
         jsonl.write(rows_path, [])
         stamp.write(stamp_path, inputs)
     rows = _read(rows_path, pairs)
-    for start in range(len(rows), len(pairs), at_once):
-        some = pairs[start : start + at_once]
-        found = iter(log_probs([side for pair in some for side in pair.sides]))
-        more: list[ReferenceRow] = [
-            {"line": p.line, "chosen": next(found), "rejected": next(found)} for p in some
-        ]
-        jsonl.append(rows_path, more)
-        rows += more
-        progress(len(rows))
-        if len(rows) == len(pairs):
-            ownership.seal(rows_path)
+    with ownership.growing(rows_path):
+        for start in range(len(rows), len(pairs), at_once):
+            some = pairs[start : start + at_once]
+            found = iter(log_probs([side for pair in some for side in pair.sides]))
+            more: list[ReferenceRow] = [
+                {"line": p.line, "chosen": next(found), "rejected": next(found)} for p in some
+            ]
+            jsonl.append(rows_path, more)
+            rows += more
+            progress(len(rows))
     return [Reference(row["chosen"], row["rejected"]) for row in rows]
 
 
@@ -73,7 +72,7 @@ def _read(path: Path, pairs: list[EncodedPair]) -> list[ReferenceRow]:
 
 
 def remedy(folder: Path) -> str:
-    return f"delete {folder} and run the same command again"
+    return f"move {folder} away and run the same command again"
 
 
 def is_complete(folder: Path, name: str, count: int, inputs: stamp.Inputs) -> bool:

@@ -26,7 +26,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import config as configs
-from . import device, fuse_report, jsonl, memory, models, outcome, team, tiny_granite
+from . import device, fuse_report, jsonl, memory, models, outcome, ownership, team, tiny_granite
 from .checkpoint import Checkpoints
 from .config import Config, GenerationConfig
 from .engine import LEAST_DIFFERENCE
@@ -34,6 +34,7 @@ from .errors import UserError
 from .fuse_adapters import fuse_adapters
 from .make_pairs import make_pairs
 from .outcome import ADAPTERS
+from .ownership import Status
 from .pairs import Encoder, Pair, Sequence
 from .phase import DPO, Dpo, Example
 from .reference import Reference
@@ -80,15 +81,16 @@ def run(mark: Path) -> bool:
         failed = [name for name, check in CHECKS.items() if not _holds(name, check, config)]
     seconds = time.perf_counter() - started
     if failed:
-        mark.unlink(missing_ok=True)
+        if ownership.status(mark) is Status.OURS:
+            mark.unlink()
         print(
             f"failed: {len(failed)} of {len(CHECKS)} checks, in {seconds:.0f} s. Please report all "
             "lines above: they show where this machine differs."
         )
         return False
-    mark.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.now().astimezone().isoformat(timespec="seconds")
-    jsonl.write_json(mark, {**machine, "date": date, "seconds": round(seconds)})
+    if ownership.status(mark) in (Status.ABSENT, Status.OURS):
+        jsonl.write_json(mark, {**machine, "date": date, "seconds": round(seconds)})
     print(f"passed: all {len(CHECKS)} checks, in {seconds:.0f} s")
     return True
 

@@ -15,6 +15,7 @@ from . import (
     memory,
     models,
     outcome,
+    ownership,
     pairs,
     records,
     reference,
@@ -27,6 +28,7 @@ from .errors import UserError
 from .fuse_report import FUSE, FuseReport
 from .job import BASE, SPLITS, TRAIN, VALID, pair_file, reference_inputs, require_valid
 from .make_pairs import read_report
+from .ownership import Status
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
 from .report import report_rows, write_html
 from .sampling import Answer, limited
@@ -99,7 +101,10 @@ def smoke_test(config: Config) -> bool:
         jsonl.write_json(report_path, report)
         stamp.write(stamp_path, inputs)
     write_html(config.run / "report.html", report, config.run / "metrics.jsonl")
-    card.write(config, fused, report)
+    if ownership.status(fused / card.CARD) is Status.CHANGED:
+        print(f"12: {fused / card.CARD} was edited and stays as it is")
+    else:
+        card.write(config, fused, report)
     _print(report, config)
     return report["verdict"]["passed"]
 

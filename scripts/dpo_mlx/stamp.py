@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, records
+from . import jsonl, ownership, records
 
 # A flat mapping from the name of an input ("dpo.beta", "train pairs") to its value or digest.
 Inputs = dict[str, Any]
@@ -36,13 +36,13 @@ def differences(old: Inputs, new: Inputs) -> list[str]:
 
 
 def is_current(path: Path, inputs: Inputs, outputs: list[Path]) -> bool:
-    """Whether `inputs` are those stamped at `path`, and every output is still there."""
+    """Whether `inputs` are those stamped at `path`, and every output is still there as a whole."""
     old = read(path)
-    return (
-        old is not None
-        and not differences(old, inputs)
-        and all(output.exists() for output in outputs)
-    )
+    return old is not None and not differences(old, inputs) and all(map(_is_there, outputs))
+
+
+def _is_there(output: Path) -> bool:
+    return ownership.is_complete(output) if output.is_dir() else output.exists()
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

@@ -204,10 +204,9 @@ def _end_of_sft(config: Config, other: Path) -> Path | None:
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """Unless the run has made that itself."""
-    if folder.exists():
+    """Unless the run has made that itself, or somebody put something into the other's."""
+    if folder.exists() or not ownership.is_untouched(source):
         return
-    ownership.require_folder(source)
     with ownership.new_folder(folder) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 

@@ -27,7 +27,7 @@ from .errors import UserError
 from .guard import Guard
 from .job import AFTER_SFT, BASE, SPLITS, TRAIN, VALID, Job, load_reference, prepare
 from .origin import origin_of, training_inputs
-from .outcome import ADAPTERS, OUTCOME, Outcome
+from .outcome import ADAPTERS, METRICS, OUTCOME, Outcome
 from .phase import DPO, PHASES, SFT, Dpo, Example, Sft, count_updates, pairs_per_update
 from .reference import Reference
 from .trainer import Stopped, Trainer
@@ -52,11 +52,11 @@ def train_dpo(config: Config, stage: str) -> bool:
     """
     stamp_path, adapters = stamp.path(config.run, "10_train_dpo"), config.run / ADAPTERS
     inputs = training_inputs(config)
-    outputs = [adapters, config.run / OUTCOME]
+    outputs = [adapters, config.run / OUTCOME, config.run / METRICS]
     if stage != PRECOMPUTE and stamp.is_current(stamp_path, inputs, outputs):
         print(f"10: {adapters} is up to date, skipped")
         return _say(outcome.read(config.run), adapters)
-    ownership.require_folder(adapters)
+    ownership.require_untouched(adapters)
     job = prepare(config)
     # Once more: the model may have been downloaded. The pairs as they were before they were read.
     inputs = {**training_inputs(config), "pairs": inputs["pairs"]}
@@ -66,7 +66,6 @@ def train_dpo(config: Config, stage: str) -> bool:
     end = _run(phases, stage)
     if end is None:
         return True
-    ownership.seal(config.run / "metrics.jsonl")
     outcome.write(config.run, end)
     stamp.write(stamp_path, inputs)
     _refuse_changes(inputs, training_inputs(config), adapters)
@@ -301,11 +300,12 @@ class Phases:
         elif not begin.update:  # before the first update of all the model is the base model
             written = self.base
         # Only now, as a checkpoint that cannot be used must leave the file as it is.
-        metrics_file = metrics.MetricsFile(config.run / "metrics.jsonl", trainer.state.rows)
+        metrics_file = metrics.MetricsFile(config.run / METRICS, trainer.state.rows)
         bar = metrics.ProgressBar(trainer.state.update, self.updates)
         trainer.callback = metrics.Callbacks(metrics_file, bar, *reporters)
         try:
-            trainer.run(written)
+            with ownership.growing(config.run / METRICS):
+                trainer.run(written)
         finally:
             bar.close()
         return trainer.state

@@ -21,7 +21,7 @@ class Range:
 
 
 # What counts something: rows, updates, tokens.
-Count = Annotated[int, Range(0, 10**9)]
+Count = Annotated[int, Range(0, 10**8)]
 Share = Annotated[float, Range(0.0, 1.0)]
 # A log-prob, a margin: neither NaN nor infinite.
 Finite = Annotated[float, Range(-1e300, 1e300)]
@@ -78,12 +78,12 @@ def _record(value: Any, kind: Any, name: str) -> Any:
     hints = typing.get_type_hints(kind, include_extras=True)
     for key in hints:
         if key not in fields:
-            raise ValueError(f'lacks "{_below(name, key)}", as if of another version')
+            raise ValueError(f'lacks "{_below(name, key)}"; another version may have written it')
     parsed = {key: parse(fields[key], hint, _below(name, key)) for key, hint in hints.items()}
     if typing.is_typeddict(kind):
         return {**fields, **parsed}
     if unknown := sorted(fields.keys() - hints.keys()):
-        raise ValueError(f'has "{_below(name, unknown[0])}", as if of another version')
+        raise ValueError(f'has "{_below(name, unknown[0])}"; another version may have written it')
     return kind(**parsed)
 
 
