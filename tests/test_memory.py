@@ -43,9 +43,11 @@ GRANITE = {
     "mamba_d_state": 64,
 }
 
+EVERYWHERE = LoraConfig(rank=8)
+
 
 def loaded(
-    kind: str, dtype: mx.Dtype = mx.float32, lora: LoraConfig = LoraConfig(rank=8), **changes: Any
+    kind: str, dtype: mx.Dtype = mx.float32, lora: LoraConfig = EVERYWHERE, **changes: Any
 ) -> Any:
     """A model wide enough that activations outweigh everything that is not counted."""
     gc.collect()  # or what earlier tests left behind may be freed while the plan is measured

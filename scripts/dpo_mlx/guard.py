@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import GuardConfig
-from .typed import Count
+from .typed import Count, Finite, Share
 from .writing import Measures
 
 # Voice scores so near to each other are alike: the mean of eight answers is no surer than that.
@@ -19,8 +19,8 @@ class Kept:
     """
 
     update: Count
-    voice: float
-    fluency: float
+    voice: Share
+    fluency: Finite
 
     @classmethod
     def of(cls, update: int, written: Measures) -> Kept:

@@ -188,7 +188,11 @@ def _sampling_inputs(inputs: stamp.Inputs, generation: GenerationConfig) -> stam
 
 def read_report(config: Config) -> PairsReport | None:
     """The report on the pairs, None when stage 06 did not come to its end or was left out."""
-    return records.read_if_there(PairFiles.of(config).report, PairsReport)
+    path = PairFiles.of(config).report
+    report: PairsReport | None = records.read_if_there(path, PairsReport)
+    if report and {len(values) for values in report["tokens"].values()} != {len(PERCENTILES)}:
+        raise UserError(f'{path}: "tokens" has lists of other lengths; {records.AGAIN}')
+    return report
 
 
 def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
@@ -308,6 +312,12 @@ def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, Sampled
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
     rows: list[SampledBatch] = records.read_rows(files.samples, SampledBatch)
+    for number, row in enumerate(rows, start=1):
+        if len(row["answers"]) != len(row["questions"]):
+            raise UserError(
+                f"{files.samples}:{number}: {len(row['answers'])} answers to "
+                f"{len(row['questions'])} questions; {records.AGAIN}"
+            )
     return {row["batch"]: row for row in rows}
 
 

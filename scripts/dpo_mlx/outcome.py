@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import jsonl, models, ownership, records
 from .errors import UserError
-from .typed import Count
+from .typed import Count, Share
 
 OUTCOME, ADAPTERS = "outcome.json", "adapters"  # in a run's folder
 
@@ -20,7 +20,7 @@ class Outcome:
 
     updates: Count
     kept_update: Count
-    voice: float
+    voice: Share
     stopped: list[str]
     adapters: str
 

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 NONE = type(None)
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NONE: "null"}
@@ -29,7 +29,8 @@ Finite = Annotated[float, Range(-1e300, 1e300)]
 
 def parse(value: Any, kind: Any, name: str = "") -> Any:
     """`value`, read from JSON, as `kind`: a dataclass, a TypedDict, a dict, list or union of those,
-    Annotated with a Range, or a plain type. A dataclass comes back as its instance.
+    Annotated with a Range, a Literal of texts, or a plain type. A dataclass comes back as its
+    instance.
 
     Keys that a TypedDict does not name are kept; keys that a dataclass does not name are a fault.
     Raises ValueError that names the key at fault; `name` is the dotted key of `value` itself.
@@ -41,6 +42,10 @@ def parse(value: Any, kind: Any, name: str = "") -> Any:
         return _within(parse(value, arguments[0], name), arguments[1], name)
     if origin in (typing.Union, types.UnionType):
         return _any_of(value, arguments, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f'"{name}" must be one of {", ".join(arguments)}')
+        return value
     if is_dataclass(kind) or typing.is_typeddict(kind):
         return _record(value, kind, name)
     if origin is dict:
