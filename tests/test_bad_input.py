@@ -403,7 +403,7 @@ CASES: dict[str, Case] = {
         forged(
             SAMPLES,
             "06",
-            '"answers[0].finish" must be one of stop, length',
+            '"answers[0].finish" is not one of stop, length',
             answers=[{"text": "x", "finish": "eos", "tokens": 1}],
         ),
         more=("--limit", "12"),

@@ -300,6 +300,11 @@ def scale(path: Path, factor: float = 1.5) -> None:
     mx.save_safetensors(str(path), {name: factor * array for name, array in tensors.items()})
 
 
+def halve(path: Path) -> None:
+    tensors: Any = mx.load(str(path))
+    mx.save_safetensors(str(path), {n: array.astype(mx.float16) for n, array in tensors.items()})
+
+
 DAMAGES = {
     "cut state": (lambda f: (f / STATE).write_text('{"vers'), "state.json: broken JSON"),
     "no state": (lambda f: (f / STATE).unlink(), "state.json: no such file"),
@@ -318,13 +323,7 @@ DAMAGES = {
         lambda f: edit_state(f, best={"update": 0, "voice": float("nan"), "fluency": 1.0}),
         "state.best.voice",
     ),
-    "half as many bits": (
-        lambda f: mx.save_safetensors(
-            str(f / OPTIMIZER),
-            {n: a.astype(mx.float16) for n, a in mx.load(str(f / OPTIMIZER)).items()},
-        ),
-        f"{OPTIMIZER}: cannot be used",
-    ),
+    "half as many bits": (lambda f: halve(f / OPTIMIZER), f"{OPTIMIZER}: cannot be used"),
     "another number": (lambda f: edit_state(f, skipped=1), "state.json: was changed since"),
     "other adapters": (
         lambda f: scale(f / models.ADAPTERS),

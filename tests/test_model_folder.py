@@ -141,6 +141,12 @@ def parts(folder: Path) -> None:
 EMBEDDING = "model.embed_tokens.weight"
 # Case -> (what is damaged, words of the line).
 FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    # types and numbers that MLX cannot compute with
+    "weights are integers": (
+        weights(lambda t: t, mx.int8),
+        (WEIGHTS, "has the type I8", "set model"),
+    ),
+    "weights are complex": (weights(lambda t: t, mx.complex64), (WEIGHTS, "the type C64")),
     # files
     "weights are a pipe": (pipe(WEIGHTS), (WEIGHTS, "is a pipe or a device")),
     "config is a pipe": (pipe("config.json"), ("config.json", "is a pipe or a device")),
@@ -584,3 +590,11 @@ def test_adapters_with_a_nan_are_named(adapters, granite, tmp_path):
     ):
         line = one_line(call)
         assert f"tensor {name} has a NaN or an infinity" in line and "10_train_dpo.py again" in line
+
+
+def test_types_that_do_not_fit_are_said_when_it_is_loaded(llama, tmp_path):
+    """Before anything is planned: the model's blocks are built on two tokens, and not computed."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    edit(folder / "config.json", rope_traditional="x")
+    line = one_line(lambda: models.load(str(folder), lazy=True))
+    assert line.startswith(f"model {folder}: cannot be loaded: ") and "set model" in line

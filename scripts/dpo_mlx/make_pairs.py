@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +40,11 @@ SHOWN = 200
 
 # What is written down of the lengths of each side.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
+TOKENS: tuple[Literal["percentiles", "chosen", "rejected"], ...] = (
+    "percentiles",
+    "chosen",
+    "rejected",
+)
 
 
 class Tokens(TypedDict):
@@ -190,7 +195,7 @@ def read_report(config: Config) -> PairsReport | None:
     """The report on the pairs, None when stage 06 did not come to its end or was left out."""
     path = PairFiles.of(config).report
     report: PairsReport | None = records.read_if_there(path, PairsReport)
-    if report and {len(values) for values in report["tokens"].values()} != {len(PERCENTILES)}:
+    if report and any(len(report["tokens"][part]) != len(PERCENTILES) for part in TOKENS):
         raise UserError(f'{path}: "tokens" has lists of other lengths; {records.AGAIN}')
     return report
 

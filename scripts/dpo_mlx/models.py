@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, TypeGuard
+from typing import Annotated, Any, TypedDict, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +31,7 @@ from .durable import disk_errors
 from .errors import UserError
 from .lora import round_once
 from .ownership import new_folder
-from .typed import Range
+from .typed import OneOf, Range
 from .weights_file import Damaged
 
 INDEX = "model.safetensors.index.json"  # of the weights, where they are in several files
@@ -54,7 +54,7 @@ class LoraParameters(TypedDict):
 class AdapterSettings(TypedDict):
     """What ADAPTER_CONFIG holds."""
 
-    fine_tune_type: Literal["lora"]
+    fine_tune_type: Annotated[str, OneOf(("lora",))]
     num_layers: Annotated[int, Range(1, 10**4)]
     lora_parameters: LoraParameters
 
@@ -99,6 +99,9 @@ def load(
         round_once(model)
         scan.use_chunks(model, scan_chunk)
         tokens.check(model, tokenizer)
+        model(
+            mx.zeros((1, 2), dtype=mx.int32)
+        )  # fails when types or shapes do not fit; not computed
         return LoadedModel(model, tokenizer, folder)
     except (UserError, MemoryError):
         raise

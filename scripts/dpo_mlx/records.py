@@ -59,7 +59,7 @@ def read_rows(path: Path, kind: Any, remedy: str = AGAIN) -> list[Any]:
     return rows
 
 
-def read_metrics(path: Path) -> list[MetricsRow]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl. Raises UserError as `read_rows` does."""
     rows = read_rows(path, MetricsRow)
     for number, row in enumerate(rows, start=1):
