@@ -189,6 +189,17 @@ def lacking(path: str, key: str, script: str) -> Case:
     return Case(script, (path, f'lacks "{key}"'), damage)
 
 
+def forged(path: str, script: str, says: str, **changes: Any) -> Case:
+    """A file of ours that says something else, or in its first row, with a manifest to match."""
+
+    def damage() -> None:
+        first, end, rest = Path(path).read_text().partition("\n" if path.endswith("l") else "\0")
+        values = json.dumps({**json.loads(first), **changes})
+        ownership.write(Path(path), (values + end + rest).encode())
+
+    return Case(script, (path, says), damage)
+
+
 TRAIN, VALID, ADAPTERS = "run/pairs/train.jsonl", "run/pairs/valid.jsonl", "run/adapters"
 NEWEST, SAMPLES = "run/checkpoints/dpo-000004", "run/pairs/train.samples.jsonl"
 REFERENCE = "run/reference/base/train.jsonl"
@@ -380,6 +391,38 @@ CASES: dict[str, Case] = {
     "metrics broken": replace(
         file("run/metrics.jsonl", b"{\n", "was changed since", script="12"),
         more=("--set", "smoke.questions=1"),
+    ),
+    "metrics as text": replace(
+        forged("run/metrics.jsonl", "12", '"eval_loss" must be a number', eval_loss="x"),
+        more=("--set", "smoke.questions=1"),
+    ),
+    "fewer answers than questions": replace(
+        forged(SAMPLES, "06", " 0 answers to ", answers=[]), more=("--limit", "12")
+    ),
+    "an answer that ended otherwise": replace(
+        forged(
+            SAMPLES,
+            "06",
+            '"answers[0].finish" is not one of stop, length',
+            answers=[{"text": "x", "finish": "eos", "tokens": 1}],
+        ),
+        more=("--limit", "12"),
+    ),
+    "samples of settings with control characters": replace(
+        forged(
+            "run/pairs/train.samples.inputs.json",
+            "06",
+            "x\\n\\x1b: 1 -> None",
+            **{"x\n\x1b": 1},
+        ),
+        says=("x\\n\\x1b: 1 -> None",),
+        more=("--limit", "12"),
+    ),
+    "a voice that is no share": forged(
+        "run/outcome.json", "10", '"voice" is not between 0 and 1', voice=float("nan")
+    ),
+    "the base model is gone": replace(
+        model(lambda f: shutil.rmtree(f), "model other: is not on this machine", script="13")
     ),
     "checkpoint torn": checkpoint(
         lambda f: os.truncate(f / "optimizer.safetensors", 999),

@@ -20,7 +20,7 @@ from dpo_mlx.guard import Kept
 from dpo_mlx.train_dpo import ALL, TRAIN_ONLY, train_dpo
 from mlx import nn
 from mlx import optimizers as optim
-from runs import determined, differences, saved
+from runs import determined, differences, saved, wrote
 from test_sft import Norm, Shy
 
 
@@ -118,7 +118,7 @@ def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
 
 def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
     made = Checkpoints(folder)
-    state = State(phase, update, best=Kept(best, 0.5, 2.0))
+    state = State(phase, update, base=wrote(), best=Kept(best, 0.5, 2.0))
     model, optimizer = small(update)
     model.layers = []
     made.save(state, Origin(), model, LoraConfig(num_layers=1), optimizer)
@@ -158,8 +158,8 @@ def test_everything_comes_back(tmp_path):
         7,
         20,
         True,
-        {"voice": 0.1, "p": float("-inf")},
-        {"voice": 1 / 3},
+        wrote(voice=0.1, base_logprob_per_token=float("-inf")),
+        wrote(voice=1 / 3),
         Kept(7, 0.2, 2.0),
         4,
         2,
@@ -300,6 +300,11 @@ def scale(path: Path, factor: float = 1.5) -> None:
     mx.save_safetensors(str(path), {name: factor * array for name, array in tensors.items()})
 
 
+def halve(path: Path) -> None:
+    tensors: Any = mx.load(str(path))
+    mx.save_safetensors(str(path), {n: array.astype(mx.float16) for n, array in tensors.items()})
+
+
 DAMAGES = {
     "cut state": (lambda f: (f / STATE).write_text('{"vers'), "state.json: broken JSON"),
     "no state": (lambda f: (f / STATE).unlink(), "state.json: no such file"),
@@ -311,6 +316,14 @@ DAMAGES = {
     "a negative number": (lambda f: edit_state(f, rows=-1), "rows. is not between 0 and"),
     "a number of 400 digits": (lambda f: edit_state(f, rows=10**400), "rows. is not between"),
     "a list for measures": (lambda f: edit_state(f, written=[]), "written. must be an object"),
+    "measures missing": (lambda f: edit_state(f, base={"voice": 0.5}), "state.base.greedy_voice"),
+    "no measures": (lambda f: edit_state(f, base={}), "state.base.voice"),
+    "no best": (lambda f: edit_state(f, best=None), '"state.best" is null'),
+    "a best that is not finite": (
+        lambda f: edit_state(f, best={"update": 0, "voice": float("nan"), "fluency": 1.0}),
+        "state.best.voice",
+    ),
+    "half as many bits": (lambda f: halve(f / OPTIMIZER), f"{OPTIMIZER}: cannot be used"),
     "another number": (lambda f: edit_state(f, skipped=1), "state.json: was changed since"),
     "other adapters": (
         lambda f: scale(f / models.ADAPTERS),

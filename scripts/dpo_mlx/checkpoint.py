@@ -26,7 +26,7 @@ from .errors import UserError, doing
 from .guard import Kept
 from .phase import PHASES, SFT
 from .typed import Count
-from .writing import Measures
+from .writing import GREEDY, NAMES, Measures
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 VERSION = 2  # of what is in STATE
@@ -93,11 +93,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class Saved:
-    """What STATE holds."""
+    """What STATE holds. Raises ValueError for a state in which no run is: a checkpoint comes after
+    the first evaluation; a phase has `written` nothing before its own.
+    """
 
     version: int
     state: State
     origin: Origin
+
+    def __post_init__(self) -> None:
+        state = self.state
+        for name, measures in (("base", state.base), ("written", state.written or state.base)):
+            if lacking := [n for m in NAMES for n in (m, f"{GREEDY}{m}") if n not in measures]:
+                raise ValueError(f'lacks "state.{name}.{lacking[0]}", as if of another version')
+        if state.best is None:
+            raise ValueError('"state.best" is null, but an evaluation has chosen one')
 
 
 def size(model: nn.Module) -> int:

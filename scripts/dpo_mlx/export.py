@@ -37,7 +37,7 @@ def export(config: Config) -> Path:
     if stamp.is_current(stamp_path, inputs, [folder]):
         print(f"13: {folder} is up to date, skipped")
         return folder
-    write(fused, models.folder_of(config.model), folder)
+    write(fused, models.require_folder(config.model), folder)
     jsonl.write_text(folder / CARD, (fused / CARD).read_text(encoding="utf-8"))
     stamp.write(stamp_path, inputs)
     print(f"13: {folder} is the fused model in Hugging Face's layout")

@@ -32,7 +32,7 @@ def export_peft(config: Config) -> Path:
     Raises UserError without adapters, and for an architecture whose layout is not known.
     """
     adapters, folder = outcome.require_adapters(config.run), config.run / "peft"
-    write(adapters, models.folder_of(config.model), config.model, folder)
+    write(adapters, models.require_folder(config.model), config.model, folder)
     print(f"13: {folder} is a PEFT adapter of {config.model}")
     return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import GuardConfig
-from .typed import Count, Finite
+from .typed import Count, Finite, Share
 from .writing import Measures
 
 # Voice scores so near to each other are alike: the mean of eight answers is no surer than that.
@@ -19,7 +19,7 @@ class Kept:
     """
 
     update: Count
-    voice: Finite
+    voice: Share
     fluency: Finite
 
     @classmethod

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +40,11 @@ SHOWN = 200
 
 # What is written down of the lengths of each side.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
+TOKENS: tuple[Literal["percentiles", "chosen", "rejected"], ...] = (
+    "percentiles",
+    "chosen",
+    "rejected",
+)
 
 
 class Tokens(TypedDict):
@@ -188,7 +193,11 @@ def _sampling_inputs(inputs: stamp.Inputs, generation: GenerationConfig) -> stam
 
 def read_report(config: Config) -> PairsReport | None:
     """The report on the pairs, None when stage 06 did not come to its end or was left out."""
-    return records.read_if_there(PairFiles.of(config).report, PairsReport)
+    path = PairFiles.of(config).report
+    report: PairsReport | None = records.read_if_there(path, PairsReport)
+    if report and any(len(report["tokens"][part]) != len(PERCENTILES) for part in TOKENS):
+        raise UserError(f'{path}: "tokens" has lists of other lengths; {records.AGAIN}')
+    return report
 
 
 def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
@@ -308,6 +317,12 @@ def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, Sampled
         jsonl.write(files.samples, [])
         stamp.write(files.samples_stamp, sampling)
     rows: list[SampledBatch] = records.read_rows(files.samples, SampledBatch)
+    for number, row in enumerate(rows, start=1):
+        if len(row["answers"]) != len(row["questions"]):
+            raise UserError(
+                f"{files.samples}:{number}: {len(row['answers'])} answers to "
+                f"{len(row['questions'])} questions; {records.AGAIN}"
+            )
     return {row["batch"]: row for row in rows}
 
 

@@ -1,6 +1,6 @@
 """Estimate a stage's peak memory by running a few blocks of its model.
 
-The first blocks of a lazily loaded model do what the stage will do: compute a gradient of the
+A few blocks of a lazily loaded model do what the stage will do: compute a gradient of the
 longest sequence, sample a batch, score an answer, fuse a layer. We extrapolate what each further
 block adds to the whole model. An estimate takes seconds, and reflects the real device, dtype,
 architecture and gradient checkpointing.
@@ -97,7 +97,7 @@ def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
         "lower data.max_length, set train.grad_checkpoint: true",
         nbytes(model.parameters()) - adapters,
         TRAINED_COPIES * adapters,
-        _work(model, lambda: engine.log_prob_and_gradient(longest)),
+        _work(model, lambda: engine.log_prob_and_gradient(longest), _lowest_adapted(model)),
         processes,
     )
 
@@ -162,7 +162,7 @@ def scoring(model: nn.Module, longest: Sequence) -> Need:
         "lower data.max_length",
         nbytes(model.parameters()) - adapters,
         adapters,
-        _work(model, lambda: engine.log_prob(longest)),
+        _work(model, lambda: engine.log_prob(longest), _lowest_adapted(model)),
     )
 
 
@@ -272,21 +272,30 @@ def _growth(caches: list[Any], length: int) -> list[int]:
     return growth
 
 
-def _work(model: nn.Module, run: Callable[[], Any]) -> int:
+def _work(model: nn.Module, run: Callable[[], Any], first: int = 0) -> int:
     """Peak bytes of `run` on the whole model, beside its weights.
 
-    Runs it on the first blocks, at least one of each kind, and counts each further block like the
-    measured ones of its kind.
+    Runs it on the blocks from `first` on, at least one of each kind, and counts each further block
+    like the measured ones of its kind.
     """
-    kinds = _kinds(model.layers)
+    kinds = _kinds(model.layers[first:] + model.layers[:first])
     spans = {kind: _span(kinds, kinds.index(kind)) for kind in set(kinds)}
-    peaks = {count: _peak_of(model, count, run) for count in sorted(set().union(*spans.values()))}
+    peaks = {
+        count: _peak_of(model, first, count, run) for count in sorted(set().union(*spans.values()))
+    }
     step = {
         kind: (peaks[end] - peaks[start]) // (end - start) if start < end else peaks[end]
         for kind, (start, end) in spans.items()
     }
     most = max(peaks)
     return peaks[most] + sum(step[kind] for kind in kinds[most:])
+
+
+def _lowest_adapted(model: nn.Module) -> int:
+    """The lowest block that holds adapters; 0 when none does. A gradient needs such a block, and
+    costs nothing in the blocks below it.
+    """
+    return next((i for i, layer in enumerate(model.layers) if adapter_bytes(layer)), 0)
 
 
 def _span(kinds: list[str], first: int) -> tuple[int, int]:
@@ -308,10 +317,13 @@ def _kinds(layers: List[nn.Module]) -> list[str]:
     ]
 
 
-def _peak_of(model: nn.Module, count: int, run: Callable[[], Any]) -> int:
-    """Peak bytes of `run` on the first `count` blocks."""
+def _peak_of(model: nn.Module, first: int, count: int, run: Callable[[], Any]) -> int:
+    """Peak bytes of `run` on `count` blocks: those from `first` on, then those before it, all in
+    the model's order.
+    """
     layers = model.model.layers
-    model.model.layers = layers[:count]
+    after = layers[first : first + count]
+    model.model.layers = layers[: count - len(after)] + after
     try:
         mx.eval(model.parameters())  # load these weights now, so that they do not count as work
         return _peak(run)

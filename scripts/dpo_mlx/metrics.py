@@ -24,7 +24,7 @@ class MetricsFile(TrainingCallback):
 
     def __init__(self, path: Path, rows: int = 0) -> None:
         self._path = path
-        known = records.read_rows(path, records.MetricsRow) if rows and path.is_file() else []
+        known = records.read_metrics(path) if rows and path.is_file() else []
         if len(known) < rows:
             print(f"10: {path}: {rows - len(known)} rows of earlier updates are gone from it")
         jsonl.write(path, known[:rows])

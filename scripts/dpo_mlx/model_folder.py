@@ -84,6 +84,7 @@ FACTORS = (
     *("norm_eps", "final_logit_softcapping"),
 )
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-30, 1e15
+NO_WEIGHTS = ("BOOL", "I8", "I16", "I32", "I64", "C64")
 # Numbers in one packed integer of a quantised weight, at most: 32 of one bit.
 PACKED = 32
 
@@ -241,7 +242,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     paths = weights_files(folder)
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        tensors |= weights_file.read_header(path)
+        header = weights_file.read_header(path)
+        _require_types(header, path)
+        tensors |= header
     if not tensors:
         raise Damaged(folder, f"holds no weights ({WEIGHTS})")
     names = {path.name for path in paths}
@@ -249,6 +252,15 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         if missing := next((part for part in _all_parts(name) if part not in names), None):
             raise Damaged(folder / missing, "no such file, so the weights are not complete")
     return tensors
+
+
+def _require_types(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises Damaged for weights that are neither floats nor packed into unsigned integers, as
+    MLX quantises: some layers compute with others, and nobody would see it.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and tensor.dtype in NO_WEIGHTS:
+            raise Damaged(path, f"tensor {name[:100]} has the type {tensor.dtype}, no weight's")
 
 
 def _all_parts(name: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypedDict, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,12 +25,13 @@ from mlx_lm.utils import (
     snapshot_download,
 )
 
-from . import device, jsonl, model_folder, scan, tokens, weights_file
+from . import device, jsonl, model_folder, scan, tokens, typed, weights_file
 from .config import LoraConfig
 from .durable import disk_errors
 from .errors import UserError, doing
 from .lora import round_once
 from .ownership import new_folder
+from .typed import OneOf, Range
 from .weights_file import Damaged
 
 INDEX = "model.safetensors.index.json"  # of the weights, where they are in several files
@@ -38,7 +39,24 @@ QUANTIZATION = ("quantization", "quantization_config")  # keys of config.json
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 # Code that comes with a model is never run; left unsaid, the tokenizer's loader would ask for it.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+LORA_PARTS = ("lora_a", "lora_b")
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+
+
+class LoraParameters(TypedDict):
+    """What ADAPTER_CONFIG says of every adapter; `keys` is there when not all layers have one."""
+
+    rank: Annotated[int, Range(1, 10**4)]
+    scale: Annotated[float, Range(-model_folder.LARGEST_FACTOR, model_folder.LARGEST_FACTOR)]
+    dropout: Annotated[float, Range(0, 1)]
+
+
+class AdapterSettings(TypedDict):
+    """What ADAPTER_CONFIG holds."""
+
+    fine_tune_type: Annotated[str, OneOf(("lora",))]
+    num_layers: Annotated[int, Range(1, 10**4)]
+    lora_parameters: LoraParameters
 
 
 @dataclass
@@ -92,24 +110,8 @@ def _load(name: str, adapters: Path | None, lazy: bool, scan_chunk: int | None) 
     round_once(model)
     scan.use_chunks(model, scan_chunk)
     tokens.check(model, tokenizer)
+    model(mx.zeros((1, 2), dtype=mx.int32))  # fails when types or shapes do not fit; not computed
     return LoadedModel(model, tokenizer, folder)
-
-
-def _require_all_adapters(model: nn.Module, adapters: Path) -> None:
-    """Raises UserError unless the file has a tensor for each adapter: mlx-lm leaves the others at
-    their random start.
-    """
-    expected = {
-        f"{name}.{half}"
-        for name, module in model.named_modules()
-        if isinstance(module, LORA_LAYERS)
-        for half in ("lora_a", "lora_b")
-    }
-    if missing := sorted(expected - weights_file.read_header(adapters / ADAPTERS).keys()):
-        raise UserError(
-            f"{adapters / ADAPTERS}: lacks {missing[0]}, and {len(missing) - 1} more tensors; move "
-            f"{adapters} away and run 10_train_dpo.py again"
-        )
 
 
 def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
@@ -139,22 +141,53 @@ def check_adapters(folder: Path) -> None:
     """Raises UserError for adapters that are damaged."""
     try:
         weights, settings = folder / ADAPTERS, folder / ADAPTER_CONFIG
+        if settings.exists():
+            rank = _read_settings(settings)["lora_parameters"]["rank"]
         if weights.exists():
             model_folder.require_regular(weights)
             weights_file.require_finite(weights)
-        if settings.exists():
-            model_folder.require_regular(settings, model_folder.SETTINGS_LIMIT)
-            _check_scale(settings)
+            if settings.exists():
+                _require_pairs(weights, rank)
     except Damaged as fault:
         raise UserError(f"{fault}; move {folder} away and run 10_train_dpo.py again") from fault
 
 
-def _check_scale(path: Path) -> None:
-    parameters = model_folder.read_object(path).get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if scale is not None and not (number and abs(scale) <= model_folder.LARGEST_FACTOR):
-        raise Damaged(path, "lora_parameters.scale is no number that can be computed with")
+def _read_settings(path: Path) -> AdapterSettings:
+    """What an ADAPTER_CONFIG holds. Raises Damaged for what `save_adapters` does not write."""
+    model_folder.require_regular(path, model_folder.SETTINGS_LIMIT)
+    values = model_folder.read_object(path)
+    try:
+        settings: AdapterSettings = typed.parse(values, AdapterSettings)
+        keys = values["lora_parameters"].get("keys")
+        typed.parse(keys, list[str] | None, "lora_parameters.keys")
+    except ValueError as error:
+        raise Damaged(path, str(error)) from error
+    return settings
+
+
+def _require_pairs(path: Path, rank: int) -> None:
+    """Raises Damaged unless the tensors are pairs of A and B of this rank."""
+    tensors = weights_file.read_header(path)
+    modules = {name.rpartition(".")[0] for name in tensors}
+    expected = {f"{module}.{part}" for module in modules for part in LORA_PARTS}
+    if not tensors or tensors.keys() != expected:
+        raise Damaged(path, "its tensors are not pairs of lora_a and lora_b")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in weights_file.EXPONENTS or rank not in tensor.shape[-2:]:
+            raise Damaged(path, f"its tensor {name[:200]} is no adapter of rank {rank}")
+
+
+def _require_all_adapters(model: nn.Module, folder: Path) -> None:
+    """Raises Damaged unless the tensors are those that the settings beside them speak of: mlx-lm
+    leaves an adapter without tensors at zero.
+    """
+    path = folder / ADAPTERS
+    found = {name: tensor.shape for name, tensor in weights_file.read_header(path).items()}
+    names = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
+    parameters = dict(tree_flatten(model.parameters()))
+    right = {f"{n}.{part}": parameters[f"{n}.{part}"].shape for n in names for part in LORA_PARTS}
+    if wrong := sorted(n for n in {**found, **right} if found.get(n) != right.get(n)):
+        raise Damaged(path, f"its tensor {wrong[0][:200]} is missing, or not of this model")
 
 
 def is_hub_name(name: str) -> bool:
@@ -199,6 +232,17 @@ def _is_plain_rope(parameters: Any) -> TypeGuard[dict[str, Any]]:
         and "rope_theta" in parameters
         and parameters.get("rope_type", "default") == "default"
     )
+
+
+def require_folder(name: str) -> Path:
+    """The local folder of a model. Raises UserError when it is not on this machine (any more)."""
+    try:
+        return folder_of(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {name}: is not on this machine; put its folder back, or run 10_train_dpo.py, "
+            "which downloads a hub's"
+        ) from error
 
 
 def folder_of(name: str) -> Path:
@@ -306,13 +350,19 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
 
 
 def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.array]:
-    """What `save_tensors` wrote. Raises UserError for other names or shapes than `expected`."""
+    """What `save_tensors` wrote. Raises UserError for other names, shapes or types than
+    `expected`.
+    """
     try:
         model_folder.require_regular(path)
         weights_file.require_finite(path)
         tensors: Any = mx.load(str(path))
         mx.eval(tensors)  # now: the file may be written anew while they are in use
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in expected.items()}:
+        found, right = (
+            {name: (tensor.shape, tensor.dtype) for name, tensor in some.items()}
+            for some in (tensors, expected)
+        )
+        if found != right:
             raise ValueError("its tensors are of another model or rank")
     except Damaged as fault:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import jsonl, models, ownership, records
 from .errors import UserError
-from .typed import Count, Finite
+from .typed import Count, Share
 
 OUTCOME, ADAPTERS, METRICS = "outcome.json", "adapters", "metrics.jsonl"  # in a run's folder
 
@@ -20,7 +20,7 @@ class Outcome:
 
     updates: Count
     kept_update: Count
-    voice: Finite
+    voice: Share
     stopped: list[str]
     adapters: str
 

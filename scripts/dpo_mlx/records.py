@@ -13,9 +13,14 @@ AGAIN = "move it away, and the stage that makes it runs again"
 
 
 class MetricsRow(TypedDict):
-    """A row of metrics.jsonl: the update that it is about; all else is optional."""
+    """A row of metrics.jsonl: the update that it is about. All else is optional, and a number but
+    for NO_METRICS.
+    """
 
     iteration: Count
+
+
+NO_METRICS = {"phase": str, "skipped_lines": list[Count]}
 
 
 def read(path: Path, kind: Any, remedy: str = AGAIN) -> Any:
@@ -51,4 +56,16 @@ def read_rows(path: Path, kind: Any, remedy: str = AGAIN) -> list[Any]:
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}; {remedy}") from error
     ownership.require(path, remedy)
+    return rows
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl. Raises UserError as `read_rows` does."""
+    rows = read_rows(path, MetricsRow)
+    for number, row in enumerate(rows, start=1):
+        try:
+            for name, value in row.items():
+                typed.parse(value, NO_METRICS.get(name, float), name)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}; {AGAIN}") from error
     return rows

@@ -108,7 +108,7 @@ def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
 
 def report_rows(metrics_path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl. Raises UserError for one that cannot be drawn."""
-    return records.read_rows(metrics_path, records.MetricsRow)
+    return records.read_metrics(metrics_path)
 
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from .config import GenerationConfig
 from .pairs import LENGTH, STOP
+from .typed import Count, OneOf
 
 # An answer may be as long as this share of the real ones, up to the next multiple of STEP tokens.
 LONGEST, STEP = 95, 64
@@ -32,8 +33,8 @@ class Answer:
     """A sampled answer, why it stopped (pairs.STOP or LENGTH), and its length in tokens."""
 
     text: str
-    finish: str
-    tokens: int
+    finish: Annotated[str, OneOf((STOP, LENGTH))]
+    tokens: Count
 
 
 @dataclass(frozen=True)

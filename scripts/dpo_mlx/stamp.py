@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonl, ownership, records
+from .bounded import shown
 
 # A flat mapping from the name of an input ("dpo.beta", "train pairs") to its value or digest.
 Inputs = dict[str, Any]
@@ -47,5 +48,5 @@ def _is_there(output: Path) -> bool:
 
 def _difference(name: str, old: Any, new: Any) -> str:
     if any(isinstance(value, dict | list) or len(str(value)) > 60 for value in (old, new)):
-        return name
-    return f"{name}: {old} -> {new}"
+        return shown(name)
+    return shown(f"{name}: {old} -> {new}")

@@ -30,6 +30,7 @@ from .paths import sweep_folder
 from .phase import SFT
 from .report import FRAME, chart, report_rows
 from .train_dpo import ALL, Refused, train_dpo
+from .typed import Finite
 
 # Sections that training alone reads; another pairs file would be another comparison.
 VARIED = ("lora", "sft", "dpo", "train", "guard")
@@ -53,10 +54,17 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
+class Known(TypedDict):
+    """What an earlier sweep's row is still asked for."""
+
+    name: str
+    minutes: Finite | None
+
+
 class Results(TypedDict):
     """What sweep.json holds."""
 
-    runs: list[Row]
+    runs: list[Known]
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def sweep(base: Config, runs: list[Combination]) -> list[Row]:
         done = [base.run, *(other.config.run for other in runs[: number - 1])]
         minutes, refused = _run(run.config, done)
         if refused is None and minutes is None:
-            minutes = before.get(run.name, {}).get("minutes")
+            minutes = before[run.name]["minutes"] if run.name in before else None
         rows.append(_row(run, minutes, refused))
         rows.sort(key=_rank)
         _write(folder, base, rows)
@@ -150,7 +158,7 @@ def sweep(base: Config, runs: list[Combination]) -> list[Row]:
     return rows
 
 
-def _read(folder: Path) -> list[Row]:
+def _read(folder: Path) -> list[Known]:
     path = folder / RESULTS
     results = records.read_if_there(path, Results)
     return results["runs"] if results else []

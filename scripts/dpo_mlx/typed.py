@@ -20,6 +20,13 @@ class Range:
     high: float
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """The values that a text may have, as an annotation."""
+
+    values: tuple[str, ...]
+
+
 # What counts something: rows, updates, tokens.
 Count = Annotated[int, Range(0, 10**8)]
 Share = Annotated[float, Range(0.0, 1.0)]
@@ -29,7 +36,7 @@ Finite = Annotated[float, Range(-1e300, 1e300)]
 
 def parse(value: Any, kind: Any, name: str = "") -> Any:
     """`value`, read from JSON, as `kind`: a dataclass, a TypedDict, a dict, list or union of those,
-    Annotated with a Range, or a plain type. A dataclass comes back as its instance.
+    Annotated with a Range or OneOf, or a plain type. A dataclass comes back as its instance.
 
     Keys that a TypedDict does not name are kept; keys that a dataclass does not name are a fault.
     Raises ValueError that names the key at fault; `name` is the dotted key of `value` itself.
@@ -38,7 +45,8 @@ def parse(value: Any, kind: Any, name: str = "") -> Any:
     if kind is Any:
         return value
     if origin is Annotated:
-        return _within(parse(value, arguments[0], name), arguments[1], name)
+        within = _within if isinstance(arguments[1], Range) else _one_of
+        return within(parse(value, arguments[0], name), arguments[1], name)
     if origin in (typing.Union, types.UnionType):
         return _any_of(value, arguments, name)
     if is_dataclass(kind) or typing.is_typeddict(kind):
@@ -57,6 +65,12 @@ def parse(value: Any, kind: Any, name: str = "") -> Any:
 def _within(value: Any, limits: Range, name: str) -> Any:
     if not limits.low <= value <= limits.high:  # also NaN
         raise ValueError(f'"{name}" is not between {limits.low:g} and {limits.high:g}')
+    return value
+
+
+def _one_of(value: Any, choices: OneOf, name: str) -> Any:
+    if value not in choices.values:
+        raise ValueError(f'"{name}" is not one of {", ".join(choices.values)}')
     return value
 
 

@@ -23,6 +23,14 @@ LogProbs = Callable[[list[Sequence]], list[float]]
 
 # Before the names of the measures of greedy answers.
 GREEDY = "greedy_"
+NAMES = (
+    "voice",
+    "distinct2",
+    "longest_loop",
+    "self_ended",
+    "base_logprob_per_token",
+    "median_tokens",
+)
 
 
 def measure(
