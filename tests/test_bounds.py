@@ -24,6 +24,7 @@ import yaml
 from conftest import REPOSITORY
 from dpo_mlx import bounded, check_pairs, config, jsonl, pairs, paths, questions, strict_yaml
 from dpo_mlx.errors import UserError
+from dpo_mlx.lock import LOCK
 from dpo_mlx.make_pairs import PairFiles
 from dpo_mlx.pairs import Pair
 from test_config import MINIMAL
@@ -487,7 +488,7 @@ MEETINGS: dict[str, str] = {
     "data.valid_pairs=t.samples.jsonl": "data.valid_pairs: t.samples.jsonl is also a file ",
     "data.valid_pairs=t.report.json": "data.valid_pairs: t.report.json is also a file that",
     "data.valid_pairs=t.samples.inputs.json": "data.valid_pairs: t.samples.inputs.json is also a f",
-    "data.source=.t.jsonl.dpo-mlx.lock": "data.source: .t.jsonl.dpo-mlx.lock is also a file that",
+    "data.source=.t.samples.jsonl.dpo-mlx.lock": "data.source: .t.jsonl.dpo-mlx.lock is also a file that",
     "data.source=.made_by_dpo_mlx": "data.source: .made_by_dpo_mlx is also a file that stage 06",
     "data.source=t.report.json": "data.source: t.report.json is also a file that stage 06 keeps",
     "data.source=T.Report.JSON": "data.source: T.Report.JSON is also a file that stage 06 keeps",
@@ -530,6 +531,7 @@ MEETINGS: dict[str, str] = {
     f"run_dir={REPOSITORY}/scripts/dpo_mlx": "is among the files of this repository",
     "run_dir=s.jsonl": "run_dir: s.jsonl is no folder",
     "run_dir=loop": "run_dir: loop is no folder",
+    "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes",
     "model=n run_dir=m data.source=m/below/s.jsonl": "run_dir: m holds the folder of data.source",
 }
 
@@ -545,6 +547,8 @@ def places(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         os.mkfifo(pipe)
     Path("s.jsonl").touch()
     os.link("s.jsonl", "hard.jsonl")
+    Path("other").mkdir(exist_ok=True)
+    Path("other", LOCK).touch()
     Path("link").symlink_to(".")
     Path("loop").symlink_to("loop")
     Path("c.yaml").write_text(yaml.safe_dump(MINIMAL))

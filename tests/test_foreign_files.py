@@ -403,6 +403,27 @@ def test_a_first_row_that_a_kill_prevented_may_become_another(tmp_path, monkeypa
     assert path.read_bytes() == b"first, 9.75 s\nsecond\n"
 
 
+def test_a_hard_link_to_a_file_of_ours_keeps_its_content(tmp_path):
+    """A backup made by `cp -al` does not grow along, nor shrink."""
+    path, backup = tmp_path / "a", tmp_path / "backup"
+    ownership.append(path, b"first\n")
+    ownership.append(path, b"second\n")
+    backup.hardlink_to(path)
+    ownership.append(path, b"third\n")
+    assert backup.read_bytes() == b"first\nsecond\n"
+    backup.unlink()
+    backup.hardlink_to(path)
+    ownership.cut(path, 6)
+    assert backup.read_bytes() == b"first\nsecond\nthird\n" and path.read_bytes() == b"first\n"
+
+
+def test_a_manifest_without_a_mark_knows_nothing(tmp_path):
+    """A file of which no content is known is somebody's."""
+    (tmp_path / "a").write_text("x")
+    (tmp_path / MANIFEST).write_text('{"made_by": "dpo_mlx", "files": {"a": []}}')
+    assert ownership.status(tmp_path / "a") is Status.CHANGED
+
+
 def test_a_folder_that_another_process_has_locked(tmp_path, monkeypatch):
     """Nobody waits for ever: one line names the folder, and nothing is written."""
     monkeypatch.setattr(ownership, "PATIENCE", 0.05)
@@ -423,7 +444,10 @@ def test_a_folder_of_an_earlier_version_is_not_ours(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [b"{", b"[]", b"null", b'{"files": []}', b'{"files": {"a": 1}}', b"\xff", b"[" * 9999]
-    + [b'{"files": {"a": [{"size": -1, "sha256": 5, "grows": 0}]}}'],
+    + [b'{"files": {"a": [{"size": -1, "sha256": 5, "grows": 0}]}}', b"{}" + b" " * 2**20]
+    + [b'{"made_by": "me", "files": {}}', b'{"made_by": "dpo_mlx", "files": {"../b": []}}']
+    + [b'{"made_by": "dpo_mlx", "files": {"": []}}']
+    + [b'{"made_by": "dpo_mlx", "files": {"a": [{"size": 1%s, "sha256": ""}]}}' % (b"0" * 400)],
 )
 def test_a_damaged_manifest_is_named(content, tmp_path):
     """Nothing in its folder is known as ours then, and nothing is written."""

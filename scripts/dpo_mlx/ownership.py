@@ -22,16 +22,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 from . import digest, durable, typed
 from .errors import UserError
+from .typed import Range
 
 MANIFEST = ".made_by_dpo_mlx"
 HEADER = b'{"made_by": "dpo_mlx", '  # how every manifest begins
 
 WHOLE_BYTES = 2**30  # of a larger file only slices are digested
+MANIFEST_LIMIT = 2**20  # bytes; a folder of ours holds some dozens of files
 PATIENCE = 10.0  # seconds to wait for another process that writes a manifest
 # Of file systems that lock no folders, such as NFS.
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -46,7 +48,7 @@ class Mark:
     manifest for every row would cost more than the row.
     """
 
-    size: int
+    size: Annotated[int, Range(0, 2**50)]
     sha256: str
     grows: bool = False
 
@@ -115,6 +117,7 @@ def append(path: Path, content: bytes) -> None:
             return
         if not _is_known_to_grow(path):
             _claim(path, Mark.of(before, grows=True))
+        _give_own_content(path)
         durable.append(path, content)
 
 
@@ -137,8 +140,15 @@ def growing(path: Path) -> Iterator[None]:
 def cut(path: Path, size: int) -> None:
     """Shorten a file of ours, of whose last row a kill has left a part."""
     require(path)
-    with path.open("r+b") as file:
-        file.truncate(size)
+    durable.replace(path, path.read_bytes()[:size])
+
+
+def _give_own_content(path: Path) -> None:
+    """Make a file that somebody's hard link shares one of its own, before it is changed in place:
+    the link may be a backup.
+    """
+    if path.stat().st_nlink > 1:
+        durable.replace(path, path.read_bytes())
 
 
 def set_aside(path: Path) -> Path:
@@ -261,17 +271,29 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if not _is_regular(path):
             raise ValueError("it is not a file")
-        content = path.read_bytes()
-        if not content:  # an earlier version marked its folders by an empty file
+        if path.stat().st_size == 0:  # an earlier version marked its folders by an empty file
             return {}
-        values = typed.parse(json.loads(content), dict[str, Any])
-        return typed.parse(values.get("files"), dict[str, list[Mark]], "files")
+        if path.stat().st_size > MANIFEST_LIMIT:
+            raise ValueError("it is too large")
+        values = typed.parse(json.loads(path.read_bytes()), dict[str, Any])
+        if values.get("made_by") != "dpo_mlx":
+            raise ValueError("another program wrote it")
+        manifest: Manifest = typed.parse(values.get("files"), dict[str, list[Mark]], "files")
+        if any(not _is_below(name) for name in manifest):
+            raise ValueError("it names a file outside of its folder")
+        return manifest
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: is damaged ({reason}), so the pipeline cannot tell its own files here; move "
             "the folder away, or choose another one"
         ) from error
+
+
+def _is_below(name: str) -> bool:
+    """Whether a manifest's name is a plain path to something inside of its folder."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def _claim(path: Path, new: Mark) -> None:
@@ -330,7 +352,7 @@ def _has_locked(descriptor: int) -> bool:
 
 def _is_one_of(path: Path, marks: list[Mark]) -> bool:
     """Whether a file has one of these contents, or begins like one that grows."""
-    if not _is_regular(path):
+    if not marks or not _is_regular(path):
         return False
     size = path.stat().st_size
     if any(mark.size == size for mark in marks) and mark_of(path) in marks:
@@ -339,7 +361,7 @@ def _is_one_of(path: Path, marks: list[Mark]) -> bool:
 
 
 def _begins_like(path: Path, mark: Mark) -> bool:
-    if not mark.grows:
+    if not mark.grows or mark.size > path.stat().st_size:
         return False
     with path.open("rb") as file:
         return Mark.of(file.read(mark.size), grows=True) == mark

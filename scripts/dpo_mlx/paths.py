@@ -115,6 +115,8 @@ def _no_run_dir(config: Config) -> Iterator[str]:
         yield f"run_dir: {value} is your home folder, or holds it; {OWN_FOLDER}"
     elif any(_is_below(path, run) or _is_below(run, path) for path in SHIPPED):
         yield f"run_dir: {value} is among the files of this repository; {OWN_FOLDER}"
+    elif run.name in OWN and (run.parent / LOCK).exists():
+        yield f"run_dir: {value} is a folder that another run writes; {OWN_FOLDER}"
     elif os.path.lexists(config.run) and not os.path.isdir(config.run):
         yield f"run_dir: {value} is no folder; {OWN_FOLDER}"
 
