@@ -239,14 +239,23 @@ def _exit_code_of(script: Path, config: Path, more: list[str]) -> Any:
 
 
 def test_libraries_that_someone_else_may_plant_are_refused(tmp_path, config, monkeypatch, capsys):
-    """MLX would load them. A folder of the user's own is closed to others."""
+    """MLX would load them. A folder that others may write to is named, and keeps its rights."""
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    (tmp_path / "mlx").mkdir(mode=0o777)
+    folder, line = tmp_path / "mlx", f"error: {tmp_path}/mlx: other users could put libraries there"
     assert end(config, lambda: 0, monkeypatch) == 0
-    assert (tmp_path / "mlx").stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o720, 0o702):
+        folder.chmod(mode)
+        assert end(config, lambda: 0, monkeypatch) == 1
+        assert line in capsys.readouterr().err and folder.stat().st_mode & 0o777 == mode
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to("elsewhere")
+    assert end(config, lambda: 0, monkeypatch) == 1
+    assert line in capsys.readouterr().err
+    folder.unlink()
     monkeypatch.setattr(os, "getuid", lambda: -1)
     assert end(config, lambda: 0, monkeypatch) == 1
-    assert f"error: {tmp_path}/mlx: belongs to another user" in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 def test_a_long_argument_is_not_repeated_whole(config, capsys, monkeypatch):

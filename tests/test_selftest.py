@@ -126,7 +126,7 @@ def test_what_holds_is_told_apart_from_what_fails(
     monkeypatch.setattr(selftest, "make_run", lambda folder: sound.config)
     monkeypatch.setattr(selftest, "CHECKS", checks)
     mark = tmp_path / "mark.json"
-    mark.write_text("{}")
+    jsonl.write_json(mark, {})
     assert not selftest.run(mark)
     lines = capsys.readouterr().out.splitlines()[-5:]
     assert lines[0] == "FAIL a user's fault (model: not there;; set model)"
