@@ -223,7 +223,7 @@ CASES: dict[str, Case] = {
     "report_to": setting("report_to=wnadb", "report_to", "'wnadb'", "wandb, swanlab"),
     "run_dir is a file": setting("run_dir=source.jsonl", "source.jsonl"),
     "config is a pipe": replaced("c.yaml", os.mkfifo, "is a pipe", "--config", script="10"),
-    "key twice": file("c.yaml", b"seed: 1\nseed: 2\n", "line 2: the key seed stands on line 1"),
+    "key twice": file("c.yaml", b"seed: 1\nseed: 2\n", "line 2: the key seed is on line 1"),
     "alias bomb": file("c.yaml", b"a: &a [x, x]\nb: [*a, *a]\n", "line 1: anchors"),
     "number without end": setting(f"lora.rank=0x{'f' * 9999}", "a number of 10001 characters"),
     "scale of 1e308": setting("lora.scale=1e308", "lora.scale: 1e+308 is too large", script="11"),

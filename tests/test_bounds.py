@@ -77,7 +77,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to("/dev/null"), "is a device, not a file"),
     "loop of links": (loop, "cannot be read ("),
     "link to nothing": (lambda path: path.symlink_to("nothing"), "no such file"),
-    "a terabyte": (sparse, "has 1024 GB, more than the "),
+    "a terabyte": (sparse, "is 1024 GB, and the limit is "),
 }
 
 
@@ -131,11 +131,11 @@ def test_size_is_bounded_also_when_it_is_not_told(here, monkeypatch):
     """
     Path("x").write_bytes(b"x" * 10)
     assert bounded.read(Path("x"), 10, REMEDY) == b"x" * 10
-    assert "x: has 10 bytes, more than the 9 bytes" in line_of(
+    assert "x: is 10 bytes, and the limit is 9 bytes" in line_of(
         lambda: bounded.read(Path("x"), 9, REMEDY)
     )
     monkeypatch.setattr(bounded, "_require_file", lambda *_: None)
-    assert "more than the 9 bytes" in line_of(lambda: bounded.read(Path("x"), 9, REMEDY))
+    assert "the limit is 9 bytes" in line_of(lambda: bounded.read(Path("x"), 9, REMEDY))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(here, monkeypatch):
@@ -176,8 +176,8 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "several lines": (b'{\n "question": "q",\n "answer": "a"\n}\n', "is JSON over several lines"),
     "lines with commas": (b'{"question": "q"},\n', "x:1: broken JSON at column 18"),
     "cut off": (b'{"question": "q", "ans', "x:1: broken JSON at column"),
-    "key twice": (b'{"answer": "a", "answer": "b"}', 'x:1: the key "answer" stands twice'),
-    "key twice below": (b'{"question": {"a": 1, "a": 2}}', 'x:1: the key "a" stands twice'),
+    "key twice": (b'{"answer": "a", "answer": "b"}', 'x:1: the key "answer" appears twice'),
+    "key twice below": (b'{"question": {"a": 1, "a": 2}}', 'x:1: the key "a" appears twice'),
     "deep": (
         b'{"question": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
         "x:1: JSON that is nested too deeply",
@@ -187,7 +187,7 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "10^400": (b'{"question": 1' + b"0" * 400 + b', "answer": "a"}', "must be text, found int"),
     "half a character": (b'{"question": "\\ud800", "answer": "a"}', "x:1: half a surrogate"),
     "NUL": (b'{"question": "q", "answer": "a\\u0000"}', "holds a NUL character"),
-    "a long key": (b'{"' + b"k" * MB + b'": 1, "' + b"k" * MB + b'": 1}', "stands twice"),
+    "a long key": (b'{"' + b"k" * MB + b'": 1, "' + b"k" * MB + b'": 1}', "appears twice"),
     "many roles": (
         json.dumps({"messages": [{"role": "r" * MB, "content": "c"}] * 9}).encode(),
         "expected one user and one assistant message",
@@ -304,9 +304,9 @@ BOMB = "a: &a [x, x]\n" + "".join(
     for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
 )
 BAD_YAML: dict[str, tuple[str, str]] = {
-    "key twice": ("a: 1\nb: 2\na: 3\n", "line 3: the key a stands on line 1 already"),
-    "key twice below": ("t:\n  a: 1\n  b:\n    c: 1\n    c: 2\n", "line 5: the key c stands on li"),
-    "key twice in a flow": ("{a: {b: 1, b: 2}}", "line 1: the key b stands on line 1 already"),
+    "key twice": ("a: 1\nb: 2\na: 3\n", "line 3: the key a is on line 1 already"),
+    "key twice below": ("t:\n  a: 1\n  b:\n    c: 1\n    c: 2\n", "line 5: the key c is on line 4"),
+    "key twice in a flow": ("{a: {b: 1, b: 2}}", "line 1: the key b is on line 1 already"),
     "section twice": ("train:\n  a: 1\ndata:\n  b: 1\ntrain:\n  c: 1\n", "line 5: the key train"),
     "alias bomb": (BOMB, "line 1: anchors (&) and aliases (*)"),
     "anchor": ("a: &x 1\n", "line 1: anchors (&) and aliases (*)"),
@@ -346,7 +346,7 @@ BAD_YAML: dict[str, tuple[str, str]] = {
     "too many": ("".join(f"k{i}: 1\n" for i in range(50_000)), "more than 2000 values"),
     "a long alias": ("a: *" + "x" * 10**6, "line 1: anchors (&) and aliases (*)"),
     "a long tag": ("a: !" + "x" * 10**6, "line 1: tags like !xxxx"),
-    "a long key twice": (f"{'k' * 900}: 1\n{'k' * 900}: 1\n", "stands on line 1 already"),
+    "a long key twice": (f"{'k' * 900}: 1\n{'k' * 900}: 1\n", "is on line 1 already"),
 }
 
 

@@ -301,25 +301,28 @@ BROKEN = {
     "sandbox": ("{{ messages.pop() }}" + GRANITE, "fails ("),
     "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}" + GRANITE, "fails ("),
     "surrogate": ("{{ '\\ud800' }}" + GRANITE, "surrogates not allowed"),
-    "loops": (LOOPS + GRANITE, "it computes for more than 0.5 seconds"),
+    "loops": (LOOPS + GRANITE, "it took over 0.5 seconds of CPU time"),
     "long": ("{{ 'x' * 10**8 }}" + GRANITE, "it adds 100000"),
-    "empty": ("", "leaves out the question"),
-    "constant": ("Hello!", "leaves out the question"),
-    "question cut": ("{% for m in messages %}{{ m.content[:999] }}{% endfor %}", "or a part"),
+    "empty": ("", "drops or shortens the question"),
+    "constant": ("Hello!", "drops or shortens the question"),
+    "question cut": (
+        "{% for m in messages %}{{ m.content[:999] }}{% endfor %}",
+        "or shortens the question",
+    ),
     "question changed": (
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
-        "leaves out",
+        "drops or shortens",
     ),
     "answer": (
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-        "leaves out the answer",
+        "drops the answer",
     ),
     "answer refused": (
         "{{ raise_exception('no') if messages[-1].role == 'assistant' }}" + GRANITE,
         "fails (no)",
     ),
-    "chance": ("{{ ['a', 'b'] | random }}" + GRANITE, "other prompts of the same question"),
-    "clock": ("{{ strftime_now('%f') }}" + GRANITE, "other prompts of the same question"),
+    "chance": ("{{ ['a', 'b'] | random }}" + GRANITE, "the same question differently each time"),
+    "clock": ("{{ strftime_now('%f') }}" + GRANITE, "the same question differently each time"),
 }
 
 
@@ -366,7 +369,7 @@ def test_a_time_limit_leaves_no_trace():
     before = signal.getsignal(signal.SIGVTALRM)
     with time_limit.computing(0.05):
         time.sleep(0.2)
-    too_slow = pytest.raises(time_limit.TooSlow, match=r"more than 0.05 seconds")
+    too_slow = pytest.raises(time_limit.TooSlow, match=r"over 0.05 seconds")
     with too_slow, time_limit.computing(0.05):
         spin(5)
     assert signal.getsignal(signal.SIGVTALRM) == before

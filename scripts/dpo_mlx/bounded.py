@@ -85,7 +85,7 @@ def _require_file(status: os.stat_result, name: str, most: int, remedy: str) -> 
 
 
 def _too_large(name: str, size: int, most: int, remedy: str) -> str:
-    return f"{name}: has {_size(size)}, more than the {_size(most)} that can be right; {remedy}"
+    return f"{name}: is {_size(size)}, and the limit is {_size(most)}; {remedy}"
 
 
 def _size(size: int) -> str:

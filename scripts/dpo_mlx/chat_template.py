@@ -128,9 +128,9 @@ class ChatTemplate:
     def _require_messages(self) -> None:
         """Raises UserError when the template leaves out a question or an answer, or a part."""
         if LONG_QUESTION not in self.rendered(LONG_QUESTION):
-            raise UserError(f"model: its chat template leaves out the question or a part; {OTHER}")
+            raise UserError(f"model: its chat template drops or shortens the question; {OTHER}")
         if ANSWER not in self._render(_one_turn(), self._arguments):
-            raise UserError(f"model: its chat template leaves out the answer; {OTHER}")
+            raise UserError(f"model: its chat template drops the answer; {OTHER}")
 
     def _refuse_chance(self) -> None:
         """Raises UserError when the same question becomes another prompt again and again. The date,
@@ -139,8 +139,8 @@ class ChatTemplate:
         prompts = [self.rendered(QUESTION) for _ in range(RENDERINGS)]
         if sum(one != next_one for one, next_one in pairwise(prompts)) > 1:
             raise UserError(
-                "model: its chat template makes other prompts of the same question each time, so "
-                f"that no two runs would train on the same; {OTHER}"
+                "model: its chat template renders the same question differently each time, so a "
+                f"run could not be repeated; {OTHER}"
             )
 
     def _fault(self, reason: str) -> str:

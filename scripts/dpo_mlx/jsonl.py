@@ -67,7 +67,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"{where}: JSON that is nested too deeply; write text fields") from error
     except _Repeated as error:
-        raise UserError(f"{where}: the key {error} stands twice; remove one") from error
+        raise UserError(f"{where}: the key {error} appears twice; remove one") from error
     except ValueError as error:
         raise UserError(
             f"{where}: a number of thousands of digits; shorten or remove it"
@@ -76,7 +76,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
 
 
 class _Repeated(ValueError):
-    """A key that stands twice in an object, as a message shows it."""
+    """A key that appears twice in an object, as a message shows it."""
 
 
 def _without_repetition(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -260,7 +260,9 @@ def _require_types(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     for name, tensor in tensors.items():
         if name.endswith(".weight") and tensor.dtype in NO_WEIGHTS:
-            raise Damaged(path, f"tensor {name[:100]} has the type {tensor.dtype}, no weight's")
+            raise Damaged(
+                path, f"tensor {name[:100]} has the type {tensor.dtype}, which no weight has"
+            )
 
 
 def _all_parts(name: str) -> list[str]:
@@ -314,7 +316,7 @@ def _fault_of_factor(key: str, value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "which is no number"
     least = 0 if key.endswith(("eps", "epsilon")) else SMALLEST_FACTOR
-    return None if least <= value <= LARGEST_FACTOR else "with which nothing can be computed"
+    return None if least <= value <= LARGEST_FACTOR else "outside the range that a model can use"
 
 
 def _short(value: Any) -> str:

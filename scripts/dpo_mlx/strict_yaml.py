@@ -1,6 +1,6 @@
 """YAML as a config needs it: what it says is what it means, and reading it takes no time.
 
-Refused, with the line: a key that stands twice (the last would win in silence), anchors, aliases
+Refused, with the line: a key that appears twice (the last would win in silence), anchors, aliases
 and merge keys (ten lines of them make gigabytes), tags (they make objects), numbers that are not
 written in plain decimals (YAML 1.1 reads 010 as 8 and 1:30 as 90), dates, and nesting or length
 that no config has.
@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
                 name = shown(key.value, WORDS)
                 earlier = first[key.value]
                 raise _fault(
-                    key, f"the key {name} stands on line {earlier} already; remove one of the two"
+                    key, f"the key {name} is on line {earlier} already; remove one of the two"
                 )
             first[key.value] = line
         return super().construct_mapping(node, deep)

@@ -28,7 +28,7 @@ def computing(seconds: float) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TooSlow(f"it computes for more than {seconds:g} seconds")
+        raise TooSlow(f"it took over {seconds:g} seconds of CPU time")
 
     handler = signal.signal(signal.SIGVTALRM, stop)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, REPEAT)
