@@ -267,6 +267,8 @@ CASES: dict[str, Case] = {
     ),
     # the model
     "no such model": setting("model=./absent", "./absent: no such folder"),
+    "no such model for 11": setting("model=absent", "model absent: is not on this", script="11"),
+    "no such model for 12": setting("model=absent", "model absent: is not on this", script="12"),
     "another model": Case(
         "06",
         ("model files", "generation.restart"),

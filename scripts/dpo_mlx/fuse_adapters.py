@@ -44,6 +44,7 @@ def fuse_adapters(config: Config) -> None:
     """
     fused, report_path = config.run / "fused", config.run / FUSE
     adapters = outcome.require_adapters(config.run)
+    models.require_folder(config.model)
     stamp_path, inputs = stamp.path(config.run, "11_fuse_adapters"), _inputs(config)
     if stamp.is_current(stamp_path, inputs, [fused, report_path]):
         print(f"11: {fused} is up to date, skipped")

@@ -378,7 +378,7 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
 
 def weight_bytes(name: str) -> int:
     """Bytes of the weights of a model that is on this machine."""
-    return sum(path.stat().st_size for path in folder_of(name).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in require_folder(name).glob("*.safetensors"))
 
 
 def nbytes(tree: Any) -> int:
