@@ -54,6 +54,16 @@ IN_FOLDER: dict[str, Any] = {
     **DPO_ALONE,
 }
 
+# Limits of stage 12 that every model keeps, for runs whose answers are of no matter.
+NO_LIMITS: dict[str, Any] = {
+    "min_voice_share": 0,
+    "min_voice_gain": -1,
+    "max_distinct2_drop": 1,
+    "min_self_ended_ratio": 0,
+    "max_base_logprob_drop": 1000,
+    "max_length_ratio": 1000,
+}
+
 Adapters = dict[str, mx.array]
 
 

@@ -16,7 +16,7 @@ from dpo_mlx.errors import UserError
 from dpo_mlx.lock import LOCK
 from dpo_mlx.ownership import MANIFEST, Status
 from foreign import Put, empty, folder, link, link_to_nothing, look, pipe, text
-from runs import IN_FOLDER, exit_code
+from runs import IN_FOLDER, NO_LIMITS, exit_code
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,15 +37,7 @@ SETTINGS: dict[str, Any] = {
     "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 9},
     "sft": {"epochs": 1, "learning_rate": 1e-4},
     "fuse": {"min_margin_kept": 0, "check_pairs": 1},
-    "smoke": {
-        "questions": 1,
-        "min_voice_share": 0,
-        "min_voice_gain": -1,
-        "max_distinct2_drop": 1,
-        "min_self_ended_ratio": 0,
-        "max_base_logprob_drop": 1000,
-        "max_length_ratio": 1000,
-    },
+    "smoke": {"questions": 1, **NO_LIMITS},
 }
 
 PUTS: list[Put] = [text, empty, link, link_to_nothing, folder, pipe]

@@ -25,6 +25,7 @@ from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.writing import Measures, Watch
 from mlx.utils import tree_flatten
 from mlx_lm.models.granitemoehybrid import GraniteMoeHybridMamba2Mixer
+from runs import NO_LIMITS
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 MAMBA = ["mamba.in_proj", "mamba.out_proj"]
@@ -157,12 +158,7 @@ CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 ANYTHING_PASSES = {
     "questions": 2,
-    "min_voice_share": 0,
-    "min_voice_gain": -1,
-    "max_distinct2_drop": 1,
-    "min_self_ended_ratio": 0,
-    "max_base_logprob_drop": 1000,
-    "max_length_ratio": 1000,
+    **NO_LIMITS,
 }
 
 

@@ -105,7 +105,9 @@ class Saved:
         state = self.state
         for name, measures in (("base", state.base), ("written", state.written or state.base)):
             if lacking := [n for m in NAMES for n in (m, f"{GREEDY}{m}") if n not in measures]:
-                raise ValueError(f'lacks "state.{name}.{lacking[0]}", as if of another version')
+                raise ValueError(
+                    f'lacks "state.{name}.{lacking[0]}"; another version may have written it'
+                )
         if state.best is None:
             raise ValueError('"state.best" is null, but an evaluation has chosen one')
 
@@ -181,8 +183,8 @@ class Checkpoints:
         kept = {*everything[-LAST:], *self._all(SFT)[-1:]}
         kept |= set(self._known_best(kept))
         for path in everything:
-            if path not in kept and ownership.is_untouched(path):
-                ownership.remove_folder(path)
+            if path not in kept:
+                ownership.remove_if_untouched(path)
 
     def _known_best(self, paths: set[Path]) -> Iterator[Path]:
         for path in paths:

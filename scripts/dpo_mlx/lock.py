@@ -16,7 +16,7 @@ from typing import TextIO
 
 from . import ownership
 from .errors import UserError
-from .ownership import MANIFEST, Status
+from .ownership import MANIFEST
 
 LOCK = ".dpo-mlx.lock"
 HEADER = "lock of dpo-mlx\n"  # how every lock file begins; then comes who holds it
@@ -53,15 +53,14 @@ def run_folder(run: Path) -> Iterator[None]:
 
 def _require_ours(run: Path) -> None:
     files = [run / name for name in sorted(FILES)]
-    paths = [*files, *sorted((run / STAMPS).glob("*.json"))]
-    foreign = [path.name for path in paths if ownership.status(path) is Status.FOREIGN]
-    if len(foreign) > 1 and not ownership.read_manifest(run):
+    names = [path.name for path in files if os.path.lexists(path)]
+    if len(names) > 1 and not ownership.read_manifest(run):
         raise UserError(
-            f"{run}: no {MANIFEST} names {foreign[0]} and {len(foreign) - 1} more files there: an "
+            f"{run}: no {MANIFEST} names {names[0]} and {len(names) - 1} more files there: an "
             "earlier version made them, or they were copied without it, or they are not the "
             "pipeline's; set run_dir to a new folder"
         )
-    for path in paths:
+    for path in (*files, *sorted((run / STAMPS).glob("*.json"))):
         ownership.require(path)
     for name in sorted(FOLDERS):
         ownership.require_our_folder(run / name)

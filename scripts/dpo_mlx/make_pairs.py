@@ -342,9 +342,7 @@ def _sample(
     known = {
         number: finished[number]["answers"]
         for number, questions_asked in enumerate(asked)
-        if number in finished
-        and finished[number]["questions"] == questions_asked
-        and len(finished[number]["answers"]) == len(questions_asked)
+        if number in finished and finished[number]["questions"] == questions_asked
     }
     there = sum(len(answers) for answers in known.values())
     print(f"06: {len(rows)} answers to sample, {there} of them are there already")

@@ -38,14 +38,14 @@ PATIENCE = 10.0  # seconds to wait for another process that writes a manifest
 # Of file systems that lock no folders, such as NFS.
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
-# What file managers leave in a folder that somebody looks at; no one misses these files.
+# File managers leave these in every folder that somebody opens; removing them loses nothing.
 LITTER = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What tells one content from another. One that grows is how the content begins: writing the
-    manifest for every row would cost more than the row.
+    """Size and digest of a file's content. The mark of a file that grows covers only its beginning,
+    because writing the manifest again for every row would cost more than the row.
     """
 
     size: Annotated[int, Range(0, 2**50)]
@@ -194,6 +194,16 @@ def remove_folder(folder: Path) -> None:
     Raises UserError when it holds anything else.
     """
     require_untouched(folder)
+    _remove(folder)
+
+
+def remove_if_untouched(folder: Path) -> None:
+    """The same; a folder that holds anything else stays."""
+    if is_untouched(folder):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
     temporary = durable.temporary_name(folder)
     _delete(temporary)
     folder.rename(temporary)

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from .terminal import visible
+
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=select_autoescape(["html.j2"]),
@@ -37,15 +39,6 @@ def setting(value: Any) -> str:
     """A config value as it stands in the YAML file; a text without quotes."""
     is_text = isinstance(value, str) and value
     return value if is_text else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def visible(text: str) -> str:
-    """Text without control characters but newlines and tabs: a terminal would obey them."""
-    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\U0010ffff]", _code_point, text)
-
-
-def _code_point(match: re.Match[str]) -> str:
-    return ascii(match.group())[1:-1]
 
 
 def line(text: str) -> str:

@@ -35,7 +35,7 @@ import yaml  # noqa: E402
 from dpo_mlx import jsonl  # noqa: E402
 from dpo_mlx.lock import HEADER, LOCK  # noqa: E402
 from dpo_mlx.ownership import MANIFEST  # noqa: E402
-from runs import IN_FOLDER, determined  # noqa: E402
+from runs import IN_FOLDER, NO_LIMITS, determined  # noqa: E402
 
 SCRIPTS = {
     path.name[:2]: path
@@ -56,15 +56,7 @@ SETTINGS: dict[str, Any] = {
         "eval_questions": 2,
     },
     "guard": {"enabled": False},
-    "smoke": {
-        "questions": 2,
-        "min_voice_share": 0,
-        "min_voice_gain": -1,
-        "max_distinct2_drop": 1,
-        "min_self_ended_ratio": 0,
-        "max_base_logprob_drop": 1000,
-        "max_length_ratio": 1000,
-    },
+    "smoke": {"questions": 2, **NO_LIMITS},
     "fuse": {"min_margin_kept": 0},
 }
 
