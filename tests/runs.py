@@ -12,11 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from dpo_mlx import jsonl, models, outcome, ownership
+from dpo_mlx import digest, jsonl, models, ownership, results
 from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard
 from dpo_mlx.metrics import MEASURED, MetricsFile
+from dpo_mlx.model_files import ADAPTERS
 from dpo_mlx.pairs import Encoder, Pair
 from dpo_mlx.phase import Dpo, Example, Sft
 from dpo_mlx.reference import Reference
@@ -135,7 +136,7 @@ class Run:
             phase(config),
             self.train,
             self.valid,
-            MetricsFile(config.run / "metrics.jsonl"),
+            MetricsFile(config.run.path / "metrics.jsonl"),
             self.watch,
             self.guard,
         )
@@ -150,7 +151,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return jsonl.read_whole_lines(self.config.run / "metrics.jsonl")
+        return jsonl.read_whole_lines(self.config.run.path / "metrics.jsonl")
 
     @property
     def updates(self) -> list[dict[str, Any]]:
@@ -181,16 +182,16 @@ def determined(metrics: Path) -> list[dict[str, Any]]:
 
 def keep_adapters(model: nn.Module, config: Config) -> None:
     """A model's adapters as those that stage 10 kept, with the outcome that stage 11 asks for."""
-    folder = config.run / outcome.ADAPTERS
+    folder = config.run.adapters
     with ownership.new_folder(folder) as temporary:
         models.save_adapters(model, config.lora, temporary)
-    digest = jsonl.digest(folder / models.ADAPTERS)
-    outcome.write(config.run, outcome.Outcome(7, 7, 1.0, [], digest))
+    outcome = results.Outcome(7, 7, 1.0, [], digest.of_file(folder / ADAPTERS))
+    results.write_outcome(config.run, outcome)
 
 
 def saved(folder: Path) -> Adapters:
     """The tensors that an adapters' folder holds."""
-    found = mx.load(str(folder / models.ADAPTERS))
+    found = mx.load(str(folder / ADAPTERS))
     assert isinstance(found, dict)
     return found
 

@@ -12,6 +12,7 @@ from dpo_mlx import models
 from dpo_mlx.config import LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
+from dpo_mlx.model_files import ADAPTER_CONFIG, ADAPTERS
 from dpo_mlx.ownership import MANIFEST, new_folder
 from dpo_mlx.pairs import Sequence
 from mlx.utils import tree_flatten
@@ -88,7 +89,7 @@ def test_what_is_taken_up_does_not_hang_on_the_file(llama, tmp_path):
     trained, fresh = adapted(llama), adapted(llama, size=0.0)
     models.save_adapters(trained, LORA, tmp_path / "a")
     models.load_adapters(fresh, tmp_path / "a")
-    os.truncate(tmp_path / "a" / models.ADAPTERS, 0)
+    os.truncate(tmp_path / "a" / ADAPTERS, 0)
     assert differences(adapters(fresh), adapters(trained)) == 0
 
 
@@ -103,11 +104,11 @@ OTHERS = {
     "fewer layers": lambda folder, path: models.save_adapters(
         adapted(folder, LoraConfig(rank=4, num_layers=1)), LORA, path
     ),
-    "torn at its head": lambda folder, path: tear(path / models.ADAPTERS, 0.01),
-    "torn at its end": lambda folder, path: tear(path / models.ADAPTERS, 0.9),
-    "no safetensors": lambda folder, path: (path / models.ADAPTERS).write_text("{}"),
-    "empty": lambda folder, path: (path / models.ADAPTERS).write_bytes(b""),
-    "missing": lambda folder, path: (path / models.ADAPTERS).unlink(),
+    "torn at its head": lambda folder, path: tear(path / ADAPTERS, 0.01),
+    "torn at its end": lambda folder, path: tear(path / ADAPTERS, 0.9),
+    "no safetensors": lambda folder, path: (path / ADAPTERS).write_text("{}"),
+    "empty": lambda folder, path: (path / ADAPTERS).write_bytes(b""),
+    "missing": lambda folder, path: (path / ADAPTERS).unlink(),
 }
 
 
@@ -121,7 +122,7 @@ def test_adapters_that_do_not_fit_are_refused(name, llama, tmp_path):
     before = adapters(model)
     with pytest.raises(UserError, match="move .* away and run") as error:
         models.load_adapters(model, path)
-    assert str(error.value).startswith(f"{path / models.ADAPTERS}: ")
+    assert str(error.value).startswith(f"{path / ADAPTERS}: ")
     assert "\n" not in str(error.value)
     assert differences(adapters(model), before) == 0
 
@@ -130,9 +131,9 @@ def test_adapters_that_lack_a_block_are_not_loaded(llama, tmp_path):
     """mlx-lm would leave the block at its random start, without a word."""
     path = tmp_path / "a"
     models.save_adapters(adapted(llama), LORA, path)
-    tensors: Any = mx.load(str(path / models.ADAPTERS))
+    tensors: Any = mx.load(str(path / ADAPTERS))
     kept = {name: array for name, array in tensors.items() if ".layers.1." not in name}
-    mx.save_safetensors(str(path / models.ADAPTERS), kept)
+    mx.save_safetensors(str(path / ADAPTERS), kept)
     with pytest.raises(UserError, match=r"tensor model\.layers\.1\..* is missing.*away"):
         models.load(str(llama), path)
 
@@ -155,5 +156,5 @@ def test_a_copy_takes_the_place_of_a_folder(tmp_path, llama):
         (temporary / "old").touch()
     models.copy_adapters(source, target)
     names = {path.name for path in target.iterdir()}
-    assert names == {models.ADAPTERS, models.ADAPTER_CONFIG, MANIFEST}
+    assert names == {ADAPTERS, ADAPTER_CONFIG, MANIFEST}
     assert differences(saved(target), saved(source)) == 0

@@ -20,7 +20,7 @@ import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, jsonl, models, ownership
+from dpo_mlx import config, digest, jsonl, models, ownership
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
@@ -73,7 +73,7 @@ def work(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def digests(folder: Path) -> dict[str, str]:
     """Of every file but the locks, which are empty again when nobody holds them."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path): jsonl.digest(path) for path in files if not path.name.endswith(".lock")}
+    return {str(path): digest.of_file(path) for path in files if not path.name.endswith(".lock")}
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ CASES: dict[str, Case] = {
     # the config
     "config missing": file("c.yaml", None, "no such file", "--config", script="06"),
     "config is a directory": directory("c.yaml", "is a directory"),
-    "config is no YAML": file("c.yaml", b"a: [\n", "cannot be read as YAML: line", script="11"),
+    "config is not YAML": file("c.yaml", b"a: [\n", "cannot be read as YAML: line", script="11"),
     "config empty": file("c.yaml", b"", "found nothing", script="12"),
     "unknown key": setting("train.learning_rat=1", "c.yaml", "mean train.learning_rate?"),
     "mistyped section": setting("trian.epochs=1", "c.yaml", "trian: unknown key"),

@@ -22,11 +22,19 @@ import pytest
 import runs
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import bounded, check_pairs, config, jsonl, pairs, paths, questions, strict_yaml
+from dpo_mlx import (
+    bounded,
+    check_pairs,
+    config,
+    jsonl,
+    pairs,
+    path_conflicts,
+    questions,
+    strict_yaml,
+)
 from dpo_mlx.errors import UserError
-from dpo_mlx.lock import LOCK
-from dpo_mlx.make_pairs import PairFiles
 from dpo_mlx.pairs import Pair
+from dpo_mlx.run_folder import LOCK, PairFiles
 from test_config import MINIMAL
 
 # No case here may take long; most take a millisecond.
@@ -529,8 +537,8 @@ MEETINGS: dict[str, str] = {
     f"run_dir={REPOSITORY}/data": "is among the files of this repository",
     f"run_dir={REPOSITORY}/config": "is among the files of this repository",
     f"run_dir={REPOSITORY}/scripts/dpo_mlx": "is among the files of this repository",
-    "run_dir=s.jsonl": "run_dir: s.jsonl is no folder",
-    "run_dir=loop": "run_dir: loop is no folder",
+    "run_dir=s.jsonl": "run_dir: s.jsonl is not a folder",
+    "run_dir=loop": "run_dir: loop is not a folder",
     "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes",
     "model=n run_dir=m data.source=m/below/s.jsonl": "run_dir: m holds the folder of data.source",
 }
@@ -590,8 +598,8 @@ def test_the_config_of_a_run_is_no_config_to_start_from(here):
 def test_the_table_has_every_file_beside_the_pairs():
     """A file that stage 06 begins to write beside the train pairs must be in the table, too."""
     loaded = config.of_values(MINIMAL)
-    files = PairFiles.of(loaded)
-    known = {place.path for place in paths.places(loaded, Path("c.yaml"))}
+    files = loaded.pairs
+    known = {place.path for place in path_conflicts.places(loaded.paths(Path("c.yaml")))}
     named = {getattr(files, name) for name, kind in vars(PairFiles).items() if _is_path(kind)}
     assert len(named) >= 4 and named <= known
 

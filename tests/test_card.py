@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from dpo_mlx import card, config, pages
+from dpo_mlx.text import one_line
 
 FUSE = {
     "pairs": 4,
@@ -72,7 +73,7 @@ def test_names_and_texts_stay_what_they_are(value, rendered):
     prose = text.split("\n---\n", 1)[1].split("\n## Data")[0]
     assert "<" not in prose and re.match(r"\n# .*\n\n.*taught to answer", prose)
     commands = block(text, "bash", last=True).splitlines()
-    name = pages.line(f"{value.replace('/', ':')}.gguf")
+    name = one_line(f"{value.replace('/', ':')}.gguf")
     outfile = f"{'./' if name.startswith('-') else ''}{name}"
     assert shlex.split(commands[0])[-2:] == ["--outfile", outfile]
     words = shlex.split(commands[1])

@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 from dpo_mlx import config, durable, lock, ownership
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.run_folder import LOCK
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
 from runs import determined
@@ -109,7 +110,7 @@ def test_sigterm_to_the_runner_ends_its_stage_which_goes_on_later(tmp_path, sett
         _, said = runner.communicate()
     assert runner.returncode == 143, said
     assert "stopped by SIGTERM; the same command goes on from here" in said
-    with lock.run_folder(tmp_path / "run"):
+    with lock.hold_run(tmp_path / "run"):
         kept = samples.read_bytes()
     assert 0 < kept.count(b"\n") < 15 and kept.endswith(b"\n")
     make_pairs(config.load(path))
@@ -137,7 +138,7 @@ def test_training_that_the_system_kills_is_started_again_to_the_same_end(tmp_pat
     ) as supervisor:
         while supervisor.poll() is None and not [*killed.glob("run/checkpoints/sft-*")]:
             time.sleep(0.01)
-        holder = (killed / "run" / lock.LOCK).read_text().removeprefix(lock.HEADER)
+        holder = (killed / "run" / LOCK).read_text().removeprefix(lock.HEADER)
         os.kill(int(holder.split()[1]), signal.SIGKILL)  # "process 123 on ..."
         _, said = supervisor.communicate()
     assert supervisor.returncode == 0, said

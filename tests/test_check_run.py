@@ -70,8 +70,8 @@ def test_everything_is_told(
     said = capsys.readouterr().out
     for words in ("offers", "download: none", "disk: up to", "peak memory", "check: about"):
         assert words in said
-    run = configs.load(config).run
-    minutes = jsonl.read_json(run / checks.PLAN)["minutes"]
+    run = configs.load(config).run.path
+    minutes = jsonl.read_json(run / "plan.json")["minutes"]
     assert list(minutes) == [MAKE_PAIRS, TRAIN, FUSE, SMOKE]
     for script, value in minutes.items():
         assert value > 0
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_told_for_each_stage(
 ) -> None:
     """Each stage that does not fit gets one line with a remedy, and the probe does not run."""
     config = configs.load(write_config(settings))
-    config.run.mkdir()
+    config.run.path.mkdir()
     monkeypatch.setattr(device, "available", lambda: 1000)
     monkeypatch.setattr(checks, "_probe", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError) as error:

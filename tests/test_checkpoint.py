@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import checkpoint, jsonl, models, signals
+from dpo_mlx import checkpoint, jsonl, signals
 from dpo_mlx.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
 from dpo_mlx.config import Config, LoraConfig
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import Kept
+from dpo_mlx.model_files import ADAPTERS
 from dpo_mlx.train_dpo import ALL, TRAIN_ONLY, train_dpo
 from mlx import nn
 from mlx import optimizers as optim
@@ -75,16 +76,16 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeyp
     with monkeypatch.context() as patch:
         passed = stop_at(patch, -1)
         assert train_dpo(config, ALL)
-    expected = end(config.run)
-    config.run.rename(tmp_path / "undisturbed")
+    expected = end(config.run.path)
+    config.run.path.rename(tmp_path / "undisturbed")
     for call in range(4, len(passed), 13):
         config = two_phases(watch)
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
             stop_at(patch, call)
             train_dpo(config, ALL)
         assert train_dpo(config, ALL)
-        assert end(config.run) == expected, f"stopped at safe point {call}"
-        shutil.rmtree(config.run)
+        assert end(config.run.path) == expected, f"stopped at safe point {call}"
+        shutil.rmtree(config.run.path)
 
 
 def test_a_signal_loses_no_update(two_phases, monkeypatch):
@@ -92,7 +93,7 @@ def test_a_signal_loses_no_update(two_phases, monkeypatch):
     config = two_phases(save_every=4, eval_every=100)
 
     def check() -> None:
-        rows = config.run / "metrics.jsonl"
+        rows = config.run.path / "metrics.jsonl"
         updates = rows.read_text().count('"grad_norm"') if rows.exists() else 0
         if updates == 12:
             raise signals.Interrupted(signal.SIGINT)
@@ -100,7 +101,7 @@ def test_a_signal_loses_no_update(two_phases, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         patch.setattr(signals, "check", check)
         train_dpo(config, ALL)
-    newest = Checkpoints(config.run / "checkpoints").newest("dpo")
+    newest = Checkpoints(config.run.path / "checkpoints").newest("dpo")
     assert newest is not None and checkpoint.read(newest)[0].update == 12
 
 
@@ -200,7 +201,7 @@ def unfinished(two_phases, monkeypatch) -> Any:
     config = two_phases()
 
     def check() -> None:
-        if (config.run / "checkpoints/dpo-000010").exists():
+        if (config.run.path / "checkpoints/dpo-000010").exists():
             raise signals.Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
@@ -213,27 +214,27 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
     """It says what changed and touches nothing, until train.restart says so; from then on the same
     command goes on with the new run.
     """
-    before = checkpoint.read(unfinished.run / "checkpoints/dpo-000010")
+    before = checkpoint.read(unfinished.run.path / "checkpoints/dpo-000010")
     with pytest.raises(UserError, match=r"dpo-000010: .*train.epochs: 1 -> 2.*train.restart=true"):
         train_dpo(two_phases(epochs=2), ALL)
-    assert checkpoint.read(unfinished.run / "checkpoints/dpo-000010") == before
+    assert checkpoint.read(unfinished.run.path / "checkpoints/dpo-000010") == before
     config = two_phases(epochs=2, restart=True)
     assert train_dpo(config, ALL)
     assert "dpo-000010 is not gone on from" in capfd.readouterr().out
-    outcome = jsonl.read_json(config.run / "outcome.json")
+    outcome = jsonl.read_json(config.run.path / "outcome.json")
     assert outcome["updates"] == 7 + 14
-    rows = determined(config.run / "metrics.jsonl")
+    rows = determined(config.run.path / "metrics.jsonl")
     assert [row["iteration"] for row in rows if "grad_norm" in row] == list(range(1, 22))
 
 
 def test_how_often_it_is_saved_changes_no_bit_and_may_change(unfinished, two_phases, tmp_path):
     """Going on with another save_every ends like a run of its own with that one."""
     assert train_dpo(two_phases(save_every=1), TRAIN_ONLY)
-    found = end(unfinished.run)
-    unfinished.run.rename(tmp_path / "first")
+    found = end(unfinished.run.path)
+    unfinished.run.path.rename(tmp_path / "first")
     config = two_phases(save_every=1)
     assert train_dpo(config, ALL)
-    assert found == end(config.run)
+    assert found == end(config.run.path)
 
 
 def test_pairs_edited_in_between_are_said(unfinished, two_phases):
@@ -256,7 +257,7 @@ def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
     config = two_phases(Edits)
     with pytest.raises(UserError, match="adapters: are of the files as they were .*pairs"):
         train_dpo(config, ALL)
-    assert (config.run / "adapters").exists()
+    assert (config.run.path / "adapters").exists()
 
 
 def test_a_stop_is_remembered(two_phases, monkeypatch):
@@ -269,15 +270,17 @@ def test_a_stop_is_remembered(two_phases, monkeypatch):
         Norm, "__call__", lambda self: {**original(self), "self_ended": 0.5, "voice": 0.1}
     )
     assert not train_dpo(config, ALL)
-    outcome = jsonl.read_json(config.run / "outcome.json")
-    shutil.rmtree(config.run / "adapters")
-    (config.run / "outcome.json").unlink()
-    rows = determined(config.run / "metrics.jsonl")
+    outcome = jsonl.read_json(config.run.path / "outcome.json")
+    shutil.rmtree(config.run.path / "adapters")
+    (config.run.path / "outcome.json").unlink()
+    rows = determined(config.run.path / "metrics.jsonl")
     assert not train_dpo(config, ALL)
-    assert jsonl.read_json(config.run / "outcome.json") == outcome and outcome["stopped"]
-    assert determined(config.run / "metrics.jsonl") == rows
+    assert jsonl.read_json(config.run.path / "outcome.json") == outcome and outcome["stopped"]
+    assert determined(config.run.path / "metrics.jsonl") == rows
     assert (
-        differences(saved(config.run / "adapters"), saved(config.run / "checkpoints/sft-000000"))
+        differences(
+            saved(config.run.path / "adapters"), saved(config.run.path / "checkpoints/sft-000000")
+        )
         == 0
     )
 
@@ -326,15 +329,15 @@ DAMAGES = {
     "half as many bits": (lambda f: halve(f / OPTIMIZER), f"{OPTIMIZER}: cannot be used"),
     "another number": (lambda f: edit_state(f, skipped=1), "state.json: was changed since"),
     "other adapters": (
-        lambda f: scale(f / models.ADAPTERS),
+        lambda f: scale(f / ADAPTERS),
         "adapters.safetensors: was changed since",
     ),
     "adapters that are not finite": (
-        lambda f: scale(f / models.ADAPTERS, float("nan")),
+        lambda f: scale(f / ADAPTERS, float("nan")),
         "adapters.safetensors: .* NaN or an infinity",
     ),
     "cut adapters": (
-        lambda f: (f / models.ADAPTERS).write_bytes((f / models.ADAPTERS).read_bytes()[:-50]),
+        lambda f: (f / ADAPTERS).write_bytes((f / ADAPTERS).read_bytes()[:-50]),
         "adapters.safetensors: is cut short",
     ),
     "no optimizer": (lambda f: (f / OPTIMIZER).unlink(), f"{OPTIMIZER}: cannot be read"),
@@ -349,7 +352,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinished):
     """One line with the folder to delete; deleted, the same command goes on from update 9."""
     damage, message = DAMAGES[name]
-    newest = unfinished.run / "checkpoints/dpo-000010"
+    newest = unfinished.run.path / "checkpoints/dpo-000010"
     damage(newest)
     with pytest.raises(UserError, match=message) as error:
         train_dpo(unfinished, ALL)
@@ -358,14 +361,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
     if name == "cut state":
         shutil.rmtree(newest)
         assert train_dpo(unfinished, ALL)
-        assert (unfinished.run / "checkpoints/dpo-000014").exists()
+        assert (unfinished.run.path / "checkpoints/dpo-000014").exists()
 
 
 def test_a_backup_stays_and_is_not_gone_on_from(unfinished):
     """A copied checkpoint: under a name of its own it is left alone, under one that a checkpoint
     could have it is named. So is a checkpoint with somebody's notes in it when it is pruned.
     """
-    folder = unfinished.run / "checkpoints"
+    folder = unfinished.run.path / "checkpoints"
     shutil.copytree(folder / "dpo-000010", folder / "dpo-000010-my-backup")
     shutil.copytree(folder / "dpo-000010", folder / "dpo-000099")
     with pytest.raises(UserError, match="dpo-000099: is a copy of update 10 of dpo"):

@@ -210,7 +210,7 @@ def test_no_template_arguments(nothing, file):
     """An empty or missing key means no arguments, and keeps the fingerprints of older runs."""
     file.write_text(f"{file.read_text()}{nothing}\n")
     assert config.load(file).chat_template_args == {}
-    assert config.load(file).prompt_inputs == {"system_prompt": ""}
+    assert "chat_template_args" not in str([*config.load(file).flat])
 
 
 def test_arguments_of_the_call_are_no_template_arguments():
@@ -256,7 +256,7 @@ def test_number_as_yaml_text_is_a_number(value, file):
         ("lora.fine_tune_type=dora", "lora.fine_tune_type: only adapters are trained"),
         ("lora.rank", "--set lora.rank: expected section.key=value"),
         ("=1", "--set =1: expected section.key=value"),
-        ("model.name=x", "--set model.name=x: model is no section"),
+        ("model.name=x", "--set model.name=x: model is not a section"),
         ("lora.rank.x=1", "lora.rank: expected a whole number, found dict {'x': 1}"),
         ("lora=3", "lora: expected a section of keys, found int 3"),
         ("lora=0", "lora: expected a section of keys, found int 0"),
@@ -369,7 +369,7 @@ def test_required_keys_are_exactly_those_marked(tmp_path):
         (b"a: b: c\n", "cannot be read as YAML: line "),
         (b"a: [\n", "cannot be read as YAML: line "),
         (b"a: 2020-99-99\n", "cannot be read as YAML: line "),
-        (b"\xff\xfe\x00", "is no UTF-8 text; save it as UTF-8"),
+        (b"\xff\xfe\x00", "is not UTF-8 text; save it as UTF-8"),
     ],
 )
 def test_file_that_is_no_config(content, fault, tmp_path):
@@ -394,7 +394,7 @@ def test_missing_file_and_directory(tmp_path):
 
 
 def test_keys_are_those_of_the_dataclasses():
-    """`keys` lists leaves only, one for each field that is no section."""
+    """`keys` lists leaves only, one for each field that is not a section."""
     hints = typing.get_type_hints(config.Config)
     sections = [hints[f.name] for f in fields(config.Config) if is_dataclass(hints[f.name])]
     leaves = sum(len(fields(section)) for section in sections)

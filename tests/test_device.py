@@ -123,7 +123,7 @@ def test_a_reference_belongs_to_the_device_that_computed_it(
     config = configs.load(write_config(settings))
     make_pairs(config)
     train_dpo(config, PRECOMPUTE)
-    stored = (config.run / "reference/base/train.jsonl").read_bytes()
+    stored = (config.run.path / "reference/base/train.jsonl").read_bytes()
 
     def stale(config: Config) -> str:
         """What is said of the stored reference when it is wanted again."""
@@ -134,7 +134,7 @@ def test_a_reference_belongs_to_the_device_that_computed_it(
     assert "stale" not in stale(config)
     other_chunk = replace(config, train=replace(config.train, scan_chunk=7))
     assert "stale: train.scan_chunk: 64 -> 7" in stale(other_chunk)
-    assert (config.run / "reference/base/train.jsonl").read_bytes() != stored
+    assert (config.run.path / "reference/base/train.jsonl").read_bytes() != stored
     assert "stale: train.scan_chunk: 7 -> 64" in stale(config)
     monkeypatch.setattr(device, "name", lambda: "Apple M9 (Metal)")
     assert "-> Apple M9 (Metal)" in stale(config)

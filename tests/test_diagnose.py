@@ -244,7 +244,7 @@ def test_what_is_sure_to_fail_is_not_begun(more: tuple[str, ...], job: Any, capf
     assert "10: sure to fail: dpo.beta 0.1 with sigmoid_norm" in printed.out
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "train.force=true" in errors[0]
-    assert not trained(run.run)
+    assert not trained(run.run.path)
 
 
 def test_force_trains_all_the_same(job: Any, capfd: Any) -> None:
@@ -252,7 +252,7 @@ def test_force_trains_all_the_same(job: Any, capfd: Any) -> None:
     run, path = job([wrote()], dpo=WEAK, train={"force": True})
     assert exit_code(path) == 0
     assert "10: sure to fail: dpo.beta 0.1" in capfd.readouterr().out
-    assert jsonl.read_json(run.run / "outcome.json")["updates"] == 7
+    assert jsonl.read_json(run.run.path / "outcome.json")["updates"] == 7
 
 
 def test_check_says_it_and_does_nothing(job: Any, capfd: Any) -> None:
@@ -269,4 +269,4 @@ def test_check_says_it_and_does_nothing(job: Any, capfd: Any) -> None:
     assert any("SFT: 7 updates of 1 chosen answers, learning rate 0.01" in line for line in lines)
     assert any("DPO: 7 updates of 1 pairs, learning rate 0.001" in line for line in lines)
     assert any("peak memory" in line for line in lines)
-    assert not trained(run.run)
+    assert not trained(run.run.path)

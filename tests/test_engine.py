@@ -8,7 +8,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx import engine as engine_module
-from dpo_mlx import fusing, models
+from dpo_mlx import fusing, model_files, models
 from dpo_mlx.config import NEAREST, DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, PairScore, summarise
 from dpo_mlx.errors import UserError
@@ -350,7 +350,7 @@ def test_fused_and_saved_models_answer_alike(fresh, tmp_path):
     assert Encoder(tokenizer).pair(PAIR) == fresh.pair
     config = json.loads((tmp_path / "fused/config.json").read_text())
     expected_config = json.loads((fresh.folder / "config.json").read_text())
-    assert config == {**expected_config, **models.config_additions(fresh.folder)}
+    assert config == {**expected_config, **model_files.config_additions(fresh.folder)}
 
 
 def test_lora_starts_as_the_base_model(fresh):

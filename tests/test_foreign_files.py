@@ -13,8 +13,8 @@ import yaml
 from conftest import REPOSITORY
 from dpo_mlx import durable, ownership
 from dpo_mlx.errors import UserError
-from dpo_mlx.lock import LOCK
 from dpo_mlx.ownership import MANIFEST, Status
+from dpo_mlx.run_folder import LOCK
 from foreign import Put, empty, folder, link, link_to_nothing, look, pipe, text
 from runs import IN_FOLDER, NO_LIMITS, exit_code
 

@@ -184,7 +184,7 @@ def with_fuse(config: Config, **fuse: Any) -> Config:
 
 
 def report_of(config: Config) -> dict[str, Any]:
-    return jsonl.read_json(config.run / "fuse.json")
+    return jsonl.read_json(config.run.path / "fuse.json")
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +211,9 @@ def test_nearest_loses_what_stochastic_keeps(on_grid, trained, capsys):
     assert report["margin_kept"] == pytest.approx(kept[STOCHASTIC], abs=1e-4)
     said = capsys.readouterr().out
     assert f"nearest rounding: margin {report['by_rounding'][NEAREST]['margin_fused']:.3g}" in said
-    fused: Any = mx.load(str(config.run / "fused/model.safetensors"))
+    fused: Any = mx.load(str(config.run.path / "fused/model.safetensors"))
     assert {w.dtype for w in fused.values()} == {mx.bfloat16}
-    assert jsonl.read_json(config.run / "fused/config.json")["torch_dtype"] == "bfloat16"
+    assert jsonl.read_json(config.run.path / "fused/config.json")["torch_dtype"] == "bfloat16"
 
     fuse_adapters(with_fuse(config, dtype="float32"))
     report = report_of(config)
@@ -232,7 +232,7 @@ def test_too_little_kept_fails_with_advice(on_grid, trained, capsys):
         assert "fuse.min_margin_kept" in str(error.value) and "\n" not in str(error.value)
         for way in ("fuse.rounding: stochastic", "fuse.dtype: float16", "--adapter-path"):
             assert way in str(error.value)
-        assert (config.run / "fused/model.safetensors").is_file()
+        assert (config.run.path / "fused/model.safetensors").is_file()
         capsys.readouterr()
     fuse_adapters(with_fuse(config, min_margin_kept=0.0))
     assert "up to date, skipped" in capsys.readouterr().out
@@ -250,7 +250,7 @@ def test_too_little_kept_fails_with_advice(on_grid, trained, capsys):
     ],
 )
 def test_advice_by_hand(kept, report, advice, make):
-    """At the limit it is kept; below it, or when it is no number, what helps is what is said."""
+    """At the limit it is kept; below it, or when it is not a number, what helps is what is said."""
     config = make().config
     report = {"quantize": None, "dtype": "bfloat16", "rounding": STOCHASTIC, **report}
     if advice is None:
@@ -285,7 +285,7 @@ def test_a_quantised_model_is_trained_and_fused(bits, quantized, job):
     sft = {"epochs": 1, "learning_rate": 1e-3}
     config, _ = job(rising, model=str(folder), sft=sft)
     assert train_dpo(config, "all")
-    rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    rows = jsonl.read_whole_lines(config.run.path / "metrics.jsonl")
     losses = [row["loss"] for row in rows if row["phase"] == "dpo" and "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]
 
@@ -293,15 +293,15 @@ def test_a_quantised_model_is_trained_and_fused(bits, quantized, job):
     assert fusing.is_quantized(base.model)
     encoder = Encoder(base.tokenizer)
     [first, *_] = pairs.read(Path(config.data.valid_pairs))
-    reference = jsonl.read_whole_lines(config.run / "reference/base/valid.jsonl")[0]
+    reference = jsonl.read_whole_lines(config.run.path / "reference/base/valid.jsonl")[0]
     own = Engine(base.model).log_prob(encoder.pair(first).chosen)
     assert reference["chosen"] == pytest.approx(own, rel=1e-5)
 
     fuse_adapters(config)
     assert report_of(config)["margin_kept"] == pytest.approx(1, abs=1e-3)
-    about = jsonl.read_json(config.run / "fused/config.json")
+    about = jsonl.read_json(config.run.path / "fused/config.json")
     assert not set(models.QUANTIZATION) & set(about)
-    fused, *_ = mlx_lm.load(str(config.run / "fused"))
+    fused, *_ = mlx_lm.load(str(config.run.path / "fused"))
     assert not fusing.is_quantized(fused)
 
 
@@ -317,6 +317,6 @@ def test_quantising_again_erases_small_changes(quantized, trained, capsys):
     report = report_of(config)
     assert report["margin_kept"] < 0.5 < report["by_rounding"][STOCHASTIC]["margin_kept"]
     assert "fused/ (4-bit)" in capsys.readouterr().out
-    fused, *_ = mlx_lm.load(str(config.run / "fused"))
+    fused, *_ = mlx_lm.load(str(config.run.path / "fused"))
     assert fusing.is_quantized(fused)
-    assert jsonl.read_json(config.run / "fused/config.json")["quantization"]["bits"] == 4
+    assert jsonl.read_json(config.run.path / "fused/config.json")["quantization"]["bits"] == 4

@@ -14,7 +14,7 @@ import mlx_lm
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, models, scan
+from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, model_files, models, scan
 from dpo_mlx.config import Config, LoraConfig
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.logps import check_head, find_head, token_log_probs
@@ -124,7 +124,7 @@ def test_other_rotary_positions_are_not_guessed(tmp_path):
     del about["rope_theta"]
     rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0}
     (folder / "config.json").write_text(json.dumps({**about, "rope_parameters": rope}))
-    assert models.config_additions(folder) == {}
+    assert model_files.config_additions(folder) == {}
     with pytest.raises(models.UserError, match="cannot be loaded: .*rope_theta"):
         models.load(str(folder))
 
@@ -208,25 +208,25 @@ def test_the_chain_runs(chain):
     """DPO starts at ln 2, fusing keeps the margin, only the tokenizer stops llama.cpp, and every
     stage's fingerprint includes the settings that decide the prompt.
     """
-    rows = jsonl.read_whole_lines(chain.run / "metrics.jsonl")
+    rows = jsonl.read_whole_lines(chain.run.path / "metrics.jsonl")
     first = next(row for row in rows if row["phase"] == "dpo")
     assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    fuse = jsonl.read_json(chain.run / "fuse.json")
+    fuse = jsonl.read_json(chain.run.path / "fuse.json")
     assert fuse["margin_kept"] == pytest.approx(1, abs=0.01)
     # All layers were trained and fused.
     base = models.load(chain.model).model
-    fused = models.load(str(chain.run / "fused")).model
+    fused = models.load(str(chain.run.path / "fused")).model
     assert moved(base, fused) == linear_layers(base)
-    assert llama_cpp.faults(chain.run / "hf") == ["tokenizer.json: is no BPE with merges"]
+    assert llama_cpp.faults(chain.run.path / "hf") == ["tokenizer.json: is not a BPE with merges"]
     template = json.loads((Path(chain.model) / "tokenizer_config.json").read_text())[
         "chat_template"
     ]
-    exported = json.loads((chain.run / "hf" / "tokenizer_config.json").read_text())
+    exported = json.loads((chain.run.path / "hf" / "tokenizer_config.json").read_text())
     assert exported["chat_template"] == template
-    prints = [*fingerprints(chain.run)]
+    prints = [*fingerprints(chain.run.path)]
     assert len(prints) > 8
     assert all(chain.prompt_inputs.items() <= each.items() for each in prints)
-    is_said = "It was trained with these arguments" in (chain.run / "hf/README.md").read_text()
+    is_said = "It was trained with these arguments" in (chain.run.path / "hf/README.md").read_text()
     assert is_said == bool(chain.chat_template_args)
 
 

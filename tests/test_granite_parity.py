@@ -18,7 +18,10 @@ pytest.importorskip("transformers")
 
 import hf  # noqa: E402
 import torch  # noqa: E402
-from dpo_mlx import models  # noqa: E402
+from dpo_mlx import (
+    model_files,
+    models,  # noqa: E402
+)
 
 INFINITY = float("inf")
 IDS = np.random.default_rng(0).integers(4, 250, size=(1, 150))
@@ -128,5 +131,5 @@ def test_trained_and_fused_run_without_the_clamp(tmp_path):
 def test_a_limit_of_the_model_s_own_is_not_touched(tmp_path):
     """A config.json that sets the limit, and every other architecture, is left as it is."""
     own = granite_folder(tmp_path / "own", time_step_limit=[0.01, 1.0])
-    assert models.config_additions(own) == {}
-    assert models.config_additions(tiny.folder(tmp_path / "llama", "llama")) == {}
+    assert model_files.config_additions(own) == {}
+    assert model_files.config_additions(tiny.folder(tmp_path / "llama", "llama")) == {}

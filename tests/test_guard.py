@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import jsonl
+from dpo_mlx import digest, jsonl
 from dpo_mlx.config import Config, GuardConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Guard, Kept
@@ -40,7 +40,7 @@ REPEATS, RUNS_ON, UNLEARNED = (
         ({"self_ended": 0.24}, 0.0, [RUNS_ON]),
         ({}, -0.5, []),
         ({}, -0.51, [UNLEARNED]),
-        # what is no number is beyond every limit
+        # what is not a number is beyond every limit
         ({"distinct2": math.nan}, 0.0, [REPEATS]),
         ({"self_ended": math.nan}, 0.0, [RUNS_ON]),
         ({}, math.nan, [UNLEARNED]),
@@ -138,8 +138,10 @@ DEGENERATES = [wrote(voice=0.75), wrote(voice=1.0, distinct2=0.5), wrote(voice=0
 
 def outcome_of(config: Config) -> dict[str, Any]:
     """What outcome.json says, but for the digest of the adapters, which is theirs."""
-    outcome = json.loads((config.run / "outcome.json").read_text())
-    assert outcome.pop("adapters") == jsonl.digest(config.run / "adapters/adapters.safetensors")
+    outcome = json.loads((config.run.path / "outcome.json").read_text())
+    assert outcome.pop("adapters") == digest.of_file(
+        config.run.path / "adapters/adapters.safetensors"
+    )
     return outcome
 
 
@@ -158,14 +160,14 @@ def test_a_run_that_degenerates_is_stopped(job, capfd):
     assert printed[0] == f"10: stopped after update 4: {reason}"
     assert "finding" in printed[1] and "update 2" in printed[2]
 
-    kept = saved(config.run / "adapters")
-    assert differences(kept, saved(config.run / "checkpoints/dpo-000002")) == 0
-    assert differences(kept, saved(config.run / "checkpoints/dpo-000004")) > 0
-    rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    kept = saved(config.run.path / "adapters")
+    assert differences(kept, saved(config.run.path / "checkpoints/dpo-000002")) == 0
+    assert differences(kept, saved(config.run.path / "checkpoints/dpo-000004")) > 0
+    rows = jsonl.read_whole_lines(config.run.path / "metrics.jsonl")
     assert [row["iteration"] for row in rows if "eval_loss" in row] == [0, 2, 4]
     assert max(row["iteration"] for row in rows) == 4
 
-    changed = config.run / "adapters/adapters.safetensors"
+    changed = config.run.path / "adapters/adapters.safetensors"
     before = changed.stat().st_mtime_ns
     assert exit_code(path) == 3
     again = capfd.readouterr().out.splitlines()
@@ -190,10 +192,10 @@ def test_chosen_answers_that_fall_stop_a_run(job):
     opposite = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
     jsonl.write(Path(config.data.valid_pairs), opposite)
     assert train_dpo(config, ALL) is False
-    outcome = json.loads((config.run / "outcome.json").read_text())
+    outcome = json.loads((config.run.path / "outcome.json").read_text())
     assert outcome["stopped"][0].startswith("guard.max_chosen_drop: ")
     assert (outcome["updates"], outcome["kept_update"]) == (2, 0)
-    zeros = [v for n, v in saved(config.run / "adapters").items() if n.endswith("lora_b")]
+    zeros = [v for n, v in saved(config.run.path / "adapters").items() if n.endswith("lora_b")]
     assert zeros and max(float(mx.abs(v).max()) for v in zeros) == 0
 
 
@@ -219,8 +221,8 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
     assert outcome == {"updates": 7, "kept_update": 4, "voice": 0.75}
     assert reason.startswith(f"{config.data.train_pairs}: 3 updates in a row")
     assert f"lines [{calls[6]}]" in reason and len(calls) == 7
-    kept = saved(config.run / "adapters")
-    assert differences(kept, saved(config.run / "checkpoints/dpo-000004")) == 0
+    kept = saved(config.run.path / "adapters")
+    assert differences(kept, saved(config.run.path / "checkpoints/dpo-000004")) == 0
     assert all(bool(mx.isfinite(value).all()) for value in kept.values())
     assert exit_code(path) == 3
     assert reason in capfd.readouterr().out.splitlines()[-3]

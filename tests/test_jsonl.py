@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from dpo_mlx import jsonl
+from dpo_mlx import digest, jsonl
 from dpo_mlx.errors import UserError
 from dpo_mlx.ownership import MANIFEST
 
@@ -70,7 +70,7 @@ def test_blank_lines_are_skipped_but_counted(file):
     ids=lambda value: str(value)[:20],
 )
 def test_faulty_line_is_named(line, message, file):
-    """Every line that is no JSON object stops the reading at path:line."""
+    """Every line that is not a JSON object stops the reading at path:line."""
     file.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 3}\n')
     assert fault(file).startswith(f"{file}{message}")
 
@@ -157,7 +157,9 @@ def test_broken_line_amid_appended_ones_is_named(file):
 def test_digest_is_sha256_of_the_content(file):
     """The value of `printf abc | sha256sum`."""
     file.write_bytes(b"abc")
-    assert jsonl.digest(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        digest.of_file(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_json_value(file, tmp_path):

@@ -49,7 +49,7 @@ class Finished:
     base: Path
 
     def at(self, name: str) -> Path:
-        return self.config.run / name
+        return self.config.run.path / name
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "no merges": (
         lambda f: change(f / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0}}),
-        "is no BPE with merges",
+        "is not a BPE with merges",
     ),
 }
 
@@ -403,4 +403,4 @@ def test_an_unknown_architecture_is_refused(finished, tmp_path):
         export.require_layout(jsonl.read_json(other / "config.json"))
     config = replace(finished.config, model=str(other))
     with pytest.raises(UserError, match="seed_oss"):
-        export.export(replace(config, run_dir=str(finished.config.run)))
+        export.export(replace(config, run_dir=str(finished.config.run.path)))

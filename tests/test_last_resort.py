@@ -18,6 +18,7 @@ from conftest import REPOSITORY
 from dpo_mlx import cli, last_resort, terminal
 from dpo_mlx import config as configs
 from dpo_mlx.errors import LostProcess, UserError, doing
+from dpo_mlx.text import CONTROL
 from runs import exit_code
 
 SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
@@ -134,7 +135,7 @@ def test_a_fault_is_one_line_and_an_exit_code(name, config, monkeypatch, capfd):
     assert code == expected and out == ""
     assert len(lines) <= last_resort.MOST_LINES + 1 and "Traceback" not in err
     assert max(map(len, lines)) <= last_resort.MOST_CHARACTERS
-    assert not terminal.CONTROL.search(err)
+    assert not CONTROL.search(err)
     assert all(word in lines[-1] for word in words), lines[-1]
     assert len(lines) == 1 or name == "many lines"
     has_log = (config.parent / "run/error.log").exists()

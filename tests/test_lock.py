@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from dpo_mlx import lock, signals
 from dpo_mlx.errors import UserError
-from dpo_mlx.lock import FILES, FOLDERS, LOCK
+from dpo_mlx.run_folder import LOCK, RunFolder
+
+RUN = RunFolder(Path("."))
+FILES, FOLDERS = ([path.name for path in some] for some in (RUN.files, RUN.whole_folders))
 
 # Holds a folder until it is killed.
 HOLDER = """
@@ -19,7 +22,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dpo_mlx import lock
-with lock.run_folder(Path(sys.argv[2])):
+from dpo_mlx.run_folder import RunFolder
+with lock.hold_run(RunFolder(Path(sys.argv[2]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -37,22 +41,22 @@ def test_the_second_is_told_who_holds_it(tmp_path):
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         told = f"in use by process {holder.pid} on .*run_dir"
-        with pytest.raises(UserError, match=told), lock.run_folder(run):
+        with pytest.raises(UserError, match=told), lock.hold_run(RunFolder(run)):
             pass
         holder.kill()
-    with lock.run_folder(run):
+    with lock.hold_run(RunFolder(run)):
         assert (run / LOCK).read_text().startswith(f"{lock.HEADER}process {os.getpid()} on ")
     assert (run / LOCK).read_text() == lock.HEADER
 
 
-@pytest.mark.parametrize("name", sorted(FILES | FOLDERS))
+@pytest.mark.parametrize("name", sorted(FILES + FOLDERS))
 def test_a_folder_of_someone_else_is_no_run_s(name, tmp_path):
     """Something under a name that a run would replace: refused before anything is touched."""
     theirs = tmp_path / name if name in FILES else tmp_path / name / "thesis.txt"
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("mine")
     told = f"{tmp_path / name}: was not made by this pipeline.*run_dir"
-    with pytest.raises(UserError, match=told), lock.run_folder(tmp_path):
+    with pytest.raises(UserError, match=told), lock.hold_run(RunFolder(tmp_path)):
         pass
     assert set(os.listdir(tmp_path)) == {name, LOCK} and theirs.read_text() == "mine"
 
@@ -73,7 +77,7 @@ def test_another_tool_s_lock_stays(make, tmp_path):
     make(path)
     before = {entry: entry.lstat() for entry in tmp_path.iterdir()}
     with pytest.raises(UserError, match=f"{path}: is not a lock of this pipeline"):
-        lock.run_folder(tmp_path).__enter__()
+        lock.hold_run(RunFolder(tmp_path)).__enter__()
     assert {entry: entry.lstat().st_size for entry in tmp_path.iterdir()} == {
         entry: stat.st_size for entry, stat in before.items()
     }
@@ -82,9 +86,9 @@ def test_another_tool_s_lock_stays(make, tmp_path):
 def test_a_run_s_own_folder_is_taken_again(tmp_path):
     """After its first use, whatever is in it by then; and pairs may have been there before."""
     (tmp_path / "pairs").mkdir()
-    with lock.run_folder(tmp_path):
+    with lock.hold_run(RunFolder(tmp_path)):
         (tmp_path / "fused").mkdir()
-    with lock.run_folder(tmp_path):
+    with lock.hold_run(RunFolder(tmp_path)):
         pass
 
 

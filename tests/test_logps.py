@@ -119,7 +119,7 @@ def test_values_and_slopes_are_log_softmax_s(kind, scale, softcap, monkeypatch):
 @pytest.mark.parametrize("block", [1, 7, 25, 49, 50, 64])
 @pytest.mark.parametrize("kind", ["embedding", "4-bit embedding", "linear with bias"])
 def test_blocks_do_not_change_the_result(kind, block, monkeypatch):
-    """A vocabulary that is no multiple of the block, or smaller than it, gives one block's sums."""
+    """A vocabulary that no block divides, or smaller than a block, gives the sums of one block."""
     head = Head(layer_of(kind), 0.5, 9.0)
     hidden, targets = hidden_and_targets()
     monkeypatch.setattr(logps, "VOCABULARY_BLOCK", VOCABULARY)

@@ -126,7 +126,7 @@ def test_refused_when_it_cannot_fit(
     with pytest.raises(UserError, match="data.max_length.* train.grad_checkpoint") as error:
         train_dpo(config, ALL)
     assert "\n" not in str(error.value)
-    assert not (config.run / "adapters").exists()
+    assert not (config.run.path / "adapters").exists()
 
 
 @pytest.mark.parametrize(("batch", "prompt", "answer"), [(2, 40, 60), (4, 150, 120)])

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import digest, model_folder, models, tokens, weights_file
+from dpo_mlx import digest, model_files, model_folder, models, tokens, weights_file
 from dpo_mlx.errors import UserError
 from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.pairs import Encoder
@@ -192,8 +192,8 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("is a Git LFS pointer", "git lfs pull"),
     ),
     "header too long": (text(WEIGHTS, b"\xff" * 100), ("cut short or no safetensors",)),
-    "header no JSON": (text(WEIGHTS, struct.pack("<Q", 4) + b"nope"), ("header that is no JSON",)),
-    "header a list": (text(WEIGHTS, struct.pack("<Q", 2) + b"[]"), ("no JSON object",)),
+    "header no JSON": (text(WEIGHTS, struct.pack("<Q", 4) + b"nope"), ("header that is not JSON",)),
+    "header a list": (text(WEIGHTS, struct.pack("<Q", 2) + b"[]"), ("not a JSON object",)),
     "header without tensors": (text(WEIGHTS, struct.pack("<Q", 2) + b"{}"), ("no weights",)),
     "entry no object": (header(lambda h: h.update(x=1)), ("size of tensor 'x'",)),
     "shape negative": (header(lambda h: h[EMBEDDING].update(shape=[-1, 2])), (EMBEDDING,)),
@@ -216,10 +216,10 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
             (2**40, "these weights allow at most"),
             (10**400, "is about 10^400"),
             (-1, "too small"),
-            (3e6, "no whole number"),
-            (True, "no whole number"),
-            ("64", "no whole number"),
-            ({}, "no whole number"),
+            (3e6, "not a whole number"),
+            (True, "not a whole number"),
+            ("64", "not a whole number"),
+            ({}, "not a whole number"),
         ]
     },
     "layers": (number(num_hidden_layers=3_000_000), ("num_hidden_layers is 3000000, but",)),
@@ -232,7 +232,7 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "Mamba convolution": (number(mamba_d_conv=2**31), ("mamba_d_conv", "at most")),
     "text_config": (number(text_config={"hidden_size": 2**40}), ("hidden_size", "at most")),
     "epsilon NaN": (number(rms_norm_eps=float("nan")), ("rms_norm_eps is NaN",)),
-    "epsilon text": (number(rms_norm_eps="1e-5"), ("rms_norm_eps", "no number")),
+    "epsilon text": (number(rms_norm_eps="1e-5"), ("rms_norm_eps", "not a number")),
     "multiplier infinite": (number(embedding_multiplier=float("inf")), ("embedding_multiplier",)),
     "multiplier large": (number(embedding_multiplier=1e308), ("embedding_multiplier is 1e+308",)),
     "multiplier long": (number(embedding_multiplier=2**63), ("embedding_multiplier",)),
@@ -417,7 +417,7 @@ def test_links_within_the_folder_and_the_hub_s_are_followed(folder, tmp_path):
     (tmp_path / "hub").symlink_to(tmp_path / "disk")
     reached = tmp_path / "hub/models--a--b/snapshots/rev"
     encoder(reached)
-    assert models.fingerprint(str(reached)) == models.fingerprint(str(folder))
+    assert model_files.fingerprint(str(reached)) == model_files.fingerprint(str(folder))
     (snapshot / "chat_template.jinja").symlink_to(folder / "config.json")
     assert "chat_template.jinja: is a link" in one_line(lambda: model_folder.check(reached))
     (folder / "x.json").write_text("{}")
@@ -432,28 +432,28 @@ def test_links_within_the_folder_and_the_hub_s_are_followed(folder, tmp_path):
 
 def test_the_fingerprint_is_of_the_content(folder, tmp_path):
     """A copy, a touch and a link change nothing; one byte does, and so do a file more or less."""
-    before = models.fingerprint(str(folder))
+    before = model_files.fingerprint(str(folder))
     os.utime(folder / WEIGHTS, (1, 1))
-    assert models.fingerprint(str(folder)) == before
+    assert model_files.fingerprint(str(folder)) == before
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (folder / WEIGHTS).rename(tmp_path / "elsewhere")
     link(WEIGHTS, str(tmp_path / "elsewhere"))(folder)
     (folder / "secrets.json").write_text("not the model's")
-    assert models.fingerprint(str(folder)) == models.fingerprint(str(copy)) == before
+    assert model_files.fingerprint(str(folder)) == model_files.fingerprint(str(copy)) == before
     with (copy / WEIGHTS).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
-    assert models.fingerprint(str(copy)) != before
+    assert model_files.fingerprint(str(copy)) != before
     (folder / "generation_config.json").write_text("{}")
-    assert models.fingerprint(str(folder)) != before
-    assert models.fingerprint(str(tmp_path / "nosuch")) is None
+    assert model_files.fingerprint(str(folder)) != before
+    assert model_files.fingerprint(str(tmp_path / "nosuch")) is None
 
 
 def test_a_large_file_is_told_by_slices(tmp_path, monkeypatch):
     """Both ends, the size, and every stretch as long as the distance of two slices."""
-    monkeypatch.setattr(model_folder, "HASHED_WHOLE", 1000)
+    monkeypatch.setattr(model_files, "HASHED_WHOLE", 1000)
     monkeypatch.setattr(digest, "SLICES", 10)
     monkeypatch.setattr(digest, "SLICE_BYTES", 16)
     path, content = tmp_path / "w", bytearray(5000)
@@ -461,7 +461,7 @@ def test_a_large_file_is_told_by_slices(tmp_path, monkeypatch):
 
     def mark() -> str:
         path.write_bytes(content)
-        return model_folder.mark(path)
+        return digest.of_file(path, model_files.HASHED_WHOLE)
 
     marks.add(mark())
     for place in (0, 4999, *range(0, 5000 - 600, 600)):
@@ -479,7 +479,7 @@ def test_a_pipe_does_not_hold_up_the_fingerprint(name, folder):
     """Stages take it before they load the model."""
     pipe(name)(folder)
     start = time.monotonic()
-    assert f"{name}: is a pipe" in one_line(lambda: models.fingerprint(str(folder)))
+    assert f"{name}: is a pipe" in one_line(lambda: model_files.fingerprint(str(folder)))
     assert time.monotonic() - start < 5
 
 
@@ -528,7 +528,7 @@ ADAPTER_FAULTS: dict[str, tuple[Damage, str]] = {
     "rank as text": (lora(rank="2"), "lora_parameters.rank"),
     "a rank of 10^400": (lora(rank=10**400), "lora_parameters.rank"),
     "no rank": (lora(rank=0), "lora_parameters.rank"),
-    "another rank": (lora(rank=3), "is no adapter of rank 3"),
+    "another rank": (lora(rank=3), "is not an adapter of rank 3"),
     "dropout": (lora(dropout=2), "lora_parameters.dropout"),
     "keys as text": (lora(keys="self_attn"), "lora_parameters.keys"),
     "parameters as a list": (
@@ -546,9 +546,9 @@ ADAPTER_FAULTS: dict[str, tuple[Damage, str]] = {
     ),
     "integers": (
         tensors_of(lambda t: {n: a.astype(mx.int8) for n, a in t.items()}),
-        "is no adapter of rank 2",
+        "is not an adapter of rank 2",
     ),
-    "numbers": (tensors_of(lambda t: {n: mx.array(1.0) for n in t}), "is no adapter of rank 2"),
+    "numbers": (tensors_of(lambda t: {n: mx.array(1.0) for n in t}), "is not an adapter of rank 2"),
 }
 
 

@@ -51,7 +51,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.fixture
 def copy(sound: Finished, tmp_path: Path) -> Config:
     """A copy of the sound run that a test may change."""
-    shutil.copytree(sound.config.run, tmp_path / "run")
+    shutil.copytree(sound.config.run.path, tmp_path / "run")
     return replace(sound.config, run_dir=str(tmp_path / "run"))
 
 
@@ -141,11 +141,11 @@ def stop_training(config: Config, patch: pytest.MonkeyPatch) -> None:
 
 
 def start_off_the_reference(config: Config, patch: pytest.MonkeyPatch) -> None:
-    rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    rows = jsonl.read_whole_lines(config.run.path / "metrics.jsonl")
     for row in rows:
         if "rewards/margins" in row:
             row["rewards/margins"] += 0.01
-    jsonl.write(config.run / "metrics.jsonl", rows)
+    jsonl.write(config.run.path / "metrics.jsonl", rows)
 
 
 def score_otherwise(config: Config, patch: pytest.MonkeyPatch) -> None:
@@ -180,12 +180,12 @@ def lose_the_optimizer(config: Config, patch: pytest.MonkeyPatch) -> None:
 
 
 def fuse_badly(config: Config, patch: pytest.MonkeyPatch) -> None:
-    report = jsonl.read_json(config.run / "fuse.json")
-    jsonl.write_json(config.run / "fuse.json", {**report, "margin_kept": 0.5})
+    report = jsonl.read_json(config.run.path / "fuse.json")
+    jsonl.write_json(config.run.path / "fuse.json", {**report, "margin_kept": 0.5})
 
 
 def forget_mamba_s_state(config: Config, patch: pytest.MonkeyPatch) -> None:
-    """Loses state, as mlx-lm's Metal kernel does with a state that is no multiple of 32."""
+    """Loses state, as mlx-lm's Metal kernel does with a state that is not a multiple of 32."""
     update = granitemoehybrid.ssm_update
 
     def forgetful(x: mx.array, *arguments: Any) -> Any:

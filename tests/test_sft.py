@@ -59,7 +59,7 @@ def warmed(job, llama) -> Any:
 
 
 def of_phase(config: Config, phase: str) -> list[dict[str, Any]]:
-    found = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    found = jsonl.read_whole_lines(config.run.path / "metrics.jsonl")
     return [row for row in found if row["phase"] == phase]
 
 
@@ -138,7 +138,7 @@ def test_dpo_starts_at_what_sft_has_left(warmed):
     assert update["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert update["rewards/margins"] == pytest.approx(0, abs=1e-4)
     base, after = (
-        jsonl.read_whole_lines(config.run / "reference" / of / "valid.jsonl")
+        jsonl.read_whole_lines(config.run.path / "reference" / of / "valid.jsonl")
         for of in ("base", "sft")
     )
     assert all(a["chosen"] > b["chosen"] + 1 for a, b in zip(after, base, strict=True))
@@ -153,7 +153,7 @@ def test_updates_are_numbered_through(warmed):
     """
     config = warmed()
     train_dpo(config, ALL)
-    found = numbering(jsonl.read_whole_lines(config.run / "metrics.jsonl"))
+    found = numbering(jsonl.read_whole_lines(config.run.path / "metrics.jsonl"))
     expected = [("sft", i) for i in range(1, 8)] + [("dpo", i) for i in range(8, 15)]
     assert [(phase, i) for phase, i, evaluation in found if not evaluation] == expected
     expected = [("sft", i) for i in (0, 2, 4, 6, 7)] + [("dpo", i) for i in (7, 9, 11, 13, 14)]
@@ -168,14 +168,14 @@ def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
     config, _ = job(script, sft=WARM, model=str(llama))
     for _ in range(2):
         assert not train_dpo(config, ALL)
-        outcome = json.loads((config.run / "outcome.json").read_text())
+        outcome = json.loads((config.run.path / "outcome.json").read_text())
         assert (outcome["updates"], outcome["kept_update"]) == (4, 2)
         assert outcome["stopped"][0].startswith("guard.min_self_ended_ratio")
         assert of_phase(config, "dpo") == []
-        assert not (config.run / END_OF_SFT).exists()
-        assert not (config.run / "reference/sft").exists()
-        best = saved(config.run / "checkpoints/sft-000002")
-        assert differences(saved(config.run / "adapters"), best) == 0
+        assert not (config.run.path / END_OF_SFT).exists()
+        assert not (config.run.path / "reference/sft").exists()
+        best = saved(config.run.path / "checkpoints/sft-000002")
+        assert differences(saved(config.run.path / "adapters"), best) == 0
 
 
 # Stages and second runs -------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def in_parts(config: Config, *stages: str) -> Path:
     """The run's folder after these stages, moved out of the way of another."""
     for stage in stages:
         assert train_dpo(config, stage)
-    return config.run.rename(config.run.with_name("-".join(stages)))
+    return config.run.path.rename(config.run.path.with_name("-".join(stages)))
 
 
 @pytest.mark.parametrize(("epochs", "watch"), [(0, Norm), (1, Norm), (1, Shy)])
@@ -208,7 +208,7 @@ def test_evaluations_look_at_a_few_valid_pairs(job):
     config = job(Norm, sft=WARM, train={"eval_questions": 1})[0]
     assert train_dpo(config, ALL)
     of_base, after_sft = (
-        jsonl.read_whole_lines(config.run / "reference" / model / "valid.jsonl")
+        jsonl.read_whole_lines(config.run.path / "reference" / model / "valid.jsonl")
         for model in ("base", "sft")
     )
     assert (len(of_base), len(after_sft)) == (2, 1)
@@ -220,11 +220,11 @@ def test_precompute_trains_no_dpo(warmed):
     """It ends with the adapters of SFT and both references; the rest is left to `train`."""
     config = warmed()
     assert train_dpo(config, PRECOMPUTE)
-    assert not (config.run / "adapters").exists() and of_phase(config, "dpo") == []
-    before = contents(config.run / END_OF_SFT)
+    assert not (config.run.path / "adapters").exists() and of_phase(config, "dpo") == []
+    before = contents(config.run.path / END_OF_SFT)
     assert train_dpo(config, TRAIN_ONLY)
-    assert contents(config.run / END_OF_SFT) == before
-    assert (config.run / "adapters").exists()
+    assert contents(config.run.path / END_OF_SFT) == before
+    assert (config.run.path / "adapters").exists()
 
 
 def test_train_needs_the_adapters_of_sft(warmed):
@@ -238,7 +238,7 @@ def test_train_needs_the_adapters_of_sft(warmed):
     changed = "sft-000007: .* trained otherwise .sft.learning_rate: 0.001 -> 0.002.*train.restart"
     with pytest.raises(UserError, match=changed):
         train_dpo(warmed(learning_rate=2e-3), TRAIN_ONLY)
-    shutil.rmtree(config.run / END_OF_SFT)
+    shutil.rmtree(config.run.path / END_OF_SFT)
     with pytest.raises(UserError, match="checkpoints: no adapters of SFT .*--stage precompute"):
         train_dpo(warmed(), TRAIN_ONLY)
 
@@ -247,17 +247,17 @@ def test_other_sft_settings_make_another_sft(warmed):
     """SFT, its reference and DPO are done again; the base model's reference stays as it is."""
     config = warmed()
     train_dpo(config, ALL)
-    base = contents(config.run / "reference/base")
+    base = contents(config.run.path / "reference/base")
     sft, after, adapters = (
-        contents(config.run / name) for name in (END_OF_SFT, "reference/sft", "adapters")
+        contents(config.run.path / name) for name in (END_OF_SFT, "reference/sft", "adapters")
     )
     config = warmed(learning_rate=2e-3)
     assert train_dpo(config, ALL)
-    assert contents(config.run / "reference/base") == base
+    assert contents(config.run.path / "reference/base") == base
     for name, old in ((END_OF_SFT, sft), ("reference/sft", after), ("adapters", adapters)):
-        assert contents(config.run / name) != old, name
+        assert contents(config.run.path / name) != old, name
     assert of_phase(config, "dpo")[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    found = numbering(jsonl.read_whole_lines(config.run / "metrics.jsonl"))
+    found = numbering(jsonl.read_whole_lines(config.run.path / "metrics.jsonl"))
     assert len(found) == len(set(found))
 
 
@@ -267,8 +267,8 @@ def dpo_again(warmed) -> Any:
 
     def look(config: Config) -> tuple[Any, list[dict[str, Any]]]:
         names = END_OF_SFT, "reference/sft", "reference/base"
-        metrics = jsonl.read_whole_lines(config.run / "metrics.jsonl")
-        return [contents(config.run / name) for name in names], metrics
+        metrics = jsonl.read_whole_lines(config.run.path / "metrics.jsonl")
+        return [contents(config.run.path / name) for name in names], metrics
 
     found = []
     for dpo in ({}, {"beta": 0.2}):
@@ -300,7 +300,7 @@ def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
     train_dpo(warmed(), ALL)
     config = warmed(epochs=0)
     assert train_dpo(config, ALL)
-    assert jsonl.read_json(config.run / "outcome.json")["kept_update"] == 7
-    assert not (config.run / END_OF_SFT).exists()
-    kept, own = (saved(config.run / name) for name in ("adapters", "checkpoints/dpo-000007"))
+    assert jsonl.read_json(config.run.path / "outcome.json")["kept_update"] == 7
+    assert not (config.run.path / END_OF_SFT).exists()
+    kept, own = (saved(config.run.path / name) for name in ("adapters", "checkpoints/dpo-000007"))
     assert differences(kept, own) == 0

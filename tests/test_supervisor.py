@@ -471,9 +471,9 @@ def test_what_is_left_to_do_is_told_after_a_stage(staged):
 def test_without_a_plan_nothing_is_told(text, staged):
     """A missing or half-written plan is no error."""
     config = configs.load(staged.config)
-    config.run.mkdir()
+    config.run.path.mkdir()
     if text is not None:
-        (config.run / "plan.json").write_text(text)
+        (config.run.path / "plan.json").write_text(text)
     assert supervisor.minutes_to_go(config, "10_train_dpo.py") is None
 
 

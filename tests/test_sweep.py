@@ -89,7 +89,7 @@ def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_pat
     train_dpo.train_dpo(alone, train_dpo.ALL)
     for name in ("adapters/adapters.safetensors", "outcome.json"):
         shared = Path(runs[-1]["run_dir"]) / name
-        assert shared.read_bytes() == (alone.run / name).read_bytes()
+        assert shared.read_bytes() == (alone.run.path / name).read_bytes()
     # Again it trains nothing, and the times are those of the first call.
     results = (folder / "sweep.json").read_bytes()
     counted.update({"sft": 0, "log-probs": 0})
@@ -187,4 +187,4 @@ def test_names_of_runs_differ_on_a_mac(path):
     tails = ["a", "A", *("b" * 200 + end for end in "cd")]
     grid = "lora.keys=" + ",".join(f"[x{tail}]" for tail in tails)
     runs = sweep.combinations(path, [], [grid])
-    assert len({run.config.run.name.casefold() for run in runs}) == len(tails)
+    assert len({run.config.run.path.name.casefold() for run in runs}) == len(tails)

@@ -279,7 +279,7 @@ def test_changed_arguments_are_other_samples(settings, write_config, granite_4):
     """Answers to two kinds of prompt never mix; the error names the argument."""
     settings["model"] = str(granite_4)
     run = run_06(settings, write_config, "data.limit=20")
-    stamp = jsonl.read_json(make_pairs.PairFiles.of(run).samples_stamp)
+    stamp = jsonl.read_json(run.pairs.samples_stamp)
     assert not [name for name in stamp if name.startswith("chat_template_args")]
     with pytest.raises(UserError, match="chat_template_args.tone: None -> dry"):
         run_06(settings, write_config, "data.limit=20", "chat_template_args.tone=dry")

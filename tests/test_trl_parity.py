@@ -395,12 +395,12 @@ def test_twenty_updates_are_trl_s(kind, schedule, folders, settings, write_confi
 
     ours = Ours(folder, kind, 0.0)
     start = ours.adapters
-    metrics = MetricsFile(config.run / "metrics.jsonl")
+    metrics = MetricsFile(config.run.path / "metrics.jsonl")
     guard, examples = Guard(wrote(), config.guard), ours.examples
     Trainer(
         Worker(ours.model), config, Dpo(config), examples, examples, metrics, wrote, guard
     ).run()
-    updates = [r for r in jsonl.read_whole_lines(config.run / "metrics.jsonl") if "loss" in r]
+    updates = [r for r in jsonl.read_whole_lines(config.run.path / "metrics.jsonl") if "loss" in r]
 
     order = [PAIRS[i] for _, indices in groups(config.train, 4, config.seed) for i in indices]
     trainer = theirs(

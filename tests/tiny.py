@@ -73,7 +73,7 @@ SPECIAL = {
 }
 MODULES = {"llama": llama, "granite": granite, "granitemoehybrid": granitemoehybrid}
 # Changes that make a hybrid Granite one in the proportions of 4.0-h-350m: narrow Mamba heads, three
-# query heads to a key, attention where the depth is no multiple of anything.
+# query heads to a key, attention where the depth is not a multiple of anything.
 NANO: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 96,

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from .errors import UserError
+from .text import shown
 
 # The most bytes of each kind of file. No real one comes near.
 CONFIG, STATE, DATA = 2**20, 2**26, 2**30
@@ -21,16 +22,13 @@ KINDS = {
     stat.S_IFBLK: "a device",
 }
 
-# Characters of a path or a value that a message shows.
-SHOWN = 200
-
 
 def read(path: Path, most: int, remedy: str) -> bytes:
     """The bytes of a regular file. Anything else is refused before it is opened, because opening a
     pipe waits for a writer and opening a device may change it.
 
-    Raises UserError, ending in `remedy`, for what is no regular file, cannot be read, has more than
-    `most` bytes, or changes while it is read.
+    Raises UserError, ending in `remedy`, for a file that is not a regular file, cannot be read, has
+    more than `most` bytes, or changes while it is read.
     """
     name = shown(path)
     try:
@@ -55,20 +53,13 @@ def read(path: Path, most: int, remedy: str) -> bytes:
 
 
 def other_kind(path: Path) -> str | None:
-    """What stands at a path if it is no regular file, as in "is a pipe". None for a file, and where
-    nothing is.
+    """The kind of what is at a path, such as "a pipe". None for a regular file, and where there is
+    nothing.
     """
     try:
         return _other_kind(path.stat())
     except (OSError, ValueError):
         return None
-
-
-def shown(value: object, most: int = SHOWN) -> str:
-    """A value as a message shows it: on one line, control characters escaped, and cut."""
-    text = str(value)
-    start = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
-    return start if len(text) <= most else f"{start}..."
 
 
 def _other_kind(status: os.stat_result) -> str | None:

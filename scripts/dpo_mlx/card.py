@@ -12,9 +12,10 @@ from typing import Any
 
 from . import jsonl, pages
 from .config import Config, Scalar
-from .make_pairs import read_report
+from .model_files import CARD
+from .results import read_pairs_report
 
-CARD, TEMPLATE = "README.md", "card.md.j2"
+TEMPLATE = "card.md.j2"
 
 
 def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
@@ -31,9 +32,9 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         TEMPLATE,
         config=config,
         template_args=_template_args(config.chat_template_args),
-        name=config.run.name,
+        name=config.run.path.name,
         base=Path(config.model).name if os.path.isdir(config.model) else config.model,
-        counts=read_report(config),
+        counts=read_pairs_report(config.pairs),
         training=report["training"],
         fuse=report["fuse"],
         voice=report.get("voice"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import Scalar
 from .errors import UserError
+from .text import reason
 from .time_limit import computing
 
 # Sample messages to render. No template contains these words.
@@ -33,11 +34,11 @@ Arguments = Mapping[str, Scalar]
 
 
 class NotRendered(UserError):
-    """A template fails on some messages or arguments; `reason` is what it says."""
+    """A template fails on some messages or arguments; `cause` is what it says."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"model: its chat template fails ({reason}); {OTHER}")
-        self.reason = reason
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"model: its chat template fails ({cause}); {OTHER}")
+        self.cause = cause
 
 
 class ChatTemplate:
@@ -101,7 +102,7 @@ class ChatTemplate:
                 )
                 text.encode()  # half a surrogate pair is an error here, and not in the tokenizer
         except Exception as error:  # a template can divide by zero, recurse and whatever else
-            raise NotRendered(_reason(error)) from error
+            raise NotRendered(reason(error)) from error
         added = len(text) - sum(len(message["content"]) for message in messages)
         if added > MARKUP_LIMIT:
             raise NotRendered(f"it adds {added} characters to a message")
@@ -123,7 +124,7 @@ class ChatTemplate:
         try:
             self.rendered(QUESTION)
         except NotRendered as error:
-            raise UserError(self._fault(error.reason)) from error
+            raise UserError(self._fault(error.cause)) from error
 
     def _require_messages(self) -> None:
         """Raises UserError when the template leaves out a question or an answer, or a part."""
@@ -143,15 +144,15 @@ class ChatTemplate:
                 f"run could not be repeated; {OTHER}"
             )
 
-    def _fault(self, reason: str) -> str:
+    def _fault(self, cause: str) -> str:
         if self._system and self._renders([], self._arguments):
-            return f'system_prompt: the model\'s chat template refuses it ({reason}); set it to ""'
+            return f'system_prompt: the model\'s chat template refuses it ({cause}); set it to ""'
         if self._arguments and self._renders(self._system, {}):
             return (
-                f"chat_template_args: the model's chat template fails with them ({reason}); "
+                f"chat_template_args: the model's chat template fails with them ({cause}); "
                 "correct or remove them"
             )
-        return str(NotRendered(reason))
+        return str(NotRendered(cause))
 
     def _refuse_open_thinking(self) -> None:
         """Raises UserError when a prompt ends inside a thinking block: the answers would be trained
@@ -211,10 +212,6 @@ def _require_template(tokenizer: Any) -> None:
             f"model: none of its chat templates ({', '.join(named)[:100] or 'an empty list'}) is "
             "named default; name one so in the model's tokenizer_config.json, or use another model"
         )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _message(role: str, content: str) -> Message:

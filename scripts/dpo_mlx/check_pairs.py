@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .bounded import shown
 from .config import Config
 from .errors import UserError
 from .pairs import Pair
 from .questions import words
+from .text import shown
 
 # From this share of the pairs on, a fault is the file's and not a few rows'.
 MANY = 0.5

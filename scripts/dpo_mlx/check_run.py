@@ -25,11 +25,12 @@ from . import config as configs
 from .config import Config
 from .errors import UserError
 from .make_pairs import generation_settings, usable_rows
+from .model_files import folder_of, is_hub_name
 from .models import LoadedModel
 from .pairs import Encoder, Sequence
 from .phase import Dpo, Sft, count_updates
 from .sampling import EVALUATED_AT_ONCE, Batch, sample_batch
-from .supervisor import PLAN, has_cpu_for_two
+from .supervisor import has_cpu_for_two
 from .train_dpo import MOST_CHECKPOINTS
 from .trainer import apart
 from .worker import Worker
@@ -106,15 +107,15 @@ def check_run(config: Config) -> None:
     print(f"check: timing {config.model} on this machine", flush=True)
     minutes = minutes_of(sampled, workload, _probe(sampled, loaded, workload.rows))
     _print_minutes(minutes, workload, sampled)
-    jsonl.write_json(config.run / PLAN, {"config": configs.digest(config), "minutes": minutes})
+    jsonl.write_json(config.run.plan, {"config": configs.digest(config), "minutes": minutes})
 
 
 def _print_download(name: str) -> None:
     """Print the size of the download. Raises UserError when the disk has no room for it."""
     try:
-        print(f"check: download: none, the model is in {models.folder_of(name)}", flush=True)
+        print(f"check: download: none, the model is in {folder_of(name)}", flush=True)
     except (OSError, ValueError):
-        if not models.is_hub_name(name):
+        if not is_hub_name(name):
             return  # loading the model reports what is wrong
         size, reason = download_size(name)
         print(f"check: download: {name}, {f'{size / 1e9:.2f} GB' if size else reason}", flush=True)
@@ -167,12 +168,13 @@ def _check_disk(config: Config, model: nn.Module) -> None:
     fused = _fused_bytes(config, model)
     checkpoints = MOST_CHECKPOINTS * checkpoint.size(model)
     total = fused + checkpoints + durable.SMALL_FILES
-    free = shutil.disk_usage(config.run).free
+    free = shutil.disk_usage(config.run.path).free
     print(
-        f"check: disk: up to {total / 1e9:.2f} GB in {config.run} (fused model {fused / 1e9:.2f}, "
-        f"checkpoints {checkpoints / 1e9:.2f}), {free / 1e9:.0f} GB free"
+        f"check: disk: up to {total / 1e9:.2f} GB in {config.run.path} "
+        f"(fused model {fused / 1e9:.2f}, checkpoints {checkpoints / 1e9:.2f}), "
+        f"{free / 1e9:.0f} GB free"
     )
-    durable.require_space(config.run, total, "run_dir")
+    durable.require_space(config.run.path, total, "run_dir")
 
 
 def _fused_bytes(config: Config, model: nn.Module) -> int:

@@ -20,10 +20,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import jsonl, models, ownership, records, stamp
+from . import jsonl, models, ownership, records
 from .config import LoraConfig
 from .errors import UserError, doing
+from .fingerprint import Fingerprint
 from .guard import Kept
+from .model_files import ADAPTERS
 from .phase import PHASES, SFT
 from .typed import Count
 from .writing import GREEDY, NAMES, Measures
@@ -87,8 +89,8 @@ class SaveClock:
 class Origin:
     """What determines the adapters of a checkpoint, and what determines which of them are kept."""
 
-    adapters: stamp.Inputs = field(default_factory=dict)
-    judgement: stamp.Inputs = field(default_factory=dict)
+    adapters: Fingerprint = field(default_factory=dict)
+    judgement: Fingerprint = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 def require_unchanged(path: Path) -> None:
     """Raises UserError when the tensors of a checkpoint are not those that were saved."""
-    for name in (models.ADAPTERS, OPTIMIZER):
+    for name in (ADAPTERS, OPTIMIZER):
         ownership.require(path / name, _remedy(path))
 
 

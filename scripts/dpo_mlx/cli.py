@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from . import awake, last_resort, lock, signals, terminal
+from . import awake, last_resort, lock, signals
 
 try:
     from . import config as configs
@@ -21,6 +21,7 @@ except ImportError as error:  # no PyYAML: not the Python that the packages are 
     sys.exit(f"error: {last_resort.explain(error)[1]}")
 from .errors import UserError, doing
 from .supervisor import RANK_0
+from .text import cut
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
 
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments without repeating all of a long one."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(terminal.cut(message, last_resort.MOST_OF_TEXT))
+        super().error(cut(message, last_resort.MOST_OF_TEXT))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -92,7 +93,7 @@ def _tell_runner(number: int) -> None:
 def _run(stage: Stage, options: argparse.Namespace) -> int | None:
     with doing("loading", options.config):
         config = configs.load(options.config, options.overrides)
-    with signals.caught(), lock.run_folder(config.run), last_resort.logged(config.run):
+    with signals.caught(), lock.hold_run(config.run), last_resort.logged(config.run):
         return stage(config, options)
 
 

@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
-from . import bounded, paths, strict_yaml
-from .bounded import shown
+from . import bounded, path_conflicts, strict_yaml
 from .errors import UserError
+from .path_conflicts import RunPaths
+from .run_folder import PairFiles, RunFolder
+from .text import shown
 
 # losses.py and rounding.py implement these names. They are listed here so that reading a config
 # does not import MLX.
@@ -226,17 +228,34 @@ class Config:
     smoke: SmokeConfig = field(default_factory=SmokeConfig)
 
     @property
-    def run(self) -> Path:
-        """The run's folder."""
-        return Path(self.run_dir)
+    def run(self) -> RunFolder:
+        return RunFolder(Path(self.run_dir))
 
     @property
-    def prompt_inputs(self) -> dict[str, Scalar]:
-        """The settings that decide how a question is rendered, by dotted key. Every fingerprint
-        includes them.
-        """
-        arguments = {f"chat_template_args.{n}": v for n, v in self.chat_template_args.items()}
-        return {"system_prompt": self.system_prompt, **arguments}
+    def pairs(self) -> PairFiles:
+        return PairFiles(Path(self.data.train_pairs), Path(self.data.valid_pairs))
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key, as `--set` writes it."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            below = value.items() if isinstance(value, dict) else None
+            flat |= {name: value} if below is None else {f"{name}.{k}": v for k, v in below}
+        return flat
+
+    def paths(self, file: Path) -> RunPaths:
+        """Every path of this config, whose own file is `file`."""
+        data = self.data
+        return RunPaths(
+            file,
+            self.model,
+            self.demo_model,
+            self.run_dir,
+            data.source,
+            data.train_pairs,
+            data.valid_pairs,
+        )
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -253,7 +272,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         _override(values, override, faults)
     config = _of_values(values, faults)
     if config is not None:
-        faults += paths.conflicts(config, path)
+        faults += path_conflicts.conflicts(config.paths(path))
     return _without_faults(config, faults, shown(path))
 
 
@@ -304,7 +323,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = strict_yaml.load(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown(path)}: is no UTF-8 text; save it as UTF-8") from error
+        raise UserError(f"{shown(path)}: is not UTF-8 text; save it as UTF-8") from error
     except ValueError as error:
         raise UserError(f"{shown(path)}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
@@ -326,7 +345,7 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
             node[section] = {}
         child = node[section]
         if not isinstance(child, dict):
-            faults.append(f"--set {shown(override)}: {shown(section)} is no section")
+            faults.append(f"--set {shown(override)}: {shown(section)} is not a section")
             return
         node = child
     try:

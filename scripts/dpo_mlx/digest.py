@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 # Of a file that is too large to be read whole: slices spread evenly over it, the first and the last
@@ -10,7 +11,7 @@ from pathlib import Path
 SLICES, SLICE_BYTES = 1024, 4096
 
 
-def of_file(path: Path, whole: int) -> str:
+def of_file(path: Path, whole: float = math.inf) -> str:
     """SHA-256 of a file of up to `whole` bytes; of a larger one, of its size and of slices.
 
     Hashing gigabytes takes many seconds. In a file of 5 GB the slices lie 5 MB apart: a changed

@@ -10,10 +10,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import make_shards
 
-from . import fusing, jsonl, models, ownership, stamp
-from .card import CARD
+from . import fingerprint, fusing, jsonl, models, ownership
 from .config import Config
 from .errors import UserError
+from .fingerprint import EXPORT
+from .model_files import CARD, require_folder
 
 # Architectures whose weights have the same names and axes in mlx-lm and in transformers.
 SAME_LAYOUT = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -30,16 +31,16 @@ def export(config: Config) -> Path:
     Raises UserError without a fused model, for a quantised one, and for an architecture whose
     layout is not known.
     """
-    fused, folder = config.run / "fused", config.run / "hf"
+    fused, folder = config.run.fused, config.run.hugging_face
     if not (fused / "config.json").is_file():
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
-    stamp_path, inputs = stamp.path(config.run, "13_export_hf"), _inputs(config, fused)
-    if stamp.is_current(stamp_path, inputs, [folder]):
+    stamp, current = config.run.stamp(EXPORT), fingerprint.of(EXPORT, config)
+    if fingerprint.is_current(stamp, current, [folder]):
         print(f"13: {folder} is up to date, skipped")
         return folder
-    write(fused, models.require_folder(config.model), folder)
+    write(fused, require_folder(config.model), folder)
     jsonl.write_text(folder / CARD, (fused / CARD).read_text(encoding="utf-8"))
-    stamp.write(stamp_path, inputs)
+    fingerprint.write(stamp, current)
     print(f"13: {folder} is the fused model in Hugging Face's layout")
     return folder
 
@@ -112,11 +113,3 @@ def _save_weights(weights: dict[str, Any], folder: Path) -> None:
     jsonl.write_json(
         folder / models.INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
     )
-
-
-def _inputs(config: Config, fused: Path) -> stamp.Inputs:
-    return {
-        "fused": models.fingerprint(str(fused)),
-        "model files": models.fingerprint(config.model),
-        "card": jsonl.digest(fused / CARD),
-    }

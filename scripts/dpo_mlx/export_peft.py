@@ -10,9 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import jsonl, models, outcome, ownership
+from . import jsonl, models, ownership, results
 from .config import Config
 from .export import FOR_TORCH, GRANITE_HYBRID, require_layout
+from .model_files import ADAPTER_CONFIG, ADAPTERS, require_folder
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 # Linear layers of Granite as (where transformers has them, their place among the layers merged
@@ -31,8 +32,8 @@ def export_peft(config: Config) -> Path:
 
     Raises UserError without adapters, and for an architecture whose layout is not known.
     """
-    adapters, folder = outcome.require_adapters(config.run), config.run / "peft"
-    write(adapters, models.require_folder(config.model), config.model, folder)
+    adapters, folder = results.require_adapters(config.run), config.run.peft
+    write(adapters, require_folder(config.model), config.model, folder)
     print(f"13: {folder} is a PEFT adapter of {config.model}")
     return folder
 
@@ -42,8 +43,8 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
     about = jsonl.read_json(base / "config.json")
     require_layout(about)
     models.check_adapters(adapters)
-    parameters = jsonl.read_json(adapters / models.ADAPTER_CONFIG)["lora_parameters"]
-    modules = _modules(adapters / models.ADAPTERS)
+    parameters = jsonl.read_json(adapters / ADAPTER_CONFIG)["lora_parameters"]
+    modules = _modules(adapters / ADAPTERS)
     if about["model_type"] == GRANITE_HYBRID:
         modules = merge(modules)
     with ownership.new_folder(folder) as temporary:
@@ -52,9 +53,7 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
             weights[f"base_model.model.{name}.lora_A.weight"] = mx.contiguous(a)
             weights[f"base_model.model.{name}.lora_B.weight"] = mx.contiguous(b)
         models.save_tensors(temporary / PEFT_WEIGHTS, weights, FOR_TORCH)
-        jsonl.write_json(
-            temporary / models.ADAPTER_CONFIG, _settings(modules, parameters, base_name)
-        )
+        jsonl.write_json(temporary / ADAPTER_CONFIG, _settings(modules, parameters, base_name))
 
 
 def _modules(path: Path) -> Pairs:

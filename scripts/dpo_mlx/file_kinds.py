@@ -53,7 +53,7 @@ def by_first_bytes(content: bytes) -> str | None:
 
 
 def by_first_line(line: bytes) -> str | None:
-    """The same for a file whose first line that is not blank is no JSON object."""
+    """The same for a file whose first line that is not blank is not a JSON object."""
     text = line.strip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"["):
         return f"is a JSON list, not JSON lines; convert it: {TO_LINES}"

@@ -12,22 +12,21 @@ from . import (
     card,
     device,
     durable,
-    fuse_report,
+    fingerprint,
     fusing,
     jsonl,
     memory,
     models,
-    outcome,
     ownership,
     pairs,
-    stamp,
+    results,
     worker,
 )
 from .config import NEAREST, ROUNDINGS, STOCHASTIC, Config
 from .errors import UserError
-from .fuse_report import FUSE
-from .job import VALID, pair_file, require_valid
+from .fingerprint import FUSING, TRAINING
 from .losses import Sides
+from .model_files import require_folder
 from .pairs import EncodedPair, Encoder
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
@@ -42,16 +41,16 @@ def fuse_adapters(config: Config) -> None:
     Raises UserError when the adapters are missing or belong to another model, and, with all
     written, when less of their margin is kept than `fuse.min_margin_kept`.
     """
-    fused, report_path = config.run / "fused", config.run / FUSE
-    adapters = outcome.require_adapters(config.run)
-    models.require_folder(config.model)
-    stamp_path, inputs = stamp.path(config.run, "11_fuse_adapters"), _inputs(config)
-    if stamp.is_current(stamp_path, inputs, [fused, report_path]):
+    fused, report_path = config.run.fused, config.run.fuse_report
+    adapters = results.require_adapters(config.run)
+    require_folder(config.model)
+    stamp, current = config.run.stamp(FUSING), fingerprint.of(FUSING, config)
+    if fingerprint.is_current(stamp, current, [fused, report_path]):
         print(f"11: {fused} is up to date, skipped")
-        report: Report = {**fuse_report.read(config.run)}
+        report: Report = {**results.read_fuse_report(config.run)}
     else:
-        trained = stamp.read(stamp.path(config.run, "10_train_dpo"))
-        if trained is not None and trained.get("model files") != inputs["model files"]:
+        trained = fingerprint.read(config.run.stamp(TRAINING))
+        if trained is not None and trained.get("model files") != current["model files"]:
             raise UserError(
                 f"{adapters}: were not trained on {config.model} as it is now; set model to the "
                 "one they were trained on, or run 10_train_dpo.py again"
@@ -59,9 +58,9 @@ def fuse_adapters(config: Config) -> None:
         ownership.require_untouched(fused)
         report = _fuse(config)
         jsonl.write_json(report_path, report)
-        training = asdict(outcome.read(config.run))
+        training = asdict(results.read_outcome(config.run))
         card.write(config, fused, {"fuse": report, "training": training})
-        stamp.write(stamp_path, inputs)
+        fingerprint.write(stamp, current)
     _print(report)
     require_kept(report, config)
 
@@ -109,9 +108,9 @@ def _measure_adapters(config: Config) -> _Measure:
     """
     loaded = _load(config)
     encoder = Encoder.of(loaded.tokenizer, config)
-    read = pairs.read(pair_file(config, VALID))
+    read = pairs.read(config.pairs.valid)
     valid, _ = pairs.encode_all(read, encoder, config.data.max_length)
-    require_valid(config, valid)
+    pairs.require_some(config.pairs.valid, valid)
     checked = valid[: config.fuse.check_pairs]
     dtype = fusing.target_dtype(loaded.model, config.fuse.dtype)
     _require_room(config, loaded, checked, dtype)
@@ -124,7 +123,7 @@ def _require_room(
     config: Config, loaded: models.LoadedModel, checked: list[EncodedPair], dtype: mx.Dtype
 ) -> None:
     size = get_total_parameters(loaded.model) * dtype.size
-    durable.require_space(config.run, size + durable.SMALL_FILES, "run_dir")
+    durable.require_space(config.run.path, size + durable.SMALL_FILES, "run_dir")
     longest = max(pairs.sequences(checked), key=lambda sequence: len(sequence.ids))
     need = memory.require(memory.stage_11(loaded.model, config, longest), config.model)
     print(f"11: peak memory {need}; {device.available() / 1e9:.2f} GB available")
@@ -133,7 +132,7 @@ def _require_room(
 def _load(config: Config) -> models.LoadedModel:
     """The base model with the adapters."""
     return models.load(
-        config.model, config.run / "adapters", lazy=True, scan_chunk=config.train.scan_chunk
+        config.model, config.run.adapters, lazy=True, scan_chunk=config.train.scan_chunk
     )
 
 
@@ -154,7 +153,7 @@ def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     about = models.config_for(jsonl.read_json(loaded.folder / "config.json"), dtype)
     if bits := config.fuse.quantize:
         about = fusing.quantize(loaded.model, about, bits)
-    with ownership.new_folder(config.run / "fused") as temporary:
+    with ownership.new_folder(config.run.fused) as temporary:
         models.save(loaded.model, loaded.folder, temporary, about)
 
 
@@ -174,7 +173,7 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
 
 def _measure_written(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
     """How much of the margin the saved folder keeps."""
-    fused = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
+    fused = models.load(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
     return measure.of(fused, fused_base)
 
 
@@ -213,20 +212,6 @@ def log_probs(loaded: models.LoadedModel, encoded: list[EncodedPair]) -> Sides:
     return Sides(mx.array(chosen), mx.array(rejected))
 
 
-def _inputs(config: Config) -> stamp.Inputs:
-    settings = asdict(config.fuse)
-    del settings["min_margin_kept"]  # changes the judgement, not the model
-    return {
-        "adapters": jsonl.digest(config.run / "adapters" / models.ADAPTERS),
-        "model files": models.fingerprint(config.model),
-        "valid pairs": jsonl.digest(pair_file(config, VALID)),
-        "seed": config.seed,
-        **config.prompt_inputs,
-        "data.max_length": config.data.max_length,
-        **{f"fuse.{key}": value for key, value in settings.items()},
-    }
-
-
 def _print(report: Report) -> None:
     print(
         f"11: margin on {report['pairs']} valid pairs: {report['margin_adapters']:.3g} nats with "
@@ -261,7 +246,7 @@ def require_kept(report: Report, config: Config) -> None:
     else:
         remedy = "train longer, or raise fuse.check_pairs"
     raise UserError(
-        f"{config.run / 'fused'}: keeps {kept:.1%} of the adapters' margin, but "
+        f"{config.run.fused}: keeps {kept:.1%} of the adapters' margin, but "
         f"fuse.min_margin_kept asks for {least:.0%}; {remedy}, or use the adapters as they "
-        f"are (--adapter-path {config.run / 'adapters'})"
+        f"are (--adapter-path {config.run.adapters})"
     )

@@ -9,25 +9,37 @@ from pathlib import Path
 import mlx.nn as nn
 from tqdm import tqdm
 
-from . import check_pairs, device, jsonl, memory, models, pairs, reference, stamp, team, voice
+from . import (
+    check_pairs,
+    device,
+    digest,
+    fingerprint,
+    memory,
+    model_files,
+    pairs,
+    reference,
+    team,
+    voice,
+)
 from .check_pairs import few
 from .config import Config, GenerationConfig
 from .errors import UserError
+from .fingerprint import REFERENCE, TRAINING, Fingerprint
+from .model_files import ADAPTERS
 from .pairs import EncodedPair, Encoder, Pair
 from .phase import pairs_per_update
 from .reference import Reference
+from .run_folder import AFTER_SFT, SPLITS, TRAIN, VALID
 from .sampling import limited
 from .voice import VoiceClassifier
 from .worker import Worker
-
-TRAIN, VALID = SPLITS = ("train", "valid")
-BASE, AFTER_SFT = "base", "sft"  # the models a reference is taken of
 
 
 @dataclass(frozen=True)
 class Job:
     """All that stage 10 works on: the model with fresh adapters and who computes with it, the pairs
-    of both splits as text and as ids, the classifier of the voice.
+    of both splits as text and as ids, the classifier of the voice, the memory it needs, and the
+    fingerprint of its training.
     """
 
     config: Config
@@ -37,6 +49,7 @@ class Job:
     pairs: dict[str, list[EncodedPair]]
     classifier: VoiceClassifier
     need: memory.Need
+    fingerprint: Fingerprint
 
     @property
     def generation(self) -> GenerationConfig:
@@ -61,15 +74,20 @@ class Job:
         return self.worker.model
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, current: Fingerprint | None = None) -> Job:
     """Read and check the pairs, load the model, and check that training it fits in memory.
+
+    `current` is the fingerprint of training as it was before anything was read.
 
     Raises UserError for pairs, a model or settings that cannot be trained.
     """
-    read = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
+    current = current or fingerprint.of(TRAINING, config)
+    read = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
     for note in check_pairs.check(read[TRAIN], read[VALID], config):
         print(f"10: note: {note}")
     loaded, worker = team.load(config, train=True)
+    if current["model files"] is None:  # the model was downloaded only now
+        current = {**current, "model files": model_files.fingerprint(config.model)}
     encoder = Encoder.of(loaded.tokenizer, config)
     for note in encoder.template.notes():
         print(f"10: note: {note}")
@@ -88,17 +106,11 @@ def prepare(config: Config) -> Job:
             f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs are fewer than one update "
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
-    require_valid(config, encoded[VALID])
+    pairs.require_some(config.pairs.valid, encoded[VALID])
     memory_need = _require_memory(config, worker, encoder, read, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = voice.fit(chosen, rejected)
-    return Job(config, worker, encoder, read, encoded, classifier, memory_need)
-
-
-def require_valid(config: Config, encoded: list[EncodedPair]) -> None:
-    """Raises UserError when no valid pair fits in `data.max_length`."""
-    if not encoded:
-        raise UserError(f"{config.data.valid_pairs}: no valid pairs left; raise data.max_length")
+    return Job(config, worker, encoder, read, encoded, classifier, memory_need, current)
 
 
 def _require_memory(
@@ -127,21 +139,22 @@ def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) ->
     return limited(config.generation, lengths)
 
 
-def reference_inputs(
-    config: Config, split: str, encoded: list[EncodedPair], adapters: Path | None = None
-) -> stamp.Inputs:
-    """Everything that determines the reference of a split; `adapters` are those of SFT."""
-    path = pair_file(config, split)
-    return {
-        "pairs": jsonl.digest(path),
-        "model files": models.fingerprint(config.model),
-        **config.prompt_inputs,
-        "data.max_length": config.data.max_length,
+def reference_fingerprint(
+    config: Config,
+    split: str,
+    encoded: list[EncodedPair],
+    digests: Fingerprint,
+    adapters: Path | None = None,
+) -> Fingerprint:
+    """What the reference of a split depends on; `adapters` are SFT's, None for the base model.
+
+    `digests` holds digests of files, as `fingerprint.of` takes them.
+    """
+    return fingerprint.of(REFERENCE[split], config, digests) | {
         "token ids": pairs.digest(encoded),
-        "adapters of SFT": adapters and jsonl.digest(adapters / models.ADAPTERS),
+        "adapters of SFT": adapters and digest.of_file(adapters / ADAPTERS),
         "lora.scale": adapters and config.lora.scale,
-        # A change in any of these changes the rounding.
-        "train.scan_chunk": config.train.scan_chunk,
+        # Another device or version rounds differently.
         "device": device.name(),
         "mlx": version("mlx"),
     }
@@ -155,9 +168,9 @@ def load_reference(
 
     Computed where it is not there, unless `only_read`.
     """
-    folder = job.config.run / "reference" / taken_of
+    folder = job.config.run.reference(taken_of)
     encoded = job.watched if (taken_of, split) == (AFTER_SFT, VALID) else job.preferences[split]
-    inputs = reference_inputs(job.config, split, encoded, adapters)
+    inputs = reference_fingerprint(job.config, split, encoded, job.fingerprint, adapters)
     changes = reference.changes(folder, split, inputs)
     if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
         why = f" (what changed: {'; '.join(changes)})" if changes else ""
@@ -179,7 +192,3 @@ def load_reference(
         )
         bar.update(len(encoded) - bar.n)
     return made
-
-
-def pair_file(config: Config, split: str) -> Path:
-    return Path(config.data.train_pairs if split == TRAIN else config.data.valid_pairs)

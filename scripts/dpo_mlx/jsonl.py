@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -12,14 +11,15 @@ from typing import Any
 
 from . import bounded, file_kinds, ownership
 from .errors import UserError
+from .text import shown
 
 # Bytes of a row, which may be an answer that is too long, with each character escaped.
 LONGEST_LINE = 2**26
 
 
 def read_bytes(path: Path, remedy: str, most: int = bounded.STATE) -> bytes:
-    """The file's bytes. Raises UserError, ending in `remedy`, when it is no readable file, or has
-    more than `most`.
+    """The file's bytes. Raises UserError, ending in `remedy`, when it cannot be read, or has more
+    than `most` bytes.
     """
     return bounded.read(path, most, remedy)
 
@@ -28,26 +28,26 @@ def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line; blank lines, a BOM and CRLF are fine.
 
     Raises UserError for an unreadable or empty file or one of another kind, and with `path:line`
-    for a line that is no UTF-8, no JSON or no object.
+    for a line that is not UTF-8, no JSON or no object.
     """
     content = read_bytes(path, remedy, bounded.DATA)
     if kind := file_kinds.by_first_bytes(content):
-        raise UserError(f"{bounded.shown(path)}: {kind}")
+        raise UserError(f"{shown(path)}: {kind}")
     first = True
     for number, raw in enumerate(io.BytesIO(content), start=1):
         line = raw.removesuffix(b"\n")
         if not line.strip(b"\xef\xbb\xbf \t\r"):
             continue
         try:
-            row = _parse(line, f"{bounded.shown(path)}:{number}")
+            row = _parse(line, f"{shown(path)}:{number}")
         except UserError as error:
             if first and (kind := file_kinds.by_first_line(line)):
-                raise UserError(f"{bounded.shown(path)}: {kind}") from error
+                raise UserError(f"{shown(path)}: {kind}") from error
             raise
         first = False
         yield number, row
     if first:
-        raise UserError(f"{bounded.shown(path)}: is empty; {remedy}")
+        raise UserError(f"{shown(path)}: is empty; {remedy}")
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _without_repetition(items: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(items)
     if len(row) < len(items):
         [(key, _)] = Counter(key for key, _ in items).most_common(1)
-        raise _Repeated(f'"{bounded.shown(key)}"')
+        raise _Repeated(f'"{shown(key)}"')
     return row
 
 
@@ -128,16 +128,10 @@ def write_text(path: Path, text: str) -> None:
     ownership.write(path, text.encode())
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_whole_lines(path: Path, remedy: str = "") -> list[dict[str, Any]]:
     """The rows of a file that `append` wrote; a torn last line is cut off the file first.
 
-    Raises UserError with `path:line`, ending in `remedy`, for a row that is no JSON object.
+    Raises UserError with `path:line`, ending in `remedy`, for a row that is not a JSON object.
     """
     raw = read_bytes(path, remedy, bounded.DATA)
     whole = raw[: raw.rfind(b"\n") + 1]

@@ -17,8 +17,9 @@ from typing import NoReturn
 
 from . import aborts, jsonl, signals, terminal
 from .errors import WHILE, LostProcess, UserError
+from .run_folder import RunFolder
+from .text import cut, reason
 
-LOG = "error.log"
 DETAILS = "the details are in "  # begins the note that `logged` adds
 
 # The most characters of a line, lines of an error, characters of an unexpected exception's text and
@@ -74,7 +75,7 @@ def _code_of(run: Callable[[], int | None]) -> int:
     except UserError as error:
         say_errors(str(error))
         return aborts.LOST if isinstance(error, LostProcess) else 1
-    except BaseException as error:  # a panic in a Rust library is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         code, line = explain(error)
         say_errors(line)
         return code
@@ -90,7 +91,7 @@ def say_errors(text: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(terminal.cut(line, MOST_CHARACTERS), file=sys.stderr, flush=True)
+    print(cut(line, MOST_CHARACTERS), file=sys.stderr, flush=True)
 
 
 def _require_working_directory() -> None:
@@ -105,19 +106,19 @@ def _require_working_directory() -> None:
 def _code_of_exit(stop: SystemExit) -> int:
     if isinstance(stop.code, int | None):
         return stop.code or 0
-    say_errors(_one_line(stop))
+    say_errors(reason(stop, MOST_OF_TEXT))
     return 1
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for an exception that is no UserError."""
+    """The exit code and the line for an exception that is not a UserError."""
     return _of_the_machine(error) or (1, f"{_place(error)}: {_cause(error)}{_details(error)}")
 
 
 def _of_the_machine(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the line for a fault of the GPU or a disk; None for any other."""
     if isinstance(error, RuntimeError) and (code := aborts.of_gpu_error(error)) is not None:
-        return code, f"{_one_line(error)} Cause: {aborts.explain(code)}"
+        return code, f"{reason(error, MOST_OF_TEXT)} Cause: {aborts.explain(code)}"
     if isinstance(error, OSError) and (line := _of_the_disk(error)) is not None:
         return 1, line
     return None
@@ -143,23 +144,15 @@ def _cause(error: BaseException) -> str:
             f"({_our_frame(error)}); make it flatter"
         )
     if isinstance(error, ImportError) and not (error.name or "").startswith(__package__):
+        cause = reason(error, MOST_OF_TEXT)
         return (
-            f"a Python package is missing or damaged ({_one_line(error)}) in {sys.prefix}; start "
+            f"a Python package is missing or damaged ({cause}) in {sys.prefix}; start "
             "./train_dpo_run1.sh, which installs them, or activate its .venv"
         )
     name = type(error).__name__
-    text = _one_line(error)
-    said = f"{name}: {text}" if text else name
+    text = reason(error, MOST_OF_TEXT)
+    said = name if text == name else f"{name}: {text}"
     return f"{said} ({_our_frame(error)}); this is a fault of the pipeline"
-
-
-def _one_line(error: BaseException) -> str:
-    """The exception's text on one line, and not too long."""
-    try:
-        text = str(error)
-    except Exception as fault:  # someone's __str__ is broken
-        text = f"its text cannot be read: {type(fault).__name__}"
-    return terminal.visible(terminal.cut(" ".join(text.split()), MOST_OF_TEXT))
 
 
 def _our_frame(error: BaseException) -> str:
@@ -195,8 +188,8 @@ def _notes(error: BaseException) -> list[str]:
 
 
 @contextmanager
-def logged(folder: Path) -> Iterator[None]:
-    """Within, an exception that may be a fault of ours leaves its traceback in the folder's
+def logged(run: RunFolder) -> Iterator[None]:
+    """Within, an exception that may be a fault of ours leaves its traceback in the run's
     error.log, unless that file is somebody else's or cannot be written.
     """
     try:
@@ -204,7 +197,7 @@ def logged(folder: Path) -> Iterator[None]:
     except (UserError, signals.Interrupted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        if _of_the_machine(error) is None and (path := _write_log(folder / LOG, error)):
+        if _of_the_machine(error) is None and (path := _write_log(run.error_log, error)):
             error.add_note(f"{DETAILS}{path}")
         raise
 

@@ -195,6 +195,6 @@ def _tokenizer_faults(folder: Path, vocabulary: int) -> Iterator[str]:
     model = tokenizer["model"]
     ids = [*model.get("vocab", {}).values(), *(token["id"] for token in tokenizer["added_tokens"])]
     if model.get("type") != "BPE" or not model.get("merges"):
-        yield "tokenizer.json: is no BPE with merges"
+        yield "tokenizer.json: is not a BPE with merges"
     elif max(ids) >= vocabulary:
         yield f"tokenizer.json: has id {max(ids)}, config.json only vocab_size {vocabulary}"

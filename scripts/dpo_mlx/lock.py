@@ -17,59 +17,42 @@ from typing import TextIO
 from . import ownership
 from .errors import UserError
 from .ownership import MANIFEST
+from .run_folder import RunFolder
 
-LOCK = ".dpo-mlx.lock"
 HEADER = "lock of dpo-mlx\n"  # how every lock file begins; then comes who holds it
-
-# What the stages write into a run's folder: files, folders that are replaced as a whole, and
-# folders that hold such files and folders.
-FILES = {
-    "config.yaml",
-    "fuse.json",
-    "metrics.jsonl",
-    "outcome.json",
-    "plan.json",
-    "report.html",
-    "report.json",
-}
-FOLDERS = {"adapters", "fused", "hf", "peft"}
-STAMPS = "stamps"
-SHARED = {"checkpoints", "reference", STAMPS}
-OWN = FILES | FOLDERS | SHARED
 
 
 @contextmanager
-def run_folder(run: Path) -> Iterator[None]:
+def hold_run(run: RunFolder) -> Iterator[None]:
     """Hold a run's folder, which is made when it is missing.
 
     Raises UserError when another process holds it, and when something that is not ours, or that
     was changed since, stands under a name that a run writes.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with held(run / LOCK, "run_dir"):
+    run.path.mkdir(parents=True, exist_ok=True)
+    with hold(run.lock, "run_dir"):
         _require_ours(run)
         yield
 
 
-def _require_ours(run: Path) -> None:
-    files = [run / name for name in sorted(FILES)]
-    names = [path.name for path in files if os.path.lexists(path)]
-    if len(names) > 1 and not ownership.read_manifest(run):
+def _require_ours(run: RunFolder) -> None:
+    names = sorted(path.name for path in run.files if os.path.lexists(path))
+    if len(names) > 1 and not ownership.read_manifest(run.path):
         raise UserError(
-            f"{run}: no {MANIFEST} names {names[0]} and {len(names) - 1} more files there: an "
+            f"{run.path}: no {MANIFEST} names {names[0]} and {len(names) - 1} more files there: an "
             "earlier version made them, or they were copied without it, or they are not the "
             "pipeline's; set run_dir to a new folder"
         )
-    for path in (*files, *sorted((run / STAMPS).glob("*.json"))):
+    for path in (*sorted(run.files), *sorted(run.stamps.glob("*.json"))):
         ownership.require(path)
-    for name in sorted(FOLDERS):
-        ownership.require_our_folder(run / name)
-    for name in sorted(SHARED):
-        ownership.require_directory(run / name)
+    for path in run.whole_folders:
+        ownership.require_our_folder(path)
+    for path in run.shared_folders:
+        ownership.require_directory(path)
 
 
 @contextmanager
-def held(path: Path, key: str) -> Iterator[None]:
+def hold(path: Path, key: str) -> Iterator[None]:
     """Hold a lock file, which dies with the process however that ends.
 
     Raises UserError when another process holds it, whom the message names, and when the file is

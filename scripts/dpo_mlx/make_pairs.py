@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -15,55 +15,30 @@ from tqdm import tqdm
 from . import (
     device,
     durable,
+    fingerprint,
     jsonl,
     lock,
     memory,
-    models,
+    model_files,
     ownership,
     questions,
     records,
-    stamp,
     team,
 )
 from .config import Config, GenerationConfig
 from .errors import UserError
-from .lock import LOCK
+from .fingerprint import PAIRS, SAMPLES, Fingerprint
 from .ownership import Status
 from .pairs import COUNTED, Encoder, Pair, most_characters
 from .questions import Question
+from .results import PERCENTILES, PairsReport, read_pairs_report
+from .run_folder import SPLITS, PairFiles
 from .sampling import Answer, batches, limited
 from .typed import Count
 from .worker import Worker
 
 # Characters of a system message to print before cutting it.
 SHOWN = 200
-
-# What is written down of the lengths of each side.
-PERCENTILES = (5, 25, 50, 75, 95, 100)
-TOKENS: tuple[Literal["percentiles", "chosen", "rejected"], ...] = (
-    "percentiles",
-    "chosen",
-    "rejected",
-)
-
-
-class Tokens(TypedDict):
-    """Lengths of the answers in tokens, at these percentiles."""
-
-    percentiles: list[Count]
-    chosen: list[Count]
-    rejected: list[Count]
-
-
-class PairsReport(TypedDict):
-    """What the report on the pairs holds: how many, what was dropped and why, lengths, inputs."""
-
-    train: Count
-    valid: Count
-    dropped: dict[str, Count]
-    rejected_finish: dict[str, Count]
-    tokens: Tokens
-    inputs: stamp.Inputs
 
 
 class SampledBatch(TypedDict):
@@ -74,77 +49,39 @@ class SampledBatch(TypedDict):
     answers: list[Answer]
 
 
-@dataclass(frozen=True)
-class PairFiles:
-    """The files of stage 06; all lie beside `data.train_pairs`, but for the valid pairs."""
-
-    train: Path
-    valid: Path
-
-    @classmethod
-    def of(cls, config: Config) -> PairFiles:
-        return cls(Path(config.data.train_pairs), Path(config.data.valid_pairs))
-
-    @property
-    def splits(self) -> dict[str, Path]:
-        return {"train": self.train, "valid": self.valid}
-
-    @property
-    def report(self) -> Path:
-        return self.train.with_suffix(".report.json")
-
-    @property
-    def samples(self) -> Path:
-        """Every batch of sampled answers, as soon as it is finished."""
-        return self.train.with_suffix(".samples.jsonl")
-
-    @property
-    def samples_stamp(self) -> Path:
-        return self.train.with_suffix(".samples.inputs.json")
-
-    @property
-    def lock(self) -> Path:
-        """Held while these files are written: several runs may share them."""
-        return self.samples.with_name(f".{self.samples.name}{LOCK}")
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        return *self.splits.values(), self.report, self.samples, self.samples_stamp
-
-
 def make_pairs(config: Config) -> None:
     """Write the train and valid pairs and their report, sampling what is not there yet.
 
     Raises UserError for a source or a model that cannot be used, when nothing is left to train
     or to validate on, and rather than overwrite what other settings, or the user, made.
     """
-    files = PairFiles.of(config)
-    source = Path(config.data.source)
-    rows = questions.read(source)
-    inputs = _inputs(config, source)
+    files = config.pairs
+    rows = questions.read(Path(config.data.source))
+    current = fingerprint.of(PAIRS, config)
     restart = config.generation.restart
-    if not restart and inputs["model files"] and _is_current(config, files, inputs):
+    if not restart and current["model files"] and _is_current(files, current):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
         return
     _refuse_foreign(files, restart)
     loaded, worker = team.load(config, train=False)
-    inputs = _inputs(config, source)
+    if current["model files"] is None:  # the model was downloaded only now
+        current["model files"] = model_files.fingerprint(config.model)
     dropped: Counter[str] = Counter()
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
     generation = generation_settings(rows, config, encoder)
-    sampling = _sampling_inputs(inputs, generation)
+    sampling = fingerprint.of(SAMPLES, replace(config, generation=generation), current)
     _refuse_other_samples(files, sampling, restart)
     _require_memory(config, worker, encoder, usable, generation)
     _print_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(files.train.parent, durable.SMALL_FILES, "data.train_pairs")
-    with lock.held(files.lock, "data.train_pairs"):
+    with lock.hold(files.lock, "data.train_pairs"):
         known = _open_samples(files, sampling)
         settings = replace(config, generation=generation)
         answers = _sample(worker, usable, settings, encoder, files, known)
         made = _join(usable, answers, config, encoder, dropped)
-        _write(files, made, config, encoder, dropped, inputs)
+        _write(files, made, config, encoder, dropped, current)
 
 
 def _require_memory(
@@ -166,45 +103,11 @@ def _require_memory(
     print(f"06: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
-def _inputs(config: Config, source: Path) -> stamp.Inputs:
-    settings = {f"generation.{k}": v for k, v in asdict(config.generation).items()}
-    del settings["generation.restart"]
-    return {
-        "source": jsonl.digest(source),
-        "model files": models.fingerprint(config.model),
-        "seed": config.seed,
-        **config.prompt_inputs,
-        "data.limit": config.data.limit,
-        "data.valid_fraction": config.data.valid_fraction,
-        "data.max_length": config.data.max_length,
-        **settings,
-    }
-
-
-def _sampling_inputs(inputs: stamp.Inputs, generation: GenerationConfig) -> stamp.Inputs:
-    """Those that determine the sampled answer to a question."""
-    own = {
-        name: value
-        for name, value in inputs.items()
-        if name != "source" and not name.startswith("data.")
-    }
-    return own | {"generation.max_tokens": generation.max_tokens}
-
-
-def read_report(config: Config) -> PairsReport | None:
-    """The report on the pairs, None when stage 06 did not come to its end or was left out."""
-    path = PairFiles.of(config).report
-    report: PairsReport | None = records.read_if_there(path, PairsReport)
-    if report and any(len(report["tokens"][part]) != len(PERCENTILES) for part in TOKENS):
-        raise UserError(f'{path}: "tokens" has lists of other lengths; {records.AGAIN}')
-    return report
-
-
-def _is_current(config: Config, files: PairFiles, inputs: stamp.Inputs) -> bool:
-    report = read_report(config)
+def _is_current(files: PairFiles, current: Fingerprint) -> bool:
+    report = read_pairs_report(files)
     return (
         report is not None
-        and not stamp.differences(report["inputs"], inputs)
+        and not fingerprint.differences(report["inputs"], current)
         and files.train.exists()
         and files.valid.exists()
     )
@@ -226,11 +129,11 @@ def _refuse_foreign(files: PairFiles, restart: bool) -> None:
             ownership.require(path, "move it away")
 
 
-def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: bool) -> None:
+def _refuse_other_samples(files: PairFiles, sampling: Fingerprint, restart: bool) -> None:
     """Raises UserError for samples of other settings, unless they are to be thrown away."""
     if restart:
         return
-    old = stamp.read(files.samples_stamp)
+    old = fingerprint.read(files.samples_stamp)
     if old is None:
         if files.samples.exists() and files.samples.stat().st_size:
             raise UserError(
@@ -238,7 +141,7 @@ def _refuse_other_samples(files: PairFiles, sampling: stamp.Inputs, restart: boo
                 "unknown; move that away, or --set generation.restart=true to sample anew"
             )
         return
-    if changed := stamp.differences(old, sampling):
+    if changed := fingerprint.differences(old, sampling):
         raise UserError(
             f"{files.samples}: was sampled with other settings ({'; '.join(changed)}); set them "
             "back, name other files in data, or --set generation.restart=true to sample anew"
@@ -311,17 +214,17 @@ def _system_line(message: str | None, system_prompt: str) -> str:
     return f'system message: "{start}" ({whose})'
 
 
-def _open_samples(files: PairFiles, sampling: stamp.Inputs) -> dict[int, SampledBatch]:
+def _open_samples(files: PairFiles, sampling: Fingerprint) -> dict[int, SampledBatch]:
     """Finished batches by their number; an empty file when there are none of these settings."""
-    if not stamp.is_current(files.samples_stamp, sampling, [files.samples]):
+    if not fingerprint.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
-        stamp.write(files.samples_stamp, sampling)
+        fingerprint.write(files.samples_stamp, sampling)
     rows: list[SampledBatch] = records.read_rows(files.samples, SampledBatch)
     for number, row in enumerate(rows, start=1):
         if len(row["answers"]) != len(row["questions"]):
             raise UserError(
                 f"{files.samples}:{number}: {len(row['answers'])} answers to "
-                f"{len(row['questions'])} questions; {records.AGAIN}"
+                f"{len(row['questions'])} questions; {records.RUN_AGAIN}"
             )
     return {row["batch"]: row for row in rows}
 
@@ -398,9 +301,9 @@ def _write(
     config: Config,
     encoder: Encoder,
     dropped: Counter[str],
-    inputs: stamp.Inputs,
+    current: Fingerprint,
 ) -> None:
-    splits: dict[str, list[Pair]] = {split: [] for split in files.splits}
+    splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     lost = dict(+dropped)
     for row, answer in made:
         pair = Pair(row.question, row.answer, answer.text, answer.finish)
@@ -430,7 +333,7 @@ def _write(
                 [encoder.answer(pair.rejected, pair.rejected_finish) for pair in pairs]
             ),
         },
-        "inputs": inputs,
+        "inputs": current,
     }
     jsonl.write_json(files.report, report)
     _print(report, files)

@@ -9,9 +9,10 @@ from typing import Any
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from tqdm import tqdm
 
-from . import jsonl, records
+from . import jsonl
 from .config import Config
 from .errors import UserError
+from .results import read_metrics
 
 Metrics = dict[str, Any]
 
@@ -24,7 +25,7 @@ class MetricsFile(TrainingCallback):
 
     def __init__(self, path: Path, rows: int = 0) -> None:
         self._path = path
-        known = records.read_metrics(path) if rows and path.is_file() else []
+        known = read_metrics(path) if rows and path.is_file() else []
         if len(known) < rows:
             print(f"10: {path}: {rows - len(known)} rows of earlier updates are gone from it")
         jsonl.write(path, known[:rows])

@@ -17,8 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from . import digest, weights_file
+from . import weights_file
 from .errors import UserError
+from .text import reason
 from .weights_file import Damaged, Tensor
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
@@ -62,7 +63,6 @@ READABLE = (*SETTINGS, "*.json", "*.jinja", "*.model", "*.txt", WEIGHTS)
 VOCABULARY_LIMIT = 256 * 2**20  # bytes; the largest of today's models have about 35 MB
 SETTINGS_LIMIT = 32 * 2**20
 DEPTH_LIMIT = 32  # brackets within brackets in a settings file
-HASHED_WHOLE = 64 * 2**20  # a larger file of weights is told from others by slices
 
 # Numbers in config.json that are sizes of tensors, or whose products are.
 SIZES = (
@@ -136,7 +136,7 @@ def require_finite(folder: Path) -> None:
 def settings_files(folder: Path) -> list[Path]:
     """The files beside the weights that belong to a model, in the order of their names.
 
-    Raises UserError for one that is no regular file, too large, or a link out of the model.
+    Raises UserError for one that is not a regular file, too large, or a link out of the model.
     """
     files = sorted(_files(folder, SETTINGS))
     for path in files:
@@ -150,7 +150,7 @@ def settings_files(folder: Path) -> list[Path]:
 def weights_files(folder: Path) -> list[Path]:
     """The files of weights that mlx-lm loads, in the order of their names.
 
-    Raises UserError for one that is no regular file.
+    Raises UserError for one that is not a regular file.
     """
     files = sorted(_files(folder, (WEIGHTS,)))
     for path in files:
@@ -166,9 +166,10 @@ def _files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 
 def require_regular(path: Path, limit: int | None = None) -> None:
-    """Raises Damaged for what is no regular file of at most `limit` bytes, after following links.
+    """Raises Damaged unless the path, with links followed, is a regular file of at most `limit`
+    bytes.
 
-    Nothing is opened: a pipe would be waited for without end.
+    Nothing is opened, because opening a pipe would wait forever.
     """
     try:
         status = path.stat()
@@ -211,7 +212,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, f"broken JSON ({' '.join(str(error).split())[:100]})") from error
+        raise Damaged(path, f"broken JSON ({reason(error, 100)})") from error
     if not isinstance(value, dict):
         raise Damaged(path, f"expected a JSON object, found {type(value).__name__}")
     level: list[Any] = [value]
@@ -296,12 +297,12 @@ def _check_numbers(config: dict[str, Any], tensors: Mapping[str, Tensor], path: 
 
 
 def _fault_of_count(key: str, value: Any, limit: int) -> str | None:
-    """Why this is no count of something, and some layers' own counts in a list neither."""
+    """Why this is not a count of something, and some layers' own counts in a list neither."""
     for count in value if isinstance(value, list) else [value]:
         if count is None:
             continue
         if type(count) is not int:
-            return "which is no whole number"
+            return "which is not a whole number"
         if count < (key in NOT_ZERO):
             return "which is too small"
         if count > limit:
@@ -314,7 +315,7 @@ def _fault_of_factor(key: str, value: Any) -> str | None:
     if value is None and key not in FACTORS[:4]:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "which is no number"
+        return "which is not a number"
     least = 0 if key.endswith(("eps", "epsilon")) else SMALLEST_FACTOR
     return None if least <= value <= LARGEST_FACTOR else "outside the range that a model can use"
 
@@ -323,12 +324,3 @@ def _short(value: Any) -> str:
     """A value as JSON has it, in a few characters."""
     large = isinstance(value, int) and abs(value) >= 10**15
     return f"about 10^{len(str(abs(value))) - 1}" if large else json.dumps(value)[:60]
-
-
-def mark(path: Path) -> str:
-    """What tells a regular file from another of the same name, by its content.
-
-    Raises Damaged for what is no regular file.
-    """
-    require_regular(path)
-    return digest.of_file(path, HASHED_WHOLE)

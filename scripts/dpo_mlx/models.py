@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeGuard
+from typing import Annotated, Any, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,8 +19,6 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import (
     DEFAULT_ALLOW_PATTERNS,
-    hf_repo_to_path,
-    load_config,
     save_model,
     snapshot_download,
 )
@@ -30,13 +28,14 @@ from .config import LoraConfig
 from .durable import disk_errors
 from .errors import UserError, doing
 from .lora import round_once
+from .model_files import ADAPTER_CONFIG, ADAPTERS, config_additions, folder_of, is_hub_name
 from .ownership import new_folder
+from .text import reason
 from .typed import OneOf, Range
 from .weights_file import Damaged
 
 INDEX = "model.safetensors.index.json"  # of the weights, where they are in several files
 QUANTIZATION = ("quantization", "quantization_config")  # keys of config.json
-ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 # Code that comes with a model is never run; left unsaid, the tokenizer's loader would ask for it.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 LORA_PARTS = ("lora_a", "lora_b")
@@ -115,7 +114,7 @@ def _load(name: str, adapters: Path | None, lazy: bool, scan_chunk: int | None) 
 
 
 def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    cause = reason(error, 300)
     if "trust_remote_code" in str(error):
         return (
             f"model {name}: comes with Python code of its own, which is never run here; set model "
@@ -123,17 +122,17 @@ def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
         )
     if adapters is not None:
         return (
-            f"{adapters}: does not fit model {name}: {reason}; set model to the one it was trained "
+            f"{adapters}: does not fit model {name}: {cause}; set model to the one it was trained "
             "on, or move the folder away and run 10_train_dpo.py again"
         )
     if os.path.isdir(name):
-        return f"model {name}: cannot be loaded: {reason}; set model to a complete model folder"
+        return f"model {name}: cannot be loaded: {cause}; set model to a complete model folder"
     if not is_hub_name(name):
         return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
     return (
         f"model {name}: cannot be fetched from the hub. Download it on another machine and set "
         "model to the folder; or check the name and log in with `hf auth login`; or try "
-        f"config/smollm2-135m_demo.yaml, which needs no hub. ({reason})"
+        f"config/smollm2-135m_demo.yaml, which needs no hub. ({cause})"
     )
 
 
@@ -174,7 +173,7 @@ def _require_pairs(path: Path, rank: int) -> None:
         raise Damaged(path, "its tensors are not pairs of lora_a and lora_b")
     for name, tensor in tensors.items():
         if tensor.dtype not in weights_file.EXPONENTS or rank not in tensor.shape[-2:]:
-            raise Damaged(path, f"its tensor {name[:200]} is no adapter of rank {rank}")
+            raise Damaged(path, f"its tensor {name[:200]} is not an adapter of rank {rank}")
 
 
 def _require_all_adapters(model: nn.Module, folder: Path) -> None:
@@ -190,11 +189,6 @@ def _require_all_adapters(model: nn.Module, folder: Path) -> None:
         raise Damaged(path, f"its tensor {wrong[0][:200]} is missing, or not of this model")
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a model's name has the form owner/name, and is not a path."""
-    return name.count("/") == 1 and not name.startswith((".", "/"))
-
-
 def _fetch(name: str) -> Path:
     """The local folder of a model, which is downloaded when it is not on this machine yet."""
     try:
@@ -204,68 +198,6 @@ def _fetch(name: str) -> Path:
             name, allow_patterns=DEFAULT_ALLOW_PATTERNS
         )  # the files that mlx-lm reads
         return folder_of(name)
-
-
-def config_additions(folder: Path) -> dict[str, Any]:
-    """Settings that mlx-lm needs and a model's config.json lacks; empty for most models.
-
-    Granite's Mamba blocks were trained with an unbounded time step, and transformers runs them
-    so; without `time_step_limit` mlx-lm keeps the step above 0.001. Written as a finite number,
-    as strict JSON has no infinity. A limit that the config itself sets is kept.
-
-    transformers 5 writes `rope_theta` into `rope_parameters`, where mlx-lm's dense Granite does not
-    look for it.
-    """
-    config = load_config(folder)
-    kind, rope = config.get("model_type"), config.get("rope_parameters")
-    if kind == "granitemoehybrid" and "time_step_limit" not in config:
-        return {"time_step_limit": [0.0, 1e9]}
-    if kind == "granite" and "rope_theta" not in config and _is_plain_rope(rope):
-        return {"rope_theta": rope["rope_theta"]}
-    return {}
-
-
-def _is_plain_rope(parameters: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether these rotary positions are the usual ones, described by theta alone."""
-    return (
-        isinstance(parameters, dict)
-        and "rope_theta" in parameters
-        and parameters.get("rope_type", "default") == "default"
-    )
-
-
-def require_folder(name: str) -> Path:
-    """The local folder of a model. Raises UserError when it is not on this machine (any more)."""
-    try:
-        return folder_of(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {name}: is not on this machine; put its folder back, or run 10_train_dpo.py, "
-            "which downloads a hub's"
-        ) from error
-
-
-def folder_of(name: str) -> Path:
-    """The local folder of a model. Raises OSError or ValueError when it is not on this machine."""
-    return Path(name) if os.path.isdir(name) else hf_repo_to_path(name)
-
-
-def fingerprint(name: str) -> dict[str, str] | None:
-    """What tells one model from another, file by file, by content; None when it is not on this
-    machine yet.
-
-    Raises UserError for files that cannot be read without risk.
-    """
-    try:
-        folder = folder_of(name)
-    except (OSError, ValueError):
-        return None
-    files = [*model_folder.settings_files(folder), *model_folder.weights_files(folder)]
-    marks = {path.relative_to(folder).as_posix(): model_folder.mark(path) for path in files}
-    try:
-        return {**marks, "config.json, added": jsonl.dumps(config_additions(folder))}
-    except (OSError, ValueError, AttributeError):  # a config.json that is no object
-        return None
 
 
 def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
@@ -370,15 +302,10 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
         ) from fault
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: cannot be used: {' '.join(str(error).split())}; move {path.parent} away and "
+            f"{path}: cannot be used: {reason(error)}; move {path.parent} away and "
             "run 10_train_dpo.py again"
         ) from error
     return tensors
-
-
-def weight_bytes(name: str) -> int:
-    """Bytes of the weights of a model that is on this machine."""
-    return sum(path.stat().st_size for path in require_folder(name).glob("*.safetensors"))
 
 
 def nbytes(tree: Any) -> int:

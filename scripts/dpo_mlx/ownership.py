@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 from . import digest, durable, typed
 from .errors import UserError
+from .text import reason
 from .typed import Range
 
 MANIFEST = ".made_by_dpo_mlx"
@@ -293,10 +294,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("it names a file outside of its folder")
         return manifest
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: is damaged ({reason}), so the pipeline cannot tell its own files here; move "
-            "the folder away, or choose another one"
+            f"{path}: is damaged ({reason(error)}), so the pipeline cannot tell its own files "
+            "here; move the folder away, or choose another one"
         ) from error
 
 

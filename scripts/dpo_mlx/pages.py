@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from .terminal import visible
+from .text import one_line, visible
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -41,14 +41,9 @@ def setting(value: Any) -> str:
     return value if is_text else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def line(text: str) -> str:
-    """Text on one line."""
-    return visible(" ".join(text.split()))
-
-
 def markdown(text: str) -> str:
     """Text as a line of Markdown that shows it as it is, also in a table's cell."""
-    escaped = re.sub(r"[\\`*_{}\[\]()#!|~$]", r"\\\g<0>", line(text))
+    escaped = re.sub(r"[\\`*_{}\[\]()#!|~$]", r"\\\g<0>", one_line(text))
     # At the start of a line these would begin a list, a rule or a heading.
     return html.escape(re.sub(r"^(\d*)([-+=.])", r"\1\\\2", escaped), quote=False)
 
@@ -57,7 +52,7 @@ def code(text: str) -> str:
     """Text on one line as code within Markdown."""
     marks = "`" * (_longest_backticks(text) + 1)
     blank = " " if "`" in text else ""
-    return f"{marks}{blank}{line(text)}{blank}{marks}"
+    return f"{marks}{blank}{one_line(text)}{blank}{marks}"
 
 
 def fenced(text: str) -> str:
@@ -76,8 +71,8 @@ def yaml_text(text: str) -> str:
 
 
 def shell(text: str) -> str:
-    """Text on one line as one word of a shell command, which is no option."""
-    word = line(text)
+    """Text on one line as one word of a shell command, which is not an option."""
+    word = one_line(text)
     return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 

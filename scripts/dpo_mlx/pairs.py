@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonl, tokens
-from .bounded import shown
 from .chat_template import ChatTemplate
 from .config import Config, Scalar
 from .errors import UserError
+from .text import shown
 
 # Why an answer stopped: it ended its turn by itself, or it was cut at the token limit.
 STOP, LENGTH = "stop", "length"
@@ -135,7 +135,7 @@ class Encoder:
 def read(path: Path) -> list[Pair]:
     """All pairs of a file. Keys beyond the known ones are ignored.
 
-    Raises UserError with `path:line` for a row that is no pair.
+    Raises UserError with `path:line` for a row that is not a pair.
     """
     return [
         _pair(row, line, shown(path))
@@ -157,11 +157,17 @@ def _pair(row: dict[str, Any], line: int, path: str) -> Pair:
     return Pair(row["prompt"], row["chosen"], row["rejected"], finish, line)
 
 
+def require_some(path: Path, encoded: list[EncodedPair]) -> None:
+    """Raises UserError when no pair of a file fits in `data.max_length`."""
+    if not encoded:
+        raise UserError(f"{path}: no valid pairs left; raise data.max_length")
+
+
 def most_characters(encoder: Encoder, max_length: int) -> int:
     """A text of more characters than this has more than `max_length` tokens, which is known without
     tokenising it: no token stands for more characters than the longest of the vocabulary. (A
     tokenizer that drops characters, such as repeated blanks, could fit more in, but a text of so
-    many of those is no answer.)
+    many of those is not an answer.)
     """
     return max_length * max(map(len, encoder.tokenizer.get_vocab()))
 

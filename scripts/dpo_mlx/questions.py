@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonl
-from .bounded import shown
 from .errors import UserError
+from .text import shown
 
 FORMATS = (
     '{"question", "answer"}, {"prompt", "completion"}, {"messages"}, '

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from . import jsonl, ownership, typed
 from .errors import UserError
-from .typed import Count
 
-AGAIN = "move it away, and the stage that makes it runs again"
-
-
-class MetricsRow(TypedDict):
-    """A row of metrics.jsonl: the update that it is about. All else is optional, and a number but
-    for NO_METRICS.
-    """
-
-    iteration: Count
+RUN_AGAIN = "move it away, and the stage that makes it runs again"
 
 
-NO_METRICS = {"phase": str, "skipped_lines": list[Count]}
-
-
-def read(path: Path, kind: Any, remedy: str = AGAIN) -> Any:
+def read(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> Any:
     """The JSON value of a file as `kind` (see `typed.parse`).
 
     Raises UserError, ending in `remedy`, when it is not there, broken, of another shape, or was
@@ -38,12 +26,12 @@ def read(path: Path, kind: Any, remedy: str = AGAIN) -> Any:
     return record
 
 
-def read_if_there(path: Path, kind: Any, remedy: str = AGAIN) -> Any:
+def read_if_there(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> Any:
     """The same; None when there is no such file."""
     return read(path, kind, remedy) if path.exists() else None
 
 
-def read_rows(path: Path, kind: Any, remedy: str = AGAIN) -> list[Any]:
+def read_rows(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> list[Any]:
     """The rows of a file that grew by `jsonl.append`, each as `kind`; a last row that a kill has
     torn is cut off the file first.
 
@@ -56,16 +44,4 @@ def read_rows(path: Path, kind: Any, remedy: str = AGAIN) -> list[Any]:
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}; {remedy}") from error
     ownership.require(path, remedy)
-    return rows
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. Raises UserError as `read_rows` does."""
-    rows = read_rows(path, MetricsRow)
-    for number, row in enumerate(rows, start=1):
-        try:
-            for name, value in row.items():
-                typed.parse(value, NO_METRICS.get(name, float), name)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}; {AGAIN}") from error
     return rows

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from . import jsonl, ownership, records, stamp
+from . import fingerprint, jsonl, ownership, records
 from .errors import UserError
+from .fingerprint import Fingerprint
 from .pairs import EncodedPair, Sequence
 from .typed import Count, Finite
 
@@ -33,7 +34,7 @@ def load_or_compute(
     folder: Path,
     name: str,
     pairs: list[EncodedPair],
-    inputs: stamp.Inputs,
+    inputs: Fingerprint,
     log_probs: Callable[[list[Sequence]], list[float]],
     at_once: int = 1,
     progress: Callable[[int], object] = lambda done: None,
@@ -46,9 +47,9 @@ def load_or_compute(
     progress(pairs done) after each time.
     """
     rows_path, stamp_path = folder / f"{name}.jsonl", folder / f"{name}.inputs.json"
-    if not stamp.is_current(stamp_path, inputs, [rows_path]):
+    if not fingerprint.is_current(stamp_path, inputs, [rows_path]):
         jsonl.write(rows_path, [])
-        stamp.write(stamp_path, inputs)
+        fingerprint.write(stamp_path, inputs)
     rows = _read(rows_path, pairs)
     with ownership.growing(rows_path):
         for start in range(len(rows), len(pairs), at_once):
@@ -75,15 +76,15 @@ def remedy(folder: Path) -> str:
     return f"move {folder} away and run the same command again"
 
 
-def is_complete(folder: Path, name: str, count: int, inputs: stamp.Inputs) -> bool:
+def is_complete(folder: Path, name: str, count: int, inputs: Fingerprint) -> bool:
     """Whether all `count` pairs are there, made of these inputs."""
     rows_path = folder / f"{name}.jsonl"
-    return stamp.is_current(folder / f"{name}.inputs.json", inputs, [rows_path]) and (
+    return fingerprint.is_current(folder / f"{name}.inputs.json", inputs, [rows_path]) and (
         len(records.read_rows(rows_path, ReferenceRow, remedy(folder))) == count
     )
 
 
-def changes(folder: Path, name: str, inputs: stamp.Inputs) -> list[str]:
+def changes(folder: Path, name: str, inputs: Fingerprint) -> list[str]:
     """What differs between `inputs` and those of the stored file; nothing when there is none."""
-    old = stamp.read(folder / f"{name}.inputs.json")
-    return [] if old is None else stamp.differences(old, inputs)
+    old = fingerprint.read(folder / f"{name}.inputs.json")
+    return [] if old is None else fingerprint.differences(old, inputs)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, pages, records
+from . import jsonl, pages
 from .pages import number
+from .results import read_metrics
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
@@ -103,12 +104,7 @@ class Chart:
 
 def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
     """Replace `path` by the page, atomically."""
-    jsonl.write_text(path, render(report, report_rows(metrics_path)))
-
-
-def report_rows(metrics_path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. Raises UserError for one that cannot be drawn."""
-    return records.read_metrics(metrics_path)
+    jsonl.write_text(path, render(report, read_metrics(metrics_path)))
 
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:

@@ -26,14 +26,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import config as configs
-from . import device, fuse_report, jsonl, memory, models, outcome, ownership, team, tiny_granite
+from . import device, digest, jsonl, memory, models, ownership, results, team, tiny_granite
 from .checkpoint import Checkpoints
 from .config import Config, GenerationConfig
 from .engine import LEAST_DIFFERENCE
 from .errors import UserError
 from .fuse_adapters import fuse_adapters
 from .make_pairs import make_pairs
-from .outcome import ADAPTERS
+from .model_files import ADAPTERS
 from .ownership import Status
 from .pairs import Encoder, Pair, Sequence
 from .phase import DPO, Dpo, Example
@@ -174,7 +174,7 @@ def check_first_loss(config: Config) -> str:
 
     The margin is beta times the difference of four log-probs, the loss moves half as much.
     """
-    rows = jsonl.read_whole_lines(config.run / "metrics.jsonl")
+    rows = jsonl.read_whole_lines(config.run.metrics)
     first = next((row for row in rows if row["phase"] == DPO and "loss" in row), None)
     if first is None:
         raise Fault("DPO made no update")
@@ -245,10 +245,10 @@ def check_resume(config: Config) -> str:
     """A run that lost its last updates repeats them bit for bit."""
     again, last = replace(config, run_dir=f"{config.run_dir}-again"), _last_checkpoint(config)
     ignored = shutil.ignore_patterns(last.name, "adapters", "outcome.json", "fused")
-    shutil.copytree(config.run, again.run, ignore=ignored)
+    shutil.copytree(config.run.path, again.run.path, ignore=ignored)
     train_dpo(again, ALL)
-    before: Any = mx.load(str(last / models.ADAPTERS))
-    after: Any = mx.load(str(again.run / "checkpoints" / last.name / models.ADAPTERS))
+    before: Any = mx.load(str(last / ADAPTERS))
+    after: Any = mx.load(str(again.run.checkpoints / last.name / ADAPTERS))
     largest = max(float(mx.abs(before[name] - after[name]).max()) for name in before)
     measurement = f"largest difference {largest:.1g}"
     if largest != 0:
@@ -262,12 +262,13 @@ def check_fused(config: Config) -> str:
     Fuses the last update's adapters. Training keeps the ones most in the voice, and on a random
     model those may be untrained and have no margin.
     """
-    adapters = config.run / ADAPTERS
+    adapters = config.run.adapters
     models.copy_adapters(_last_checkpoint(config), adapters)
-    end = replace(outcome.read(config.run), adapters=jsonl.digest(adapters / models.ADAPTERS))
-    outcome.write(config.run, end)
+    end = results.read_outcome(config.run)
+    end = replace(end, adapters=digest.of_file(adapters / ADAPTERS))
+    results.write_outcome(config.run, end)
     fuse_adapters(config)
-    report = fuse_report.read(config.run)
+    report = results.read_fuse_report(config.run)
     if report["margin_kept"] is None:
         raise Fault(f"the adapters' margin is only {report['margin_adapters']:.1g} nats")
     return f"kept {report['margin_kept']:.1%} of a margin of {report['margin_adapters']:.2f} nats"
@@ -316,7 +317,7 @@ class _Numbers:
 
 
 def _last_checkpoint(config: Config) -> Path:
-    last = Checkpoints(config.run / "checkpoints").newest(DPO)
+    last = Checkpoints(config.run.checkpoints).newest(DPO)
     if last is None:
         raise Fault("DPO wrote no checkpoint")
     return last

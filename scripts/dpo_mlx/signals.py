@@ -17,7 +17,7 @@ CAUGHT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # a stage listens to SIGTERM only: what the terminal sends, the supervisor hands on.
 SUPERVISOR = "DPO_SUPERVISOR"
 
-# `timeout` and a closed window send their signal twice at once: that is no second request.
+# `timeout` and a closed window send their signal twice at once: that is not a second request.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 _received: signal.Signals | None = None

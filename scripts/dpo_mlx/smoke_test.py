@@ -10,27 +10,28 @@ from . import (
     card,
     device,
     durable,
-    fuse_report,
+    fingerprint,
     jsonl,
     memory,
+    model_files,
     models,
-    outcome,
     ownership,
     pairs,
     records,
     reference,
-    stamp,
+    results,
     voice,
 )
 from .config import Config, FuseConfig, GenerationConfig, SmokeConfig
 from .engine import score_against, summarise
 from .errors import UserError
-from .fuse_report import FUSE, FuseReport
-from .job import BASE, SPLITS, TRAIN, VALID, pair_file, reference_inputs, require_valid
-from .make_pairs import read_report
+from .fingerprint import EVALUATION, Fingerprint
+from .job import reference_fingerprint
 from .ownership import Status
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
-from .report import report_rows, write_html
+from .report import write_html
+from .results import FuseReport, read_metrics
+from .run_folder import BASE, SPLITS, TRAIN, VALID
 from .sampling import Answer, limited
 from .worker import Worker, answer_all, log_probs
 from .writing import measure
@@ -87,41 +88,42 @@ def smoke_test(config: Config) -> bool:
 
     Raises UserError when the fused model is not there.
     """
-    fused, report_path = config.run / "fused", config.run / "report.json"
-    if not (fused.is_dir() and (config.run / FUSE).is_file()):
+    run, fused, report_path = config.run, config.run.fused, config.run.report
+    if not (fused.is_dir() and run.fuse_report.is_file()):
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
-    stamp_path, inputs = stamp.path(config.run, "12_smoke_test"), _inputs(config)
-    if stamp.is_current(stamp_path, inputs, [report_path]):
+    results.read_outcome(run)
+    stamp, current = run.stamp(EVALUATION), fingerprint.of(EVALUATION, config)
+    if fingerprint.is_current(stamp, current, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
         report = records.read(report_path, SmokeReport)
     else:
-        durable.require_space(config.run, durable.SMALL_FILES, "run_dir")
-        report_rows(config.run / "metrics.jsonl")  # a broken one is said before the work is done
-        report = _report(config)
+        durable.require_space(run.path, durable.SMALL_FILES, "run_dir")
+        read_metrics(run.metrics)  # a broken one is said before the work is done
+        report = _report(config, current)
         jsonl.write_json(report_path, report)
-        stamp.write(stamp_path, inputs)
-    write_html(config.run / "report.html", report, config.run / "metrics.jsonl")
-    if ownership.status(fused / card.CARD) is Status.CHANGED:
-        print(f"12: {fused / card.CARD} was edited and stays as it is")
+        fingerprint.write(stamp, current)
+    write_html(run.page, report, run.metrics)
+    if ownership.status(fused / model_files.CARD) is Status.CHANGED:
+        print(f"12: {fused / model_files.CARD} was edited and stays as it is")
     else:
         card.write(config, fused, report)
     _print(report, config)
     return report["verdict"]["passed"]
 
 
-def _report(config: Config) -> Report:
+def _report(config: Config, digests: Fingerprint) -> Report:
     """The report. One model is in memory at a time."""
-    pairs_by_split = {split: pairs.read(pair_file(config, split)) for split in SPLITS}
-    return _compare(config, pairs_by_split, _tuned(config, pairs_by_split))
+    pairs_by_split = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
+    return _compare(config, pairs_by_split, _tuned(config, pairs_by_split), digests)
 
 
 def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     """Everything that needs the fused model in memory."""
-    loaded = models.load(str(config.run / "fused"), lazy=True, scan_chunk=config.train.scan_chunk)
+    loaded = models.load(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     valid = pairs_by_split[VALID]
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
-    require_valid(config, encoded)
+    pairs.require_some(config.pairs.valid, encoded)
     everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
     lengths = pairs.chosen_lengths(everything, encoder, config.data.max_length)
     generation = limited(config.generation, lengths)
@@ -147,13 +149,15 @@ def _require_memory(
         longest=max(pairs.sequences(encoded), key=lambda sequence: len(sequence.ids)),
     )
     need = memory.require(
-        memory.stage_12(loaded.model, config, lengths, models.weight_bytes(config.model)),
+        memory.stage_12(loaded.model, config, lengths, model_files.weight_bytes(config.model)),
         config.model,
     )
     print(f"12: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
-def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned) -> Report:
+def _compare(
+    config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned, digests: Fingerprint
+) -> Report:
     """Sample the base model's answers, and compare both models."""
     config = replace(config, generation=tuned.generation)
     encoder, encoded = tuned.encoder, tuned.encoded
@@ -161,10 +165,10 @@ def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned
     loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     worker = Worker(loaded.model, loaded.tokenizer)
     references = reference.load_or_compute(
-        config.run / "reference" / BASE,
+        config.run.reference(BASE),
         VALID,
         encoded,
-        reference_inputs(config, VALID, encoded),
+        reference_fingerprint(config, VALID, encoded, digests),
         worker.log_probs,
     )
     base = sample_answers(worker, questions, encoder, config)
@@ -182,9 +186,9 @@ def _compare(config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned
             "chosen_per_token": preference["logps/chosen_per_token"],
             "rejected_per_token": preference["logps/rejected_per_token"],
         },
-        "fuse": fuse_report.read(config.run),
-        "training": asdict(outcome.read(config.run)),
-        "run": {"config": asdict(config), "pairs": read_report(config)},
+        "fuse": results.read_fuse_report(config.run),
+        "training": asdict(results.read_outcome(config.run)),
+        "run": {"config": asdict(config), "pairs": results.read_pairs_report(config.pairs)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
             for pair, b, t in zip(questions, base, tuned.answers, strict=True)
@@ -286,7 +290,7 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
 
 
 def _at_most(name: str, value: float, limit: float) -> list[str]:
-    """A line when the value is above the limit, or is no number."""
+    """A line when the value is above the limit, or is not a number."""
     return [] if value <= limit else [f"smoke.{name}: {value:.3g}, the most is {limit:.3g}"]
 
 
@@ -298,26 +302,6 @@ def voice_gain(scores: Report) -> float:
     """How far the tuned answers went from the base's mean voice score to the real answers'."""
     gap = scores["chosen"] - scores["base"]
     return (scores["tuned"] - scores["base"]) / gap if gap > 0 else 0.0
-
-
-def _inputs(config: Config) -> stamp.Inputs:
-    sections = {
-        f"{section}.{key}": value
-        for section in ("generation", "smoke", "dpo")
-        for key, value in asdict(getattr(config, section)).items()
-    }
-    return {
-        "fused": models.fingerprint(str(config.run / "fused")),
-        "model files": models.fingerprint(config.model),
-        "pairs": [jsonl.digest(pair_file(config, split)) for split in (TRAIN, VALID)],
-        "metrics": jsonl.digest(config.run / "metrics.jsonl"),
-        "training": asdict(outcome.read(config.run)),
-        "fuse.min_margin_kept": config.fuse.min_margin_kept,
-        "seed": config.seed,
-        **config.prompt_inputs,
-        "data.max_length": config.data.max_length,
-        **sections,
-    }
 
 
 def _print(report: Report, config: Config) -> None:
@@ -332,4 +316,4 @@ def _print(report: Report, config: Config) -> None:
     )
     for name, values in f.items():
         print(f"    {name}: " + ", ".join(f"{who} {value:.3g}" for who, value in values.items()))
-    print(f"12: the report:\n{config.run / 'report.html'}")
+    print(f"12: the report:\n{config.run.page}")

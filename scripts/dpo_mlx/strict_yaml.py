@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .bounded import shown
+from .text import reason, shown
 
 # A config has some 80 keys, in sections.
 DEEPEST, MOST_VALUES = 10, 2000
@@ -41,7 +41,7 @@ def load(text: str) -> Any:
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise ValueError(line + shown(problem)) from error
     except yaml.YAMLError as error:
-        raise ValueError(shown(" ".join(str(error).split()))) from error
+        raise ValueError(reason(error)) from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -38,9 +38,6 @@ from .signals import SUPERVISOR
 # to the file that this variable names.
 RANK_0 = "DPO_RANK_0"
 
-# Each stage's minutes, by script, and the config's digest, in the run's folder.
-PLAN = "plan.json"
-
 STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
 SECONDS_BETWEEN_LOOKS = 1  # at whether the runner is there; also between newlines for mlx.launch
 SECONDS_OF_PATIENCE = 10  # from a request to stop to the line that says why it takes so long
@@ -284,9 +281,8 @@ def held_for_the_stage() -> Iterator[None]:
 
 def kept_work(config: Config) -> dict[Path, int]:
     """The work that a restart resumes from: checkpoints, and files of rows with their bytes."""
-    pairs = Path(config.data.train_pairs)
-    rows = (pairs.with_suffix(".samples.jsonl"), *config.run.glob("reference/**/*.jsonl"))
-    checkpoints = config.run.glob("checkpoints/[!.]*")
+    rows = (config.pairs.samples, *config.run.references.glob("**/*.jsonl"))
+    checkpoints = config.run.checkpoints.glob("[!.]*")
     sizes = {path: path.stat().st_size for path in rows if path.exists()}
     return sizes | dict.fromkeys(checkpoints, 0)
 
@@ -301,7 +297,7 @@ def minutes_to_go(config: Config, name: str) -> float | None:
     without one.
     """
     try:
-        plan = json.loads((config.run / PLAN).read_text(encoding="utf-8"))
+        plan = json.loads(config.run.plan.read_text(encoding="utf-8"))
         if plan["config"] != configs.digest(config):
             return None
         return sum(float(value) for stage, value in plan["minutes"].items() if stage > name)

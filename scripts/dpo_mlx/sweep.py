@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote
 
-from . import checkpoint, jsonl, lock, origin, outcome, ownership, pages, records, stamp
+from . import checkpoint, fingerprint, jsonl, lock, ownership, pages, records, results
 from . import config as configs
-from .bounded import shown
 from .checkpoint import Checkpoints
 from .config import Config
 from .errors import UserError
-from .job import AFTER_SFT, BASE
+from .fingerprint import SFT_ADAPTERS
 from .make_pairs import make_pairs
-from .outcome import OUTCOME
-from .paths import sweep_folder
 from .phase import SFT
-from .report import FRAME, chart, report_rows
+from .report import FRAME, chart
+from .run_folder import AFTER_SFT, BASE, RunFolder
+from .text import shown
 from .train_dpo import ALL, Refused, train_dpo
 from .typed import Finite
 
@@ -39,7 +38,6 @@ VARIED = ("lora", "sft", "dpo", "train", "guard")
 MOST_RUNS, LONGEST_NAME, DIGEST = 100, 120, 12
 
 RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
-REFERENCE, METRICS = "reference", "metrics.jsonl"
 
 # Of an evaluation, what the table shows: its column, the metric, how it is written.
 COLUMNS = (
@@ -85,7 +83,7 @@ def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Comb
     Raises UserError for a key that a sweep does not vary, for what no run would take, for two
     values that mean the same, and for more than MOST_RUNS combinations.
     """
-    folder = sweep_folder(configs.load(path, overrides))
+    folder = configs.load(path, overrides).run.sweep
     choices = [_choices(line) for line in grid]
     keys = [line.partition("=")[0].strip() for line in grid]
     if repeated := [key for key in keys if keys.count(key) > 1]:
@@ -104,7 +102,7 @@ def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Comb
 
 
 def _folder_name(settings: tuple[str, ...]) -> str:
-    """One name for these settings, which leads nowhere else: what is no letter, digit, or one of
+    """One name for these settings, which leads nowhere else: what is not a letter, digit, or one of
     `_.-~=+` is escaped. Of a long name, and of one with capitals, which to a Mac are small letters,
     a digest is a part.
     """
@@ -140,7 +138,7 @@ def _choices(line: str) -> list[str]:
 def sweep(base: Config, runs: list[Combination]) -> list[Row]:
     """Run all, print and write the table after each; the rows, best first."""
     make_pairs(base)
-    folder = sweep_folder(base)
+    folder = base.run.sweep
     for name in (RESULTS, PAGE):
         ownership.require(folder / name)
     before = {row["name"]: row for row in _read(folder)}
@@ -164,10 +162,10 @@ def _read(folder: Path) -> list[Known]:
     return results["runs"] if results else []
 
 
-def _run(config: Config, done: list[Path]) -> tuple[float | None, str | None]:
+def _run(config: Config, done: list[RunFolder]) -> tuple[float | None, str | None]:
     """(minutes, None when the run was there already; why the preflight refused it)."""
-    with lock.run_folder(config.run):
-        finished = (config.run / OUTCOME).is_file()
+    with lock.hold_run(config.run):
+        finished = config.run.outcome.is_file()
         if not finished:
             _take_over(config, done)
         started = time.perf_counter()
@@ -178,37 +176,37 @@ def _run(config: Config, done: list[Path]) -> tuple[float | None, str | None]:
         return None if finished else (time.perf_counter() - started) / 60, None
 
 
-def _take_over(config: Config, done: list[Path]) -> None:
+def _take_over(config: Config, done: list[RunFolder]) -> None:
     """Copy what other runs have made of the same: the end of SFT with all that led there, or the
     base model's reference. References say themselves what they are of.
     """
-    if Checkpoints(config.run / "checkpoints").newest(SFT) is not None:
+    if Checkpoints(config.run.checkpoints).newest(SFT) is not None:
         return
     for other in done:
         if (end := _end_of_sft(config, other)) is not None:
-            print(f"14: SFT is that of {other}")
+            print(f"14: SFT is copied from {other.path}")
             for model in (BASE, AFTER_SFT):
-                _copy(other / REFERENCE / model, config.run / REFERENCE / model)
-            jsonl.write_text(config.run / METRICS, (other / METRICS).read_text("utf-8"))
+                _copy(other.reference(model), config.run.reference(model))
+            jsonl.write_text(config.run.metrics, other.metrics.read_text("utf-8"))
             known_best = checkpoint.read(end)[0].best
             best = [] if known_best is None else [Checkpoints(end.parent).best(known_best.update)]
             for path in sorted({*best, end}):
-                _copy(path, config.run / "checkpoints" / path.name)
+                _copy(path, config.run.checkpoints / path.name)
             return
     for other in done:
-        if (other / REFERENCE / BASE).is_dir():
-            _copy(other / REFERENCE / BASE, config.run / REFERENCE / BASE)
+        if other.reference(BASE).is_dir():
+            _copy(other.reference(BASE), config.run.reference(BASE))
             return
 
 
-def _end_of_sft(config: Config, other: Path) -> Path | None:
+def _end_of_sft(config: Config, other: RunFolder) -> Path | None:
     """That of another run, if it was made of what this run's would be made of."""
-    end = Checkpoints(other / "checkpoints").newest(SFT) if config.sft.epochs else None
-    if end is None or not (other / REFERENCE / AFTER_SFT).is_dir():
+    end = Checkpoints(other.checkpoints).newest(SFT) if config.sft.epochs else None
+    if end is None or not other.reference(AFTER_SFT).is_dir():
         return None
-    mine = origin.origin_of(origin.training_inputs(config), SFT)
-    theirs = checkpoint.read(end)[1]
-    return None if stamp.differences(theirs.adapters, mine.adapters) else end
+    wanted = fingerprint.of(SFT_ADAPTERS, config)
+    origin = checkpoint.read(end)[1]
+    return None if fingerprint.differences(origin.adapters, wanted) else end
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -230,10 +228,10 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
     }
     if refused is not None:
         return {**row, "stopped": [], "kept_update": None, "updates": 0, "evaluation": {}}
-    end = outcome.read(run.config.run)
+    end = results.read_outcome(run.config.run)
     *_, kept = (
         found
-        for found in report_rows(run.config.run / METRICS)
+        for found in results.read_metrics(run.config.run.metrics)
         if found["iteration"] == end.kept_update and "eval_loss" in found
     )
     evaluation = {metric: kept.get(metric) for _, metric, _ in COLUMNS}
@@ -283,9 +281,8 @@ def _write(folder: Path, base: Config, rows: list[Row]) -> None:
     jsonl.write_json(folder / RESULTS, {"runs": rows})
     drawn = []
     for row in rows:
-        metrics = Path(row["run_dir"]) / METRICS
         if row["kept_update"] is not None:
-            read = report_rows(metrics)
+            read = results.read_metrics(RunFolder(Path(row["run_dir"])).metrics)
             charts = {name: chart(read, name, row["kept_update"]) for name in ("voice", "fluency")}
             drawn.append({**row, "charts": charts})
     page = pages.render(

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from . import config as configs
-from . import models, signals
+from . import model_files, models, signals
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .link import Link, link
@@ -174,7 +174,7 @@ def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
         between.send({"config": asdict(config), "train": train})
         between.busy = True
     loaded = _load(config, train)
-    marks = between.gather(models.fingerprint(config.model))
+    marks = between.gather(model_files.fingerprint(config.model))
     machines = between.gather(platform.node())
     between.busy = False
     differing = [rank for rank, mark in enumerate(marks) if mark != marks[0]]

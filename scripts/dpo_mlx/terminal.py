@@ -10,9 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from .errors import UserError
-
-# Control characters but tab and newline; Unicode's line separators, and what reverses text.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+from .text import visible
 
 # tqdm begins each drawing of its bar with a return, and moves between bars with newlines and "up".
 BETWEEN_BARS = re.compile("\n*(\x1b\\[A)*")
@@ -26,21 +24,6 @@ class OutputLost(UserError):
             f"standard output cannot be written ({error.strerror}); send it to a terminal, or to a "
             "file on a disk with space, and run the same command again"
         )
-
-
-def visible(text: str) -> str:
-    """`text`, in which control characters are spelled out: \\x1b, \\u202e."""
-    return CONTROL.sub(_spelled, text)
-
-
-def _spelled(match: re.Match[str]) -> str:
-    number = ord(match[0])
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
-
-
-def cut(text: str, length: int) -> str:
-    """`text`, or its beginning and "..."."""
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class Output:

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 
 from .errors import UserError
+from .text import reason
 
 # How mlx-lm's architectures call the embedding of the tokens.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings")
@@ -62,8 +63,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     except BaseException as error:
         if not is_fault(error):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model: its tokenizer fails ({reason}); {AGAIN}") from error
+        raise UserError(f"model: its tokenizer fails ({reason(error)}); {AGAIN}") from error
     rows, largest = getattr(tokenizer, "embedding_rows", None), max(ids, default=0)
     if rows is not None and largest >= rows:
         raise UserError(_no_row(tokenizer.convert_ids_to_tokens(largest), largest, rows))

@@ -12,28 +12,33 @@ from . import (
     checkpoint,
     device,
     diagnose,
+    digest,
     durable,
+    fingerprint,
     jsonl,
     metrics,
     models,
-    outcome,
     ownership,
-    stamp,
+    results,
 )
 from . import config as configs
 from .checkpoint import Checkpoints, Origin, State
 from .config import Config
 from .errors import UserError
+from .fingerprint import DPO_ADAPTERS, JUDGEMENT, SFT_ADAPTERS, TRAINING, Fingerprint
 from .guard import Guard
-from .job import AFTER_SFT, BASE, SPLITS, TRAIN, VALID, Job, load_reference, prepare
-from .origin import origin_of, training_inputs
-from .outcome import ADAPTERS, METRICS, OUTCOME, Outcome
+from .job import Job, load_reference, prepare
+from .model_files import ADAPTERS
 from .phase import DPO, PHASES, SFT, Dpo, Example, Sft, count_updates, pairs_per_update
 from .reference import Reference
+from .results import Outcome
+from .run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
 from .trainer import Stopped, Trainer
 from .writing import Measures, Watch
 
 PRECOMPUTE, TRAIN_ONLY, ALL = "precompute", "train", "all"
+
+PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
 
 # At once on the disk: the last two, one that is written, the end of SFT, and the best of each of
 # these three; the adapters that are kept count as another.
@@ -50,37 +55,34 @@ def train_dpo(config: Config, stage: str) -> bool:
     Raises UserError for pairs, a model or settings that cannot be trained, and for TRAIN_ONLY
     without a reference.
     """
-    stamp_path, adapters = stamp.path(config.run, "10_train_dpo"), config.run / ADAPTERS
-    inputs = training_inputs(config)
-    outputs = [adapters, config.run / OUTCOME, config.run / METRICS]
-    if stage != PRECOMPUTE and stamp.is_current(stamp_path, inputs, outputs):
-        print(f"10: {adapters} is up to date, skipped")
-        return _say(outcome.read(config.run), adapters)
-    ownership.require_untouched(adapters)
-    job = prepare(config)
-    # Once more: the model may have been downloaded. The pairs as they were before they were read.
-    inputs = {**training_inputs(config), "pairs": inputs["pairs"]}
+    run, current = config.run, fingerprint.of(TRAINING, config)
+    stamp, outputs = run.stamp(TRAINING), [run.adapters, run.outcome, run.metrics]
+    if stage != PRECOMPUTE and fingerprint.is_current(stamp, current, outputs):
+        print(f"10: {run.adapters} is up to date, skipped")
+        return _say(results.read_outcome(run), run.adapters)
+    ownership.require_untouched(run.adapters)
+    job = prepare(config, current)
     _require_space(job)
-    phases = Phases(job, inputs)
+    phases = Phases(job)
     preflight(job, only_read=stage == TRAIN_ONLY)
     end = _run(phases, stage)
     if end is None:
         return True
-    outcome.write(config.run, end)
-    stamp.write(stamp_path, inputs)
-    _refuse_changes(inputs, training_inputs(config), adapters)
-    return _say(end, adapters)
+    results.write_outcome(run, end)
+    fingerprint.write(stamp, job.fingerprint)
+    _refuse_changes(job.fingerprint, fingerprint.of(TRAINING, config), run.adapters)
+    return _say(end, run.adapters)
 
 
 def _require_space(job: Job) -> None:
     """Raises UserError when the disk has no room for the checkpoints."""
     size = MOST_CHECKPOINTS * checkpoint.size(job.model) + durable.SMALL_FILES
-    durable.require_space(job.config.run, size, "run_dir")
+    durable.require_space(job.config.run.path, size, "run_dir")
 
 
-def _refuse_changes(before: stamp.Inputs, after: stamp.Inputs, adapters: Path) -> None:
+def _refuse_changes(before: Fingerprint, after: Fingerprint, adapters: Path) -> None:
     """Raises UserError when files were changed while they were trained on."""
-    if changed := stamp.differences(before, after):
+    if changed := fingerprint.differences(before, after):
         raise UserError(
             f"{adapters}: are of the files as they were when training began, which were changed "
             f"since ({'; '.join(changed)}); run 10_train_dpo.py again to train on them as they are"
@@ -189,27 +191,25 @@ def _run(phases: Phases, stage: str) -> Outcome | None:
 
 def _keep_best(phases: Phases, updates: int, stopped: list[str]) -> Outcome:
     """Put the best adapters into the run's folder."""
-    best, folder = phases.guard.kept, phases.job.config.run / ADAPTERS
+    best, folder = phases.guard.kept, phases.job.config.run.adapters
     path = phases.checkpoints.best(best.update)
     checkpoint.require_unchanged(path)
     models.copy_adapters(path, folder)
-    digest = jsonl.digest(folder / models.ADAPTERS)
-    return Outcome(updates, best.update, best.voice, stopped, digest)
+    return Outcome(updates, best.update, best.voice, stopped, digest.of_file(folder / ADAPTERS))
 
 
 def _keep_settings(config: Config) -> None:
     """The resolved settings, beside what they make."""
-    jsonl.write_text(config.run / "config.yaml", configs.dump(config))
+    jsonl.write_text(config.run.settings, configs.dump(config))
 
 
 class Phases:
     """SFT and DPO over one job, judged by the answers to the same questions; each goes on from the
-    newest checkpoint that was made of the same `inputs`.
+    newest checkpoint that depends on the same files and settings.
     """
 
-    def __init__(self, job: Job, inputs: stamp.Inputs) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
-        self.inputs = inputs
         asked = job.raw[VALID][: job.config.train.eval_questions]
         self.watch = Watch(
             job.worker, job.encoder, job.classifier, asked, job.generation, job.config.seed
@@ -217,7 +217,7 @@ class Phases:
         self.sft, self.dpo = Sft(job.config), Dpo(job.config)
         self.first = count_updates(self.sft.settings, len(job.pairs[TRAIN]))
         self.updates = self.first + count_updates(self.dpo.settings, len(job.pairs[TRAIN]))
-        self.checkpoints = Checkpoints(job.config.run / "checkpoints")
+        self.checkpoints = Checkpoints(job.config.run.checkpoints)
         self.checkpoints.prune()
         self._found = {phase: self._look_for(phase) for phase in PHASES}
         self._after_sft = State(SFT)
@@ -290,7 +290,7 @@ class Phases:
             self.guard,
             begin.update,
             begin.rows,
-            origin_of(self.inputs, phase.name),
+            origin_of(self.job, phase.name),
         )
         written = begin.written or None
         if found:
@@ -300,11 +300,11 @@ class Phases:
         elif not begin.update:  # before the first update of all the model is the base model
             written = self.base
         # Only now, as a checkpoint that cannot be used must leave the file as it is.
-        metrics_file = metrics.MetricsFile(config.run / METRICS, trainer.state.rows)
+        metrics_file = metrics.MetricsFile(config.run.metrics, trainer.state.rows)
         bar = metrics.ProgressBar(trainer.state.update, self.updates)
         trainer.callback = metrics.Callbacks(metrics_file, bar, *reporters)
         try:
-            with ownership.growing(config.run / METRICS):
+            with ownership.growing(config.run.metrics):
                 trainer.run(written)
         finally:
             bar.close()
@@ -320,9 +320,9 @@ class Phases:
         if path is None:
             return None
         state, origin = checkpoint.read(path)
-        mine = origin_of(self.inputs, phase)
-        changed = stamp.differences(origin.adapters, mine.adapters)
-        judged_anew = stamp.differences(origin.judgement, mine.judgement)
+        mine = origin_of(self.job, phase)
+        changed = fingerprint.differences(origin.adapters, mine.adapters)
+        judged_anew = fingerprint.differences(origin.judgement, mine.judgement)
         if judged_anew and self._is_sft_s_end(state):
             state = State(SFT, state.update, state.rows, evaluated=True)
         else:
@@ -343,12 +343,19 @@ class Phases:
 
     def _is_finished(self, origin: Origin) -> bool:
         """Whether the adapters in the run's folder came of a run with this origin."""
-        made = stamp.read(stamp.path(self.job.config.run, "10_train_dpo")) or {}
+        made = fingerprint.read(self.job.config.run.stamp(TRAINING)) or {}
         known = {**origin.adapters, **origin.judgement}
         return all(made.get(name) == value for name, value in known.items())
 
     def _take_up_guard(self, state: State) -> None:
         self.guard = Guard(state.base, self.job.config.guard, state.best)
+
+
+def origin_of(job: Job, phase: str) -> Origin:
+    return Origin(
+        fingerprint.of(PHASE_ADAPTERS[phase], job.config, job.fingerprint),
+        fingerprint.of(JUDGEMENT, job.config),
+    )
 
 
 def _examples(job: Job, split: str, references: list[Reference]) -> list[Example]:

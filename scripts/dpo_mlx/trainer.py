@@ -84,7 +84,7 @@ class Trainer:
         self.first = first
         self.origin = origin or Origin()
         self.state = State(phase.name, first, rows)
-        self.checkpoints = Checkpoints(config.run / "checkpoints")
+        self.checkpoints = Checkpoints(config.run.checkpoints)
         self.save_clock = SaveClock()
         self.updates = count_updates(phase.settings, len(train))
         # MLX's AdamW leaves the bias correction out by default: its first steps are then several
@@ -268,7 +268,7 @@ class Trainer:
         self, pair: EncodedPair, side: Sequence, pi: float, off: float, limit: float
     ) -> str:
         """Why the policy does not start at the reference: a wrong file or a wrong computation."""
-        where = f"{self.config.run / 'reference'}: pair on line {pair.line}: "
+        where = f"{self.config.run.references}: pair on line {pair.line}: "
         gap = f"{off:.3g} nats off, and rounding explains only {limit:.2g}"
         again = self.worker.log_probs([side])[0]
         if abs(again - pi) <= limit:

@@ -97,7 +97,7 @@ def longest_loop(text: str) -> int:
     """The most words in a row that only repeat the words right before them.
 
     `a b a b a b` repeats `a b` twice: 4. Units of 1 to LONGEST_UNIT words; what is repeated less
-    than once whole is no loop.
+    than once whole is not a loop.
     """
     words = text.split()
     longest = 0

@@ -65,9 +65,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise Damaged(path, "has a header that is no JSON") from error
+            raise Damaged(path, "has a header that is not JSON") from error
     if not isinstance(header, dict):
-        raise Damaged(path, "has a header that is no JSON object")
+        raise Damaged(path, "has a header that is not a JSON object")
     tensors = {
         name: _tensor(path, name, about, 8 + length)
         for name, about in header.items()

@@ -46,11 +46,11 @@ from dpo_mlx import config as configs
 from dpo_mlx.checkpoint import Checkpoints
 from dpo_mlx.config import Config, GenerationConfig
 from dpo_mlx.errors import UserError
-from dpo_mlx.job import TRAIN, VALID, pair_file, prepare
+from dpo_mlx.job import prepare
 from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.origin import training_inputs
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.phase import DPO, SFT, Dpo, Example, groups
+from dpo_mlx.run_folder import TRAIN, VALID
 from dpo_mlx.sampling import Answer, limited
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
 from dpo_mlx.trainer import Trainer
@@ -208,8 +208,12 @@ def by_recipe(config: Config, asked: Asked) -> common.Values:
     started = time.perf_counter()
     train_dpo(config, ALL)
     minutes = (time.perf_counter() - started) / 60
-    outcome = jsonl.read_json(config.run / "outcome.json")
-    return {"minutes": minutes, **outcome, **asked.outcome(config.run, config.run / "adapters")}
+    outcome = jsonl.read_json(config.run.path / "outcome.json")
+    return {
+        "minutes": minutes,
+        **outcome,
+        **asked.outcome(config.run.path, config.run.path / "adapters"),
+    }
 
 
 def at_end(phase: str, run: Path | None, asked: Asked, whole: common.Values) -> common.Values:
@@ -242,7 +246,7 @@ class Asked:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.pairs = {split: pairs.read(pair_file(config, split)) for split in (TRAIN, VALID)}
+        self.pairs = {split: pairs.read(config.pairs.splits[split]) for split in (TRAIN, VALID)}
         train, valid = self.pairs[TRAIN], self.pairs[VALID]
         self.classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
         self.loaded = models.load(config.model)
@@ -383,7 +387,7 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
     }
     job = replace(job, encoder=encoder, pairs=encoded)
     caught = [f"preflight: {finding.text}" for finding in preflight(job)]
-    phases = Phases(job, training_inputs(config))
+    phases = Phases(job)
     examples = {
         split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
         for split, references in phases.references(only_read=False).items()
@@ -392,7 +396,7 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
     shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
     for example, index in zip(examples[TRAIN], shuffle, strict=True):  # undone
         ordered[index] = example
-    file = MetricsFile(config.run / "metrics.jsonl")
+    file = MetricsFile(config.run.path / "metrics.jsonl")
     training = Trainer(
         job.worker, config, Dpo(config), ordered, watched, file, phases.watch, phases.guard
     )
@@ -400,7 +404,7 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
     started = time.perf_counter()
     training.run(phases.base)
     minutes = (time.perf_counter() - started) / 60
-    for row in jsonl.read_whole_lines(config.run / "metrics.jsonl"):
+    for row in jsonl.read_whole_lines(config.run.path / "metrics.jsonl"):
         written = {k.removeprefix("eval_text/"): v for k, v in row.items() if "eval_text/" in k}
         if written:
             change = row["eval_logps/chosen_change_per_token"]
@@ -413,7 +417,7 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
         "kept_update": kept.update,
         "stopped": [],
         "caught": caught,
-        **asked.outcome(config.run, training.checkpoints.path(DPO, training.updates), encoder),
+        **asked.outcome(config.run.path, training.checkpoints.path(DPO, training.updates), encoder),
     }
 
 
@@ -423,9 +427,9 @@ def raw_pairs(config: Config) -> Config:
     """
     loaded = models.load(config.model)
     encoder = RawEncoder(loaded.tokenizer)
-    files = {split: config.run / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
+    files = {split: config.run.path / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
     for split, file in files.items():
-        rows = pairs.read(pair_file(config, split))
+        rows = pairs.read(config.pairs.splits[split])
         lengths = pairs.chosen_lengths(rows, encoder, config.data.max_length)
         limits = limited(config.generation, lengths)
         answers = answer(loaded, encoder, rows, limits, config.seed)
