@@ -241,7 +241,7 @@ def test_pairs_edited_in_between_are_said(unfinished, two_phases):
     """The run is of the pairs as they were."""
     path = Path(unfinished.data.train_pairs)
     path.write_text(path.read_text().replace("Yes.", "No."))
-    with pytest.raises(UserError, match="sft-000007: .*trained otherwise .pairs"):
+    with pytest.raises(UserError, match="sft-000007: .*trained otherwise .train pairs"):
         train_dpo(unfinished, ALL)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_mlx import jsonl, pages, report
+from dpo_mlx import charts, jsonl, pages, report
 from dpo_mlx.ownership import MANIFEST
 
 HOSTILE = [
@@ -252,7 +252,7 @@ def test_a_run_whose_training_is_unknown() -> None:
     assert not page.with_class("kept")
     assert "dotted line" not in page.text
     assert "None" not in page.text
-    assert len(Page(report.render(REPORT, METRICS)).with_class("kept")) == len(report.CURVES)
+    assert len(Page(report.render(REPORT, METRICS)).with_class("kept")) == len(charts.CURVES)
 
 
 def test_an_unknown_limit_is_still_shown() -> None:
@@ -332,7 +332,7 @@ def test_short_and_broken_runs_are_drawn(rows: list[dict[str, Any]]) -> None:
 def test_values_left_out_are_counted() -> None:
     """Two values that are not finite are told under the chart, the finite ones are drawn."""
     rows = [train_row(1, loss=math.nan), train_row(2), train_row(3, loss=math.inf)]
-    chart = report.chart(rows, "loss", None)
+    chart = charts.chart(rows, "loss", None)
     assert (chart.skipped, len(chart.curves[0].points)) == (2, 1)
     assert "Not drawn: 2 values" in Page(report.render(REPORT, rows)).text
 
@@ -341,7 +341,7 @@ def test_places_of_a_curve() -> None:
     """By hand: updates 0..2 fill 54..348, so update 1 lies at 201. Losses 0 and 1 get 6% of room,
     so [-0.06, 1.06] fills 204..34 upwards: 0 lies at 204 - 170 * 0.06 / 1.12 = 194.89, 1 at 43.11.
     """
-    chart = report.chart([valid_row(0, 1.0), train_row(1, loss=1.0), valid_row(2, 0.0)], "loss", 1)
+    chart = charts.chart([valid_row(0, 1.0), train_row(1, loss=1.0), valid_row(2, 0.0)], "loss", 1)
     train, valid = chart.curves
     assert train.points == [(201, 43.11)]
     assert valid.points == [(54, 43.11), (348, 194.89)]
@@ -351,7 +351,7 @@ def test_places_of_a_curve() -> None:
 
 def test_voice_is_drawn_over_both_phases() -> None:
     """By hand: updates 0..4 fill 54..348, scores 0..1 fill 204..34. Greedy ones are half of it."""
-    sampled, greedy = report.chart(METRICS, "voice", 2).curves
+    sampled, greedy = charts.chart(METRICS, "voice", 2).curves
     assert sampled.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
     assert greedy.points == [(54, 204), (201, 161.5), (201, 161.5), (348, 119)]
 
@@ -360,7 +360,7 @@ def test_shares_are_drawn_from_0_to_1() -> None:
     """A voice score that rises by 0.02 must not look like a voice that was learned."""
     rows = [valid_row(0, 0.69, voice=0.1), valid_row(1, 0.69, voice=0.12)]
     for name in ("voice", "fluency"):
-        labels = [tick.label for tick in report.chart(rows, name, None).y_ticks]
+        labels = [tick.label for tick in charts.chart(rows, name, None).y_ticks]
         assert (labels[0], labels[-1]) == ("0.0", "1.0")
 
 
@@ -369,24 +369,24 @@ def test_sft_is_left_out_of_loss_and_margin(name: str) -> None:
     """They are measured from where a phase began: SFT's 0.3 nats below the base model would be
     joined to DPO's ln 2. The x range stays that of the whole run.
     """
-    chart = report.chart(METRICS, name, None)
+    chart = charts.chart(METRICS, name, None)
     train, valid = chart.curves
     assert [x for x, _ in train.points] == [274.5, 348]
     assert [x for x, _ in valid.points] == [201, 348]
-    assert chart.x_ticks == report.chart(METRICS, "voice", None).x_ticks
+    assert chart.x_ticks == charts.chart(METRICS, "voice", None).x_ticks
 
 
-@pytest.mark.parametrize("name", report.CURVES)
+@pytest.mark.parametrize("name", charts.CURVES)
 def test_lines_of_the_phase_and_of_what_was_kept(name: str) -> None:
     """In every chart at the same place: of updates 0..4, DPO begins at 2 and 3 is kept."""
-    chart = report.chart(METRICS, name, 3)
+    chart = charts.chart(METRICS, name, 3)
     assert (chart.dpo_begins, chart.kept) == (201, 274.5)
 
 
 def test_the_phase_is_named_in_every_chart() -> None:
     """The line alone says nothing."""
     text = Page(report.render(REPORT, METRICS)).text
-    assert text.count("DPO begins") == len(report.CURVES)
+    assert text.count("DPO begins") == len(charts.CURVES)
     assert "4 updates: 2 of SFT, 2 of DPO." in text
 
 
@@ -396,25 +396,25 @@ def test_a_run_without_sft() -> None:
     page = Page(report.render(REPORT, rows))
     assert not page.with_class("phase")
     assert "SFT" not in page.text
-    assert [x for x, _ in report.chart(rows, "loss", None).curves[1].points] == [54, 348]
+    assert [x for x, _ in charts.chart(rows, "loss", None).curves[1].points] == [54, 348]
 
 
 def test_a_run_stopped_in_sft() -> None:
     """DPO never began: no line says it did, and charts of DPO alone say that they are empty."""
     page = Page(report.render(REPORT, METRICS[:4]))
     assert not page.with_class("phase")
-    assert page.text.count("nothing measured") == len(report.ONLY_DPO)
+    assert page.text.count("nothing measured") == len(charts.ONLY_DPO)
 
 
 def test_path_of_one_place_and_of_none() -> None:
     """A line of no length is drawn as a dot by its round ends; no place draws nothing."""
-    assert report.path([(1.5, 2)]) == "M1.5 2h0"
-    assert report.path([]) == ""
+    assert charts.path([(1.5, 2)]) == "M1.5 2h0"
+    assert charts.path([]) == ""
 
 
 def test_a_curve_that_hardly_moves_looks_flat() -> None:
     """0.6931 to 0.6930 must not fill the chart like a steep fall: 2% of the size is shown."""
-    low, high = report.padded([0.6931, 0.6930])
+    low, high = charts.padded([0.6931, 0.6930])
     assert high - low == pytest.approx(0.0001 + 0.02 * 0.6931)
 
 
@@ -430,12 +430,12 @@ def test_a_curve_that_hardly_moves_looks_flat() -> None:
 )
 def test_nice_ticks(low: float, high: float, expected: list[float]) -> None:
     """Round numbers inside the range, worked out by hand."""
-    assert report.nice_ticks(low, high) == pytest.approx(expected)
+    assert charts.nice_ticks(low, high) == pytest.approx(expected)
 
 
 def test_updates_are_counted_in_whole_numbers() -> None:
     """A run of two updates has ticks 0, 1, 2, not 0.5."""
-    assert report.nice_ticks(0, 2, least_step=1) == [0, 1, 2]
+    assert charts.nice_ticks(0, 2, least_step=1) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_updates_are_counted_in_whole_numbers() -> None:
 )
 def test_tick_labels(low: float, high: float, expected: list[str]) -> None:
     """As many decimals as the step needs, all labels alike, and short enough for the margin."""
-    assert [tick.label for tick in report.ticks(report.Scale(low, high, 0, 100))] == expected
+    assert [tick.label for tick in charts.ticks(charts.Scale(low, high, 0, 100))] == expected
 
 
 def test_boxes_of_lengths() -> None:

@@ -19,13 +19,13 @@ from urllib.parse import quote
 
 from . import checkpoint, fingerprint, jsonl, lock, ownership, pages, records, results
 from . import config as configs
+from .charts import FRAME, chart
 from .checkpoint import Checkpoints
 from .config import Config
 from .errors import UserError
 from .fingerprint import SFT_ADAPTERS
 from .make_pairs import make_pairs
 from .phase import SFT
-from .report import FRAME, chart
 from .run_folder import AFTER_SFT, BASE, RunFolder
 from .text import shown
 from .train_dpo import ALL, Refused, train_dpo
