@@ -13,10 +13,10 @@ from . import check_pairs, device, jsonl, memory, models, pairs, reference, stam
 from .check_pairs import few
 from .config import Config, GenerationConfig
 from .errors import UserError
+from .losses import Sides
 from .pairs import EncodedPair, Encoder, Pair
-from .phase import pairs_per_update
-from .reference import Reference
 from .sampling import limited
+from .schedule import pairs_per_update
 from .voice import VoiceClassifier
 from .worker import Worker
 
@@ -116,7 +116,7 @@ def _require_memory(
         answer=_generation(config, raw, encoder).max_tokens or 0,
         longest=max(everything, key=lambda sequence: len(sequence.ids)),
     )
-    needs = memory.stage_10(worker.model, config, lengths, worker.here)
+    needs = memory.stage_10(worker.model, config, lengths, worker.local_processes)
     return memory.require(needs, config.model)
 
 
@@ -149,7 +149,7 @@ def reference_inputs(
 
 def load_reference(
     job: Job, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
-) -> list[Reference]:
+) -> list[Sides[float]]:
     """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`, whose
     valid part holds only the pairs that evaluations look at.
 

@@ -8,7 +8,7 @@ from . import jsonl, models, stamp
 from .checkpoint import Origin
 from .config import Config
 from .job import SPLITS, pair_file
-from .phase import SFT
+from .objectives import SFT
 
 # Keys whose values change neither the adapters nor which of them are kept.
 WITHOUT_EFFECT = {

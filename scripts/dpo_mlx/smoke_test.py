@@ -27,6 +27,7 @@ from .engine import score_against, summarise
 from .errors import UserError
 from .fuse_report import FUSE, FuseReport
 from .job import BASE, SPLITS, TRAIN, VALID, pair_file, reference_inputs, require_valid
+from .losses import Sides
 from .make_pairs import read_report
 from .ownership import Status
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
@@ -71,12 +72,12 @@ class SmokeReport(TypedDict):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fused model's answers to the held-out questions, its log-probs (chosen, rejected) of all
-    valid pairs, those pairs as token ids, and the sampling settings.
+    """The fused model's answers to the held-out questions, its log-probs of all valid
+    pairs, in nats, those pairs as token ids, and the sampling settings.
     """
 
     answers: list[Answer]
-    log_probs: list[tuple[float, float]]
+    log_probs: list[Sides[float]]
     encoder: Encoder
     encoded: list[EncodedPair]
     generation: GenerationConfig

@@ -25,9 +25,9 @@ from .config import Config
 from .errors import UserError
 from .job import AFTER_SFT, BASE
 from .make_pairs import make_pairs
+from .objectives import SFT
 from .outcome import OUTCOME
 from .paths import sweep_folder
-from .phase import SFT
 from .report import FRAME, chart, report_rows
 from .train_dpo import ALL, Refused, train_dpo
 from .typed import Finite
@@ -190,9 +190,9 @@ def _take_over(config: Config, done: list[Path]) -> None:
             for model in (BASE, AFTER_SFT):
                 _copy(other / REFERENCE / model, config.run / REFERENCE / model)
             jsonl.write_text(config.run / METRICS, (other / METRICS).read_text("utf-8"))
-            known_best = checkpoint.read(end)[0].best
-            best = [] if known_best is None else [Checkpoints(end.parent).best(known_best.update)]
-            for path in sorted({*best, end}):
+            best = checkpoint.read(end)[0].best
+            paths = {end} if best is None else {end, Checkpoints(end.parent).best(best.update)}
+            for path in sorted(paths):
                 _copy(path, config.run / "checkpoints" / path.name)
             return
     for other in done:
