@@ -181,7 +181,7 @@ def job(
     """job(what is written after each evaluation, section={key: value}) -> (config, its path).
 
     Seven train pairs, two valid ones, outside of the run's folder; an update for each pair and an
-    evaluation after every second. `script` may be a class in the place of `Watch`.
+    evaluation after every second. `script` may be a class in the place of `AnswerEvaluator`.
     """
     files = {f"{split}_pairs": str(tmp_path / f"{split}.jsonl") for split in ("train", "valid")}
 
@@ -196,8 +196,8 @@ def job(
             values[name] = {**own, **changes} if isinstance(changes, dict) else changes
         runs.write_pairs(Path(files["train_pairs"]), 7)
         runs.write_pairs(Path(files["valid_pairs"]), 2, first=100)
-        watch = script if isinstance(script, type) else lambda *_: runs.Scripted(script)
-        monkeypatch.setattr("dpo_mlx.train_dpo.Watch", watch)
+        evaluator = script if isinstance(script, type) else lambda *_: runs.Scripted(script)
+        monkeypatch.setattr("dpo_mlx.train_dpo.AnswerEvaluator", evaluator)
         path = write_config(values)
         return configs.load(path), path
 

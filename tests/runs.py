@@ -13,15 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from dpo_mlx import digest, jsonl, models, ownership, results
+from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
-from dpo_mlx.guard import Guard
+from dpo_mlx.losses import Sides
 from dpo_mlx.metrics import MEASURED, MetricsFile
 from dpo_mlx.model_files import ADAPTERS
+from dpo_mlx.objectives import DPO, Example
 from dpo_mlx.pairs import Encoder, Pair
-from dpo_mlx.phase import Dpo, Example, Sft
-from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Trainer
+from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker
 from dpo_mlx.writing import GREEDY, Measures
 from mlx.utils import tree_flatten
@@ -83,7 +83,7 @@ def wrote(**changes: float) -> Measures:
 
 
 class Scripted:
-    """In the place of `Watch`: hands out the measures of a list, the last of them for ever."""
+    """In the place of `AnswerEvaluator`: returns a list's measures in turn, its last for ever."""
 
     def __init__(self, script: Sequence[Measures] = ()) -> None:
         self.script = list(script) or [wrote()]
@@ -108,7 +108,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        phase: type[Sft] | type[Dpo] = Dpo,
+        phase: str = DPO,
         train: Sequence[Pair] = TRAIN,
         valid: Sequence[Pair] = VALID,
         off: float = 0.0,
@@ -122,23 +122,22 @@ class Run:
         def example(pair: Pair) -> Example:
             encoded = self.encoder.pair(pair)
             chosen, rejected = (engine.log_prob(side) for side in encoded.sides)
-            return Example(encoded, Reference(chosen + off, rejected))
+            return Example(encoded, Sides(chosen + off, rejected))
 
         self.train, self.valid = [example(p) for p in train], [example(p) for p in valid]
         mx.random.seed(config.seed)
         models.attach_lora(self.model, config.lora)
         self.start = self.adapters
-        self.watch = Scripted(script)
-        self.guard = Guard(wrote(), config.guard)
+        self.answers = Scripted(script)
+        self.state = State(phase, base=wrote())
         self.trainer = Trainer(
             Worker(self.model),
             config,
-            phase(config),
-            self.train,
-            self.valid,
+            Examples(self.train, self.valid),
+            self.answers,
             MetricsFile(config.run.path / "metrics.jsonl"),
-            self.watch,
-            self.guard,
+            Checkpoints(config.run.path / "checkpoints"),
+            self.state,
         )
 
     def run(self) -> Run:
@@ -164,14 +163,15 @@ class Run:
     @property
     def last(self) -> Path:
         """The newest checkpoint of the phase."""
-        newest = self.trainer.checkpoints.newest(self.trainer.phase.name)
+        newest = self.trainer.checkpoints.newest(self.state.phase)
         assert newest is not None
         return newest
 
     @property
     def best(self) -> Path:
-        """The checkpoint that the guard keeps."""
-        return self.trainer.checkpoints.best(self.guard.kept.update)
+        """The best checkpoint."""
+        assert self.state.best is not None
+        return self.trainer.checkpoints.best(self.state.best.update)
 
 
 def determined(metrics: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from dpo_mlx import checkpoint, jsonl, signals
 from dpo_mlx.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
 from dpo_mlx.config import Config, LoraConfig
 from dpo_mlx.errors import UserError
-from dpo_mlx.guard import Kept
+from dpo_mlx.guard import Evaluation
 from dpo_mlx.model_files import ADAPTERS
 from dpo_mlx.train_dpo import ALL, TRAIN_ONLY, train_dpo
 from mlx import nn
@@ -119,10 +119,10 @@ def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
 
 def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
     made = Checkpoints(folder)
-    state = State(phase, update, base=wrote(), best=Kept(best, 0.5, 2.0))
+    state = State(phase, update=update, base=wrote(), best=Evaluation(best, 0.5, 2.0))
     model, optimizer = small(update)
     model.layers = []
-    made.save(state, Origin(), model, LoraConfig(num_layers=1), optimizer)
+    made.save(state, model, LoraConfig(num_layers=1), optimizer)
     return made
 
 
@@ -156,18 +156,19 @@ def test_everything_comes_back(tmp_path):
     optimizer.update(model, {"weight": mx.array([[0.3, 0.7]])})
     state = State(
         "dpo",
+        3,
         7,
         20,
         True,
         wrote(voice=0.1, base_logprob_per_token=float("-inf")),
         wrote(voice=1 / 3),
-        Kept(7, 0.2, 2.0),
+        Evaluation(7, 0.2, 2.0),
         4,
         2,
     )
     origin = Origin({"a": [1, None]}, {"b": "x"})
-    made = Checkpoints(tmp_path)
-    made.save(state, origin, model, LoraConfig(num_layers=1), optimizer)
+    made = Checkpoints(tmp_path, {"dpo": origin})
+    made.save(state, model, LoraConfig(num_layers=1), optimizer)
     assert checkpoint.read(made.path("dpo", 7)) == (state, origin)
     other, fresh = small(0.5)
     checkpoint.restore(made.path("dpo", 7), other, fresh)
@@ -220,7 +221,7 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
     assert checkpoint.read(unfinished.run.path / "checkpoints/dpo-000010") == before
     config = two_phases(epochs=2, restart=True)
     assert train_dpo(config, ALL)
-    assert "dpo-000010 is not gone on from" in capfd.readouterr().out
+    assert "not resuming from" in capfd.readouterr().out
     outcome = jsonl.read_json(config.run.path / "outcome.json")
     assert outcome["updates"] == 7 + 14
     rows = determined(config.run.path / "metrics.jsonl")
@@ -241,7 +242,7 @@ def test_pairs_edited_in_between_are_said(unfinished, two_phases):
     """The run is of the pairs as they were."""
     path = Path(unfinished.data.train_pairs)
     path.write_text(path.read_text().replace("Yes.", "No."))
-    with pytest.raises(UserError, match="sft-000007: .*trained otherwise .train pairs"):
+    with pytest.raises(UserError, match="sft-000007: .*other settings or pairs .pairs"):
         train_dpo(unfinished, ALL)
 
 
@@ -255,7 +256,7 @@ def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
             return super().base()
 
     config = two_phases(Edits)
-    with pytest.raises(UserError, match="adapters: are of the files as they were .*pairs"):
+    with pytest.raises(UserError, match="adapters: the input files changed while .*pairs"):
         train_dpo(config, ALL)
     assert (config.run.path / "adapters").exists()
 
@@ -318,7 +319,7 @@ DAMAGES = {
     "text for a number": (lambda f: edit_state(f, update="9"), "update. must be a whole number"),
     "a negative number": (lambda f: edit_state(f, rows=-1), "rows. is not between 0 and"),
     "a number of 400 digits": (lambda f: edit_state(f, rows=10**400), "rows. is not between"),
-    "a list for measures": (lambda f: edit_state(f, written=[]), "written. must be an object"),
+    "a list for measures": (lambda f: edit_state(f, measures=[]), "measures. must be an object"),
     "measures missing": (lambda f: edit_state(f, base={"voice": 0.5}), "state.base.greedy_voice"),
     "no measures": (lambda f: edit_state(f, base={}), "state.base.voice"),
     "no best": (lambda f: edit_state(f, best=None), '"state.best" is null'),

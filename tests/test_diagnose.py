@@ -12,10 +12,9 @@ from dpo_mlx import jsonl
 from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, SftConfig, TrainConfig
 from dpo_mlx.diagnose import Facts, Probe, findings, gather, probe
 from dpo_mlx.engine import Engine
-from dpo_mlx.losses import LOSSES
+from dpo_mlx.losses import LOSSES, Sides
+from dpo_mlx.objectives import SFT, Example
 from dpo_mlx.pairs import LENGTH, STOP, EncodedPair, Pair, Sequence
-from dpo_mlx.phase import Example, Sft
-from dpo_mlx.reference import Reference
 from dpo_mlx.voice import FEATURES, VoiceClassifier
 from runs import Run, exit_code, wrote
 
@@ -141,7 +140,7 @@ def test_facts_by_hand() -> None:
             "train": [encoded(6, 1, line=0), encoded(5, 9, line=1), encoded(2, 2, line=2)],
             "valid": [encoded(4, 6), encoded(3, 1)],
         },
-        [Reference(-8, -6), Reference(-9, -2)],
+        [Sides(-8, -6), Sides(-9, -2)],
         VoiceClassifier(np.zeros(FEATURES), -1.0),
         Probe(sft=0.5, dpo=0.25, seconds=0.0),
     )
@@ -215,7 +214,7 @@ def test_dpo_s_first_update_is_foretold(loss: str, nll_weight: float, make: Any)
 def test_sft_s_first_update_is_foretold(kind: str, make: Any, request: Any) -> None:
     """The same of SFT's update and the chosen answers' gain; DPO's settings have no say."""
     run = make(
-        {"phase": Sft, "train": TRAIN, "valid": UNSEEN},
+        {"phase": SFT, "train": TRAIN, "valid": UNSEEN},
         model=request.getfixturevalue(kind),
         sft={"epochs": 1, "learning_rate": RATE},
         dpo={"beta": 0.9, "nll_weight": 3.0},

@@ -14,7 +14,6 @@ from dpo_mlx.engine import Engine, PairScore, summarise
 from dpo_mlx.errors import UserError
 from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss
 from dpo_mlx.pairs import Encoder, Pair, Sequence
-from dpo_mlx.reference import Reference
 from mlx.utils import tree_flatten, tree_map_with_path
 
 KINDS = ["granite", "llama"]
@@ -44,9 +43,7 @@ class Setting:
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
         self.pair = self.encoder.pair(PAIR)
         base = Engine(self.model)
-        self.reference = Reference(
-            base.log_prob(self.pair.chosen), base.log_prob(self.pair.rejected)
-        )
+        self.reference = Sides(base.log_prob(self.pair.chosen), base.log_prob(self.pair.rejected))
         mx.random.seed(0)
         models.attach_lora(self.model, lora)
         perturb(self.model)
@@ -237,7 +234,7 @@ def test_gradient_on_a_quantised_model(llama):
 def test_score_is_the_gradient_s(setting):
     """Evaluation, which takes no gradient, reports the numbers of training."""
     for settings in (DpoConfig(), DpoConfig(loss="ipo", nll_weight=0.3)):
-        pi = tuple(setting.log_probs())
+        pi = Sides(*setting.log_probs())
         alone = engine_module.score_against(pi, setting.pair, setting.reference, settings)
         score, _ = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
         assert alone.loss == pytest.approx(score.loss, rel=1e-6)
@@ -306,7 +303,7 @@ def test_a_tie_is_no_win():
 
 def test_score_of_given_log_probs(setting):
     """Log-probs measured elsewhere make the same score as the engine's own."""
-    pi = tuple(setting.log_probs())
+    pi = Sides(*setting.log_probs())
     found = engine_module.score_against(pi, setting.pair, setting.reference, DpoConfig())
     expected = preference_loss(found.pi, found.ref, found.length, DpoConfig()).item()
     assert found.loss == expected

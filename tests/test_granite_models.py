@@ -22,7 +22,7 @@ from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.rounding import NEAREST
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
-from dpo_mlx.writing import Measures, Watch
+from dpo_mlx.writing import AnswerEvaluator, Measures
 from mlx.utils import tree_flatten
 from mlx_lm.models.granitemoehybrid import GraniteMoeHybridMamba2Mixer
 from runs import NO_LIMITS
@@ -162,9 +162,9 @@ ANYTHING_PASSES = {
 }
 
 
-class Improving(Watch):
-    """A watch that reports real answers and a voice that improves, so that the last adapters are
-    kept although the model is too random to learn a voice.
+class Improving(AnswerEvaluator):
+    """An evaluator that reports real answers and a voice that improves, so that the last adapters
+    are kept although the model is too random to learn a voice.
     """
 
     evaluations = 0
@@ -183,7 +183,7 @@ def chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Config:
     """A run of all stages and exports, with both phases of the recipe."""
-    monkeypatch.setattr("dpo_mlx.train_dpo.Watch", Improving)
+    monkeypatch.setattr("dpo_mlx.train_dpo.AnswerEvaluator", Improving)
     changes, overrides = CHAINS[request.param]
     settings |= {
         "model": str(tiny.folder(tmp_path / "m", **changes)),

@@ -12,7 +12,7 @@ import pytest
 from dpo_mlx import digest, jsonl
 from dpo_mlx.config import Config, GuardConfig
 from dpo_mlx.engine import Engine
-from dpo_mlx.guard import Guard, Kept
+from dpo_mlx.guard import Evaluation, better, crossed_limits
 from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.writing import Measures
 from mlx.utils import tree_map
@@ -53,19 +53,19 @@ def test_limits_by_hand(changes, chosen_change, crossed):
     value, crossed beyond it and by NaN, each alone and all at once.
     """
     written = wrote(**{"self_ended": 0.5, **changes})
-    found = Guard(BASE, LIMITS).crossed(written, chosen_change)
+    found = crossed_limits(LIMITS, BASE, written, chosen_change)
     assert [line.split(":")[0] for line in found] == crossed
 
 
 def test_a_base_that_never_ends_asks_for_nothing():
     """Half of no ended answers is none."""
-    guard = Guard(wrote(self_ended=0.0), LIMITS)
-    assert guard.crossed(wrote(self_ended=0.0), 0.0) == []
+    never = wrote(self_ended=0.0)
+    assert crossed_limits(LIMITS, never, never, 0.0) == []
 
 
 def test_lines_carry_both_numbers():
     """A reader sees from where to where it fell, and what that means."""
-    lines = Guard(BASE, LIMITS).crossed(wrote(distinct2=0.125, self_ended=0.125), -2.0)
+    lines = crossed_limits(LIMITS, BASE, wrote(distinct2=0.125, self_ended=0.125), -2.0)
     for line, words in zip(
         lines,
         [("from 1.00 to 0.12", "repeat"), ("12%", "50%", "stop"), ("2.00 nats", "unlearned")],
@@ -77,20 +77,29 @@ def test_lines_carry_both_numbers():
 # What is kept -----------------------------------------------------------------------------------
 
 
-def kept(guard: Guard, written: list[Measures]) -> list[int]:
-    """The update that is kept after each of these evaluations of updates 0, 1, ..."""
-    updates = []
-    for update, measures in enumerate(written):
-        guard.judge(update, measures, 0.0)
-        updates.append(guard.kept.update)
-    return updates
+def best_after_each(
+    evaluations: list[tuple[Measures, float]], base: Measures = BASE, limits: GuardConfig = LIMITS
+) -> list[Evaluation]:
+    """The best after each of these evaluations of updates 0, 1, ..., which are (measures, change of
+    the chosen answers).
+    """
+    best, bests = None, []
+    for update, (measures, chosen_change) in enumerate(evaluations):
+        crossed = crossed_limits(limits, base, measures, chosen_change)
+        best = better(best, Evaluation.of(update, measures), crossed)
+        bests.append(best)
+    return bests
+
+
+def updates_of(bests: list[Evaluation]) -> list[int]:
+    return [best.update for best in bests]
 
 
 def test_the_first_evaluation_is_kept_whatever_it_writes():
     """There is always something to keep: the start, though it be degenerate."""
-    guard = Guard(BASE, LIMITS)
-    guard.judge(0, wrote(voice=0.5, distinct2=0.0), math.nan)
-    assert guard.kept == Kept(0, 0.5, 1.0)
+    assert best_after_each([(wrote(voice=0.5, distinct2=0.0), math.nan)]) == [
+        Evaluation(0, 0.5, 1.0)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,24 +109,21 @@ def test_the_first_evaluation_is_kept_whatever_it_writes():
 def test_more_voiced_but_degenerate_is_never_kept(changes, chosen_change):
     """Whichever limit is crossed, and whether the guard stops runs or not."""
     for limits in (LIMITS, GuardConfig(enabled=False)):
-        guard = Guard(BASE, limits)
-        guard.judge(0, wrote(voice=0.25), 0.0)
-        guard.judge(1, wrote(voice=1.0, **changes), chosen_change)
-        assert guard.kept == Kept(0, 0.25, 2.0)
+        evaluations = [(wrote(voice=0.25), 0.0), (wrote(voice=1.0, **changes), chosen_change)]
+        assert best_after_each(evaluations, limits=limits)[-1] == Evaluation(0, 0.25, 2.0)
 
 
 def test_the_most_voiced_is_kept():
     """More voice wins, as much does not: of equals the earlier, which has moved less; NaN never."""
-    guard = Guard(BASE, LIMITS)
     voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
-    assert kept(guard, [wrote(voice=v) for v in voices]) == [0, 1, 1, 1, 1, 5]
-    assert guard.kept == Kept(5, 0.75, 2.0)
+    bests = best_after_each([(wrote(voice=v), 0.0) for v in voices])
+    assert updates_of(bests) == [0, 1, 1, 1, 1, 5]
+    assert bests[-1] == Evaluation(5, 0.75, 2.0)
 
 
 def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
     """Within 0.05 fluency decides, beyond it the voice alone; a little less voice is worth it."""
-    guard = Guard(wrote(), LIMITS)
-    written = [
+    measures = [
         wrote(voice=0.5, self_ended=0.5),
         wrote(voice=0.53, self_ended=0.5),  # as fluent, and a little more in the voice
         wrote(voice=0.5, self_ended=0.75),  # more fluent
@@ -125,8 +131,9 @@ def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
         wrote(voice=0.4, self_ended=1.0),  # too little of the voice
         wrote(voice=0.75, self_ended=0.5),
     ]
-    assert kept(guard, written) == [0, 1, 2, 2, 2, 5]
-    assert guard.kept == Kept(5, 0.75, 1.5)
+    bests = best_after_each([(m, 0.0) for m in measures], base=wrote())
+    assert updates_of(bests) == [0, 1, 2, 2, 2, 5]
+    assert bests[-1] == Evaluation(5, 0.75, 1.5)
 
 
 # A whole run ------------------------------------------------------------------------------------

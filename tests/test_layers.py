@@ -1,4 +1,4 @@
-"""The folders of the library are layers: imports point one way, and reading a config loads no MLX."""
+"""The library's folders are layers: imports point one way, and a config loads without MLX."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ GRAPH = {name: {*imports(name)} for name in MODULES}
 
 
 def test_every_import_is_understood():
-    """Absolute imports of the library, or names that are no modules, would escape the tests here."""
+    """Absolute imports, or names that are not modules, would escape the tests here."""
     assert {target for targets in GRAPH.values() for target in targets} <= MODULES.keys()
     for path in MODULES.values():
         assert "from dpo_mlx" not in path.read_text(encoding="utf-8")

@@ -12,18 +12,18 @@ import pytest
 import tiny
 from dpo_mlx import config as configs
 from dpo_mlx import device, fusing, memory, models, scan
+from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
-from dpo_mlx.guard import Guard
+from dpo_mlx.losses import Sides
 from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.metrics import Callbacks
+from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.objectives import DPO, Example
 from dpo_mlx.pairs import EncodedPair, Sequence
-from dpo_mlx.phase import Dpo, Example
-from dpo_mlx.reference import Reference
 from dpo_mlx.sampling import Batch, sample_batch
 from dpo_mlx.train_dpo import ALL, train_dpo
-from dpo_mlx.trainer import Trainer
+from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker
 from mlx.utils import tree_map_with_path
 from runs import wrote
@@ -79,11 +79,16 @@ def test_need_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
     with models.gradient_checkpointing(model, checkpoint):
         need = memory.training(model, pair.chosen)
     engine = Engine(model)
-    reference = Reference(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
+    reference = Sides(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
     examples = [Example(pair, reference)] * 4
-    guard = Guard(wrote(), config.guard)
     trainer = Trainer(
-        Worker(model), config, Dpo(config), examples, examples[:1], Callbacks(), wrote, guard
+        Worker(model),
+        config,
+        Examples(examples, examples[:1]),
+        wrote,
+        MetricsFile(tmp_path / "metrics.jsonl"),
+        Checkpoints(tmp_path / "checkpoints"),
+        State(DPO, base=wrote()),
     )
     gc.collect()  # else what earlier tests left behind may go while this one is measured
     held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())

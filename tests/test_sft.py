@@ -14,7 +14,8 @@ from dpo_mlx import jsonl
 from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
-from dpo_mlx.phase import Sft, groups
+from dpo_mlx.objectives import SFT, Sft
+from dpo_mlx.schedule import groups
 from dpo_mlx.train_dpo import ALL, PRECOMPUTE, TRAIN_ONLY, train_dpo
 from mlx.utils import tree_flatten, tree_map
 from runs import Scripted, determined, differences, saved, wrote
@@ -84,7 +85,7 @@ def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
     out, at the rate of `sft`; the rejected ones have no part in it.
     """
     run = make(
-        {"phase": Sft},
+        {"phase": SFT},
         model=request.getfixturevalue(kind),
         sft={"epochs": 6, "learning_rate": 3e-3},
         learning_rate=0,
@@ -102,9 +103,9 @@ def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
 
 def test_an_update_is_the_mean_of_its_answers(make):
     """The logged loss and norm are those of the mean over the group of each answer's own mean."""
-    run = make({"phase": Sft}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
+    run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
     engine = Engine(run.model)
-    [(_, indices)] = groups(run.trainer.phase.settings, 7, run.config.seed)
+    [(_, indices)] = groups(run.trainer.objective.settings, 7, run.config.seed)
     values, gradients = zip(
         *(engine.nll_gradient(run.train[i].pair.chosen) for i in indices), strict=True
     )
@@ -235,7 +236,7 @@ def test_train_needs_the_adapters_of_sft(warmed):
         train_dpo(warmed(), TRAIN_ONLY)
     config = warmed()
     train_dpo(config, PRECOMPUTE)
-    changed = "sft-000007: .* trained otherwise .sft.learning_rate: 0.001 -> 0.002.*train.restart"
+    changed = "sft-000007: .* other settings .*sft.learning_rate: 0.001 -> 0.002.*train.restart"
     with pytest.raises(UserError, match=changed):
         train_dpo(warmed(learning_rate=2e-3), TRAIN_ONLY)
     shutil.rmtree(config.run.path / END_OF_SFT)

@@ -40,7 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     run, load = Trainer.run, load_or_compute
 
     def runs(self: Trainer, *arguments: Any) -> Any:
-        counts["sft"] += self.phase.name == "sft"
+        counts["sft"] += self.state.phase == "sft"
         return run(self, *arguments)
 
     def loads(folder: Any, name: Any, pairs: Any, inputs: Any, log_probs: Any, *more: Any) -> Any:

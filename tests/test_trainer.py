@@ -17,9 +17,10 @@ from dpo_mlx.engine import (
     summarise,
 )
 from dpo_mlx.errors import UserError
-from dpo_mlx.guard import Kept
-from dpo_mlx.phase import Example, count_updates, groups, learning_rate
-from dpo_mlx.reference import Reference
+from dpo_mlx.guard import Evaluation
+from dpo_mlx.losses import Sides
+from dpo_mlx.objectives import Example
+from dpo_mlx.schedule import count_updates, groups, learning_rate
 from dpo_mlx.trainer import Stopped
 from dpo_mlx.worker import Worker, log_probs
 from mlx.utils import tree_flatten, tree_map
@@ -171,8 +172,8 @@ def test_a_wrong_reference_stops_the_run(off, make):
 def test_a_wrong_reference_of_one_training_pair_stops_the_run(make):
     """Evaluation sees the valid pairs alone; a training pair of the first update is checked too."""
     run = make(grad_accumulation=7)
-    bad = run.trainer.train_examples[3]
-    run.trainer.train_examples[3] = Example(bad.pair, Reference(-1.0, bad.reference.rejected))
+    bad = run.trainer.examples.train[3]
+    run.trainer.examples.train[3] = Example(bad.pair, Sides(-1.0, bad.reference.rejected))
     with pytest.raises(UserError, match="pair on line 4: the stored log-prob is .* off"):
         run.run()
 
@@ -212,10 +213,10 @@ def test_dropout_is_no_wrong_reference(make):
     run = make(lora={"dropout": 0.5}, grad_accumulation=7)
     perturb(run.model)
     engine = Engine(run.model)
-    for examples in (run.trainer.train_examples, run.trainer.valid_examples):
+    for examples in (run.trainer.examples.train, run.trainer.examples.valid):
         for i, example in enumerate(examples):
             chosen, rejected = (engine.log_prob(side) for side in example.pair.sides)
-            examples[i] = Example(example.pair, Reference(chosen, rejected))
+            examples[i] = Example(example.pair, Sides(chosen, rejected))
     assert len(run.run().updates) == 1
 
 
@@ -407,7 +408,7 @@ def test_the_best_adapters_are_kept(make):
     voices = script(0.25, 0.75, 0.5, 0.625)
     run = make({"script": voices}, epochs=2, grad_accumulation=2, eval_every=3).run()
     assert [row["iteration"] for row in run.evaluations] == [0, 3, 6, 8]
-    assert run.guard.kept == Kept(3, 0.75, 2.0)
+    assert run.state.best == Evaluation(3, 0.75, 2.0)
     losses = {row["iteration"]: row["eval_loss"] for row in run.evaluations}
     assert len(set(losses.values())) == 4
     assert evaluate_folder(run, run.best) == pytest.approx(losses[3], rel=1e-5)
@@ -422,14 +423,14 @@ def test_the_loss_has_no_say(make):
     falls = make({"script": script(0.5, 0.5, 0.25)}, eval_every=1, grad_accumulation=4).run()
     losses = [row["eval_loss"] for row in falls.evaluations]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-    assert falls.guard.kept == Kept(0, 0.5, 2.0)
+    assert falls.state.best == Evaluation(0, 0.5, 2.0)
     assert differences(saved(falls.best), falls.start) == 0
 
     opposite = {"valid": [swapped(pair) for pair in VALID], "script": script(0.25, 0.5, 0.75)}
     rises = make(opposite, eval_every=1, grad_accumulation=4, learning_rate=1e-4).run()
     losses = [row["eval_loss"] for row in rises.evaluations]
     assert losses == sorted(losses) and losses[0] < losses[-1]
-    assert rises.guard.kept == Kept(2, 0.75, 2.0)
+    assert rises.state.best == Evaluation(2, 0.75, 2.0)
     assert differences(saved(rises.best), rises.adapters) == 0
 
 
@@ -440,7 +441,7 @@ def test_a_degenerate_evaluation_is_not_kept(make):
     voices = [wrote(voice=0.25), wrote(voice=0.9, distinct2=0.25), wrote(voice=0.5)]
     given = {"eval_every": 1, "grad_accumulation": 4, "guard": {"enabled": False}}
     run = make({"script": voices}, **given).run()
-    assert run.guard.kept == Kept(2, 0.5, 2.0)
+    assert run.state.best == Evaluation(2, 0.5, 2.0)
     assert differences(saved(run.best), run.adapters) == 0
 
 
@@ -464,8 +465,9 @@ def test_a_degenerate_evaluation_ends_the_run(make):
 def test_what_is_written_is_asked_once_an_evaluation(make):
     """Sampling costs minutes: one call an evaluation, none at the start when that is known."""
     run = make(eval_every=1, grad_accumulation=3)
-    run.trainer.run(wrote(voice=0.0))
-    assert run.watch.asked == 3 == len(run.evaluations) - 1
+    run.state.measures = wrote(voice=0.0)
+    run.run()
+    assert run.answers.asked == 3 == len(run.evaluations) - 1
     assert run.evaluations[0]["eval_text/voice"] == 0.0
 
 

@@ -13,15 +13,15 @@ import pytest
 import tiny
 from dpo_mlx import config as config_module
 from dpo_mlx import jsonl, models
+from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, score_against, summarise
-from dpo_mlx.guard import Guard
 from dpo_mlx.losses import Sides, objective
 from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.objectives import DPO, Example
 from dpo_mlx.pairs import Encoder, Pair
-from dpo_mlx.phase import Dpo, Example, groups
-from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Trainer
+from dpo_mlx.schedule import groups
+from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker, log_probs
 from mlx.utils import tree_flatten, tree_map_with_path
 from runs import wrote
@@ -133,9 +133,7 @@ class Ours:
         self.examples = []
         for pair in PAIRS:
             encoded = self.encoder.pair(pair)
-            reference = Reference(
-                engine.log_prob(encoded.chosen), engine.log_prob(encoded.rejected)
-            )
+            reference = Sides(engine.log_prob(encoded.chosen), engine.log_prob(encoded.rejected))
             self.examples.append(Example(encoded, reference))
         mx.random.seed(2)
         models.attach_lora(self.model, self.lora)
@@ -396,9 +394,14 @@ def test_twenty_updates_are_trl_s(kind, schedule, folders, settings, write_confi
     ours = Ours(folder, kind, 0.0)
     start = ours.adapters
     metrics = MetricsFile(config.run.path / "metrics.jsonl")
-    guard, examples = Guard(wrote(), config.guard), ours.examples
     Trainer(
-        Worker(ours.model), config, Dpo(config), examples, examples, metrics, wrote, guard
+        Worker(ours.model),
+        config,
+        Examples(ours.examples, ours.examples),
+        wrote,
+        metrics,
+        Checkpoints(config.run.path / "checkpoints"),
+        State(DPO, base=wrote()),
     ).run()
     updates = [r for r in jsonl.read_whole_lines(config.run.path / "metrics.jsonl") if "loss" in r]
 

@@ -14,7 +14,7 @@ from dpo_mlx.models import LORA_LAYERS
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
 from dpo_mlx.worker import Worker
-from dpo_mlx.writing import GREEDY, Watch, measure
+from dpo_mlx.writing import GREEDY, AnswerEvaluator, measure
 from runs import differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
@@ -65,7 +65,7 @@ def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> 
 
     monkeypatch.setattr(Worker, "answers", answers)
     worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
-    found = Watch(worker, encoder, CLASSIFIER, asked, GenerationConfig(max_tokens=8), 0)()
+    found = AnswerEvaluator(worker, encoder, CLASSIFIER, asked, GenerationConfig(max_tokens=8), 0)()
     assert made == [(EVALUATED_AT_ONCE, False), (1, False), (EVALUATED_AT_ONCE, True), (1, True)]
     assert (found["distinct2"], found[f"{GREEDY}distinct2"]) == (0.5, 1.0)
 
@@ -84,8 +84,8 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
     """The base's measures are those of a model without adapters, and the adapters stay on."""
     scales = [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)]
 
-    def watch(loaded: models.LoadedModel) -> Watch:
-        return Watch(
+    def watch(loaded: models.LoadedModel) -> AnswerEvaluator:
+        return AnswerEvaluator(
             Worker(loaded.model, loaded.tokenizer),
             Encoder(loaded.tokenizer),
             CLASSIFIER,
@@ -126,7 +126,9 @@ def test_watching_changes_nothing_that_is_learned(dropout: float, make: Any) -> 
         run = make(eval_every=eval_every, grad_accumulation=3, lora={"dropout": dropout}, guard=off)
         short = GenerationConfig(max_tokens=4, temperature=1.0)
         worker = Worker(run.model, run.encoder.tokenizer)
-        run.trainer.watch = Watch(worker, run.encoder, CLASSIFIER, ASKED, short, 0)
+        run.trainer.measure_answers = AnswerEvaluator(
+            worker, run.encoder, CLASSIFIER, ASKED, short, 0
+        )
         return run.run().adapters
 
     assert differences(adapters(1), adapters(100)) == 0

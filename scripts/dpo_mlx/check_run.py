@@ -27,12 +27,13 @@ from .errors import UserError
 from .make_pairs import generation_settings, usable_rows
 from .model_files import folder_of, is_hub_name
 from .models import LoadedModel
+from .objectives import Dpo, Sft
 from .pairs import Encoder, Sequence
-from .phase import Dpo, Sft, count_updates
 from .sampling import EVALUATED_AT_ONCE, Batch, sample_batch
+from .schedule import count_updates
 from .supervisor import has_cpu_for_two
 from .train_dpo import MOST_CHECKPOINTS
-from .trainer import apart
+from .trainer import updates_between_evaluations
 from .worker import Worker
 
 T = TypeVar("T")
@@ -231,7 +232,8 @@ def _evaluations(config: Config, pairs: int) -> int:
     count = 0
     for phase in (Sft(config), Dpo(config)):
         if updates := count_updates(phase.settings, pairs):
-            count += 1 + math.ceil(updates / (config.train.eval_every or apart(updates)))
+            every = config.train.eval_every or updates_between_evaluations(updates)
+            count += 1 + math.ceil(updates / every)
     return count
 
 

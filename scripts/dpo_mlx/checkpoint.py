@@ -1,15 +1,15 @@
-"""Everything a run is, saved and taken up again: killed anywhere, it goes on to the same bits.
+"""Checkpoints: a run that is killed at any moment resumes and ends in the same bits.
 
 `checkpoints/PHASE-UPDATE` holds the adapters in mlx-lm's format, the optimizer's state as tensors,
-and the rest as JSON. Nothing random outlives an update: each shuffle, each update's dropout and
-each batch of answers is seeded by its number.
+and the rest as JSON. A checkpoint holds no random state, because each shuffle, each update's
+dropout and each batch of answers has a seed that its number determines.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,49 +24,66 @@ from . import jsonl, models, ownership, records
 from .config import LoraConfig
 from .errors import UserError, doing
 from .fingerprint import Fingerprint
-from .guard import Kept
+from .guard import Evaluation
 from .model_files import ADAPTERS
-from .phase import PHASES, SFT
+from .objectives import PHASES, SFT
 from .typed import Count
 from .writing import GREEDY, NAMES, Measures
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-VERSION = 2  # of what is in STATE
+VERSION = 3  # of the contents of STATE
 
-LAST = 2  # checkpoints that are kept
+NEWEST = 2  # checkpoints to keep
 
-# Limits on saving by the clock: seconds between checkpoints, share of the time spent on saving, and
-# bytes written a second on average.
+# Limits on how often the clock saves: seconds between two checkpoints, share of the time that
+# saving may take, and bytes written a second on average.
 LEAST_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
 
 
 @dataclass
 class State:
-    """Where a run is, beside its tensors.
+    """Where a run is, besides its tensors.
 
-    `update` is the last one done, counted through both phases, `evaluated` whether its evaluation
-    is done; `rows` are those of metrics.jsonl. `written` are the measures of the last evaluation,
-    `base` those of the base model, `best` what the guard keeps. `skipped` updates had numbers that
-    are not finite, `in_a_row` of them just now; `stopped` says why the run must not go on.
+    `update` is the number of updates done in all phases, `phase_start` the number done before this
+    phase. `rows` counts the rows of metrics.jsonl. `evaluated` says whether this update's
+    evaluation is done. `measures` are those of the model's answers as it is now, or empty when
+    nobody has asked it; `base` are the base model's. `best` is the best evaluation of the run.
+    `skipped` counts updates that gave NaN or an infinity, `skipped_in_a_row` the latest of these.
+    `stopped` says why the run must not go on.
     """
 
     phase: str
+    phase_start: Count = 0
     update: Count = 0
     rows: Count = 0
     evaluated: bool = False
-    written: Measures = field(default_factory=dict)
+    measures: Measures = field(default_factory=dict)
     base: Measures = field(default_factory=dict)
-    best: Kept | None = None
+    best: Evaluation | None = None
     skipped: Count = 0
-    in_a_row: Count = 0
+    skipped_in_a_row: Count = 0
     stopped: list[str] = field(default_factory=list)
+
+    @property
+    def updates_of_phase(self) -> int:
+        return self.update - self.phase_start
+
+    def at_phase(self, phase: str) -> State:
+        """Where the next phase begins after this one."""
+        return State(
+            phase,
+            phase_start=self.update,
+            update=self.update,
+            rows=self.rows,
+            measures=self.measures,
+            base=self.base,
+            best=self.best,
+        )
 
 
 class SaveClock:
-    """Decides when the next checkpoint is due, from the time since the last one and its cost.
-
-    A checkpoint is hundreds of megabytes. Saving one after every update would slow training down
-    and wear the disk. Times are in seconds of `clock`, sizes in bytes.
+    """Says when a checkpoint is due, so that saving takes a small share of the time and wears out
+    no disk. Times are in seconds of `clock`, sizes in bytes.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -78,7 +95,7 @@ class SaveClock:
 
     @contextmanager
     def saving(self, size: int) -> Iterator[None]:
-        """Time the body, which writes a checkpoint of `size` bytes; the next is due after that."""
+        """Time the body, which writes `size` bytes, and set when the next checkpoint is due."""
         started = self._clock()
         yield
         ended = self._clock()
@@ -87,16 +104,18 @@ class SaveClock:
 
 @dataclass(frozen=True)
 class Origin:
-    """What determines the adapters of a checkpoint, and what determines which of them are kept."""
+    """The inputs that determine a checkpoint's adapters, and those that determine which is best."""
 
     adapters: Fingerprint = field(default_factory=dict)
     judgement: Fingerprint = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What STATE holds. Raises ValueError for a state in which no run is: a checkpoint comes after
-    the first evaluation; a phase has `written` nothing before its own.
+class Contents:
+    """The contents of STATE.
+
+    Raises ValueError for a state that no run can have: the first checkpoint comes after the first
+    evaluation, which has measures of the base model and makes a best one.
     """
 
     version: int
@@ -105,13 +124,18 @@ class Saved:
 
     def __post_init__(self) -> None:
         state = self.state
-        for name, measures in (("base", state.base), ("written", state.written or state.base)):
-            if lacking := [n for m in NAMES for n in (m, f"{GREEDY}{m}") if n not in measures]:
-                raise ValueError(
-                    f'lacks "state.{name}.{lacking[0]}"; another version may have written it'
-                )
+        self._require_measures("base", state.base)
+        if state.measures:
+            self._require_measures("measures", state.measures)
         if state.best is None:
             raise ValueError('"state.best" is null, but an evaluation has chosen one')
+        if state.phase_start > state.update:
+            raise ValueError('"state.phase_start" is greater than "state.update"')
+
+    def _require_measures(self, key: str, measures: Measures) -> None:
+        for name in (n for measure in NAMES for n in (measure, f"{GREEDY}{measure}")):
+            if name not in measures:
+                raise ValueError(f'lacks "state.{key}.{name}"; another version may have written it')
 
 
 def size(model: nn.Module) -> int:
@@ -120,40 +144,42 @@ def size(model: nn.Module) -> int:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last two, the end of SFT, and the best that each one knows."""
+    """The checkpoints of a run: the newest two, the end of SFT, and the best that each of them
+    knows.
 
-    def __init__(self, folder: Path) -> None:
+    `origins` has an Origin for each phase, which the checkpoints of that phase are saved with.
+    """
+
+    def __init__(self, folder: Path, origins: Mapping[str, Origin] | None = None) -> None:
         self.folder = folder
+        self.origins = origins or {}
 
     def path(self, phase: str, update: int) -> Path:
         return self.folder / f"{phase}-{update:06d}"
 
     def newest(self, phase: str) -> Path | None:
+        """The newest checkpoint of a phase."""
         return next(reversed(self._all(phase)), None)
 
     def best(self, update: int) -> Path:
-        """The checkpoint of an update, of the phase that came to it first."""
+        """The checkpoint of an update. At the update between two phases, the earlier phase's.
+
+        Raises UserError when it does not exist.
+        """
         for phase in PHASES:
             if (path := self.path(phase, update)).exists():
                 return path
         raise UserError(
-            f"{self.folder}: the checkpoint of update {update}, the best so far, is gone; delete "
-            "that folder and run 10_train_dpo.py again"
+            f"{self.folder}: the best checkpoint, that of update {update}, is missing; delete that "
+            "folder and run 10_train_dpo.py again"
         )
 
-    def save(
-        self,
-        state: State,
-        origin: Origin,
-        model: nn.Module,
-        lora: LoraConfig,
-        optimizer: Optimizer,
-    ) -> None:
+    def save(self, state: State, model: nn.Module, lora: LoraConfig, optimizer: Optimizer) -> None:
         """Write a checkpoint, then remove those that are no longer needed.
 
         Raises MLX's RuntimeError, and writes nothing, when a GPU command has failed.
         """
-        # Metal reports a failed command late, and until then its arrays hold garbage.
+        # Metal reports a failed command late, and until then the arrays hold garbage.
         mx.eval(model.trainable_parameters(), optimizer.state)
         mx.synchronize()
         path = self.path(state.phase, state.update)
@@ -161,34 +187,39 @@ class Checkpoints:
             models.save_adapters(model, lora, temporary)
             tensors: Any = tree_flatten(optimizer.state)
             models.save_tensors(temporary / OPTIMIZER, dict(tensors))
-            jsonl.write_json(temporary / STATE, asdict(Saved(VERSION, state, origin)))
+            origin = self.origins.get(state.phase, Origin())
+            jsonl.write_json(temporary / STATE, asdict(Contents(VERSION, state, origin)))
         self.prune()
 
     def clear(self, phase: str) -> None:
-        """Remove the checkpoints of a phase and of those after it, the latest first."""
+        """Remove the checkpoints of a phase and of later phases, the newest first.
+
+        Raises UserError for a checkpoint that holds files of the user's.
+        """
         for later in reversed(PHASES[PHASES.index(phase) :]):
             for path in reversed(self._all(later)):
                 ownership.remove_folder(path)
 
     def _all(self, phase: str) -> list[Path]:
-        """Those of a phase by update; a copy under another name is somebody's backup."""
-        name = re.compile(rf"{phase}-\d{{6,}}")
+        """The checkpoints of a phase, by update. A folder with another name is the user's."""
+        pattern = re.compile(rf"{phase}-\d{{6,}}")
         paths = self.folder.glob(f"{phase}-*")
-        return sorted(path for path in paths if name.fullmatch(path.name))
+        return sorted(path for path in paths if pattern.fullmatch(path.name))
 
     def prune(self) -> None:
-        """Remove what need not be kept, also what a kill has left of that. A checkpoint in which
-        somebody put something stays.
+        """Remove checkpoints that are no longer needed, and what a kill left of removed ones.
+
+        A checkpoint that holds files of the user's stays.
         """
         ownership.remove_leftovers(self.folder)
-        everything = [path for phase in PHASES for path in self._all(phase)]
-        kept = {*everything[-LAST:], *self._all(SFT)[-1:]}
-        kept |= set(self._known_best(kept))
-        for path in everything:
-            if path not in kept:
+        checkpoints = [path for phase in PHASES for path in self._all(phase)]
+        needed = {*checkpoints[-NEWEST:], *self._all(SFT)[-1:]}
+        needed |= set(self._best_of(needed))
+        for path in checkpoints:
+            if path not in needed:
                 ownership.remove_if_untouched(path)
 
-    def _known_best(self, paths: set[Path]) -> Iterator[Path]:
+    def _best_of(self, paths: set[Path]) -> Iterator[Path]:
         for path in paths:
             best = read(path)[0].best
             if best is not None:
@@ -196,8 +227,9 @@ class Checkpoints:
 
 
 def read(path: Path) -> tuple[State, Origin]:
-    """Where a checkpoint is, and what it was made of. Raises UserError for a damaged one, or one
-    of another version.
+    """(state, origin) of a checkpoint.
+
+    Raises UserError for one that is damaged, that another version wrote, or that is a copy.
     """
     remedy = _remedy(path)
     values = jsonl.read_json(path / STATE, remedy)
@@ -206,30 +238,31 @@ def read(path: Path) -> tuple[State, Origin]:
             f"{path}: was written by another version ({values.get('version')!r:.20}, this one "
             f"reads {VERSION}); go on with that one, or {remedy}"
         )
-    saved = records.read(path / STATE, Saved, remedy)
-    if path.name != f"{saved.state.phase}-{saved.state.update:06d}":
+    contents = records.checked(path / STATE, values, Contents, remedy)
+    state = contents.state
+    if path.name != f"{state.phase}-{state.update:06d}":
         raise UserError(
-            f"{path}: is a copy of update {saved.state.update} of {saved.state.phase}; give it "
-            "another name, or move it away"
+            f"{path}: is a copy of update {state.update} of {state.phase}; give it another name, "
+            "or move it away"
         )
-    return saved.state, saved.origin
+    return state, contents.origin
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """The adapters and the optimizer's state of a checkpoint.
+    """Load a checkpoint's adapters into the model and its tensors into the optimizer.
 
-    Raises UserError when they are damaged or of another model, with both as they were.
+    Raises UserError when they are damaged or belong to another model.
     """
     expected: Any = tree_flatten(optimizer.state)
-    state = models.load_tensors(path / OPTIMIZER, dict(expected))
+    tensors = models.load_tensors(path / OPTIMIZER, dict(expected))
     models.load_adapters(model, path)
     require_unchanged(path)
-    optimizer.state = tree_unflatten(list(state.items()))
+    optimizer.state = tree_unflatten(list(tensors.items()))
     mx.eval(optimizer.state)
 
 
 def require_unchanged(path: Path) -> None:
-    """Raises UserError when the tensors of a checkpoint are not those that were saved."""
+    """Raises UserError when a checkpoint's tensors have changed since they were saved."""
     for name in (ADAPTERS, OPTIMIZER):
         ownership.require(path / name, _remedy(path))
 

@@ -25,12 +25,12 @@ from .check_pairs import few
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .fingerprint import REFERENCE, TRAINING, Fingerprint
+from .losses import Sides
 from .model_files import ADAPTERS
 from .pairs import EncodedPair, Encoder, Pair
-from .phase import pairs_per_update
-from .reference import Reference
 from .run_folder import AFTER_SFT, SPLITS, TRAIN, VALID
 from .sampling import limited
+from .schedule import pairs_per_update
 from .voice import VoiceClassifier
 from .worker import Worker
 
@@ -128,7 +128,7 @@ def _require_memory(
         answer=_generation(config, raw, encoder).max_tokens or 0,
         longest=max(everything, key=lambda sequence: len(sequence.ids)),
     )
-    needs = memory.stage_10(worker.model, config, lengths, worker.here)
+    needs = memory.stage_10(worker.model, config, lengths, worker.local_processes)
     return memory.require(needs, config.model)
 
 
@@ -162,7 +162,7 @@ def reference_fingerprint(
 
 def load_reference(
     job: Job, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
-) -> list[Reference]:
+) -> list[Sides[float]]:
     """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`, whose
     valid part holds only the pairs that evaluations look at.
 

@@ -98,7 +98,7 @@ def _require_memory(
         answer=generation.max_tokens or 0,
         longest=max(sequences, key=lambda sequence: len(sequence.ids)),
     )
-    needs = memory.stage_06(worker.model, config, lengths, worker.here)
+    needs = memory.stage_06(worker.model, config, lengths, worker.local_processes)
     need = memory.require(needs, config.model)
     print(f"06: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
@@ -257,7 +257,9 @@ def _sample(
         started = time.perf_counter()
         for start in range(0, len(missing), worker.size):
             numbers = missing[start : start + worker.size]
-            made = worker.answers([every[n] for n in numbers], config.generation, plain=True)
+            made = worker.answers(
+                [every[n] for n in numbers], config.generation, without_adapters=True
+            )
             for number, answers in zip(numbers, made, strict=True):
                 row = {
                     "batch": number,

@@ -17,7 +17,11 @@ def read(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> Any:
     Raises UserError, ending in `remedy`, when it is not there, broken, of another shape, or was
     not written by the pipeline.
     """
-    value = jsonl.read_json(path, remedy)
+    return checked(path, jsonl.read_json(path, remedy), kind, remedy)
+
+
+def checked(path: Path, value: Any, kind: Any, remedy: str = RUN_AGAIN) -> Any:
+    """The same for a file whose JSON value is already in memory."""
     try:
         record = typed.parse(value, kind)
     except ValueError as error:

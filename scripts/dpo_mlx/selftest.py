@@ -32,12 +32,12 @@ from .config import Config, GenerationConfig
 from .engine import LEAST_DIFFERENCE
 from .errors import UserError
 from .fuse_adapters import fuse_adapters
+from .losses import Sides
 from .make_pairs import make_pairs
 from .model_files import ADAPTERS
+from .objectives import DPO, Dpo, Example
 from .ownership import Status
 from .pairs import Encoder, Pair, Sequence
-from .phase import DPO, Dpo, Example
-from .reference import Reference
 from .sampling import Batch, sample_batch
 from .smoke_test import smoke_test
 from .train_dpo import ALL, train_dpo
@@ -233,7 +233,7 @@ def check_memory(config: Config) -> str:
     device.release()
     others = mx.get_active_memory() - memory.nbytes(worker.model.parameters())
     mx.reset_peak_memory()
-    worker.gradient(Dpo(config), [Example(pair, Reference(0.0, 0.0))] * 2, seed=0)
+    worker.gradient(Dpo(config), [Example(pair, Sides(0.0, 0.0))] * 2, seed=0)
     peak = mx.get_peak_memory() - others
     measurement = f"peak {peak / 1e6:.1f} MB, plan {plan.total / 1e6:.1f} MB"
     if not 0 < peak <= (1 + PLAN_TOLERANCE) * plan.total:

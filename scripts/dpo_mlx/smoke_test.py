@@ -27,6 +27,7 @@ from .engine import score_against, summarise
 from .errors import UserError
 from .fingerprint import EVALUATION, Fingerprint
 from .job import reference_fingerprint
+from .losses import Sides
 from .ownership import Status
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
 from .report import write_html
@@ -72,12 +73,12 @@ class SmokeReport(TypedDict):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fused model's answers to the held-out questions, its log-probs (chosen, rejected) of all
-    valid pairs, those pairs as token ids, and the sampling settings.
+    """The fused model's answers to the held-out questions, its log-probs of all valid
+    pairs, in nats, those pairs as token ids, and the sampling settings.
     """
 
     answers: list[Answer]
-    log_probs: list[tuple[float, float]]
+    log_probs: list[Sides[float]]
     encoder: Encoder
     encoded: list[EncodedPair]
     generation: GenerationConfig

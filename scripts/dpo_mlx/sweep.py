@@ -25,7 +25,7 @@ from .config import Config
 from .errors import UserError
 from .fingerprint import SFT_ADAPTERS
 from .make_pairs import make_pairs
-from .phase import SFT
+from .objectives import SFT
 from .run_folder import AFTER_SFT, BASE, RunFolder
 from .text import shown
 from .train_dpo import ALL, Refused, train_dpo
@@ -188,9 +188,9 @@ def _take_over(config: Config, done: list[RunFolder]) -> None:
             for model in (BASE, AFTER_SFT):
                 _copy(other.reference(model), config.run.reference(model))
             jsonl.write_text(config.run.metrics, other.metrics.read_text("utf-8"))
-            known_best = checkpoint.read(end)[0].best
-            best = [] if known_best is None else [Checkpoints(end.parent).best(known_best.update)]
-            for path in sorted({*best, end}):
+            best = checkpoint.read(end)[0].best
+            paths = {end} if best is None else {end, Checkpoints(end.parent).best(best.update)}
+            for path in sorted(paths):
                 _copy(path, config.run.checkpoints / path.name)
             return
     for other in done:

@@ -1,8 +1,8 @@
-"""Work shared by the processes that `mlx.launch` started.
+"""Splits work among the processes that `mlx.launch` started.
 
-Rank 0 runs the stage: it alone reads, writes and prints. The other ranks need the model and this
-code, nothing else: they wait for tasks, and each task is split among all ranks. Adapters go from
-rank 0 to the others when they have changed, gradients are summed once an update.
+Rank 0 runs the stage: it alone reads, writes and prints. The other ranks need only the model and
+this code. They wait for tasks, and every task is split among all ranks. Rank 0 sends the adapters
+to the others when they have changed. All ranks add up their gradients once an update.
 """
 
 from __future__ import annotations
@@ -22,168 +22,190 @@ from . import model_files, models, signals
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .link import Link, link
+from .losses import Sides
+from .objectives import Example, Objective, of_phase
 from .pairs import EncodedPair, Sequence
-from .phase import Dpo, Example, Sft, of_name
-from .reference import Reference
 from .sampling import Answer, Batch
-from .worker import Scored, Worker
+from .worker import ExampleScore, Worker
+
+Row = dict[str, Any]  # an item or a result as JSON
 
 
 class Team(Worker):
-    """All processes of a run. On rank 0 a method hands out its work and gives what all found; the
-    other ranks `perform` what they are handed.
+    """A Worker that uses all processes of a run.
+
+    On rank 0 each method shares out its work and returns the results of all ranks. The other ranks
+    `perform` the tasks they receive.
     """
 
     def __init__(
-        self, loaded: models.LoadedModel, config: Config, between: Link, here: int
+        self, loaded: models.LoadedModel, config: Config, channel: Link, local_processes: int
     ) -> None:
         super().__init__(loaded.model, loaded.tokenizer)
-        self.size, self.here = between.size, here
+        self.size, self.local_processes = channel.size, local_processes
         self._config = config
-        self._link = between
-        self._sent: list[mx.array] = []  # the adapters that all ranks hold
-        self._total: Any = None  # of all ranks' gradients, of the last task
+        self._channel = channel
+        self._sent_adapters: list[mx.array] = []  # all ranks have these
+        self._gradient_sum: Any = None  # over all ranks, of the last gradient task
 
-    def log_probs(self, sequences: list[Sequence], plain: bool = False) -> list[float]:
+    def log_probs(self, sequences: list[Sequence], without_adapters: bool = False) -> list[float]:
         costs = [len(sequence.ids) for sequence in sequences]
-        return self._share("log_probs", sequences, costs, plain)
+        return self._share("log_probs", sequences, costs, without_adapters)
 
     def gradient(
-        self, phase: Sft | Dpo, examples: list[Example], seed: int
+        self, objective: Objective, examples: list[Example], seed: int
     ) -> tuple[list[Any], Any, list[int]]:
-        costs = [phase.tokens(example) for example in examples]
-        rows = self._share("gradient", examples, costs, False, phase=phase.name, seed=seed)
-        found = [Scored(**row) for row in rows]
-        return self._mean(phase, examples, found, self._total)
+        costs = [objective.tokens(example) for example in examples]
+        rows = self._share("gradient", examples, costs, phase=objective.name, seed=seed)
+        scores = [ExampleScore(**row) for row in rows]
+        return self._mean(objective, examples, scores, self._gradient_sum)
 
     def answers(
-        self, asked: list[Batch], settings: GenerationConfig, plain: bool = False
+        self,
+        batches: list[Batch],
+        settings: GenerationConfig,
+        without_adapters: bool = False,
     ) -> list[list[Answer]]:
-        costs = [len(batch.prompts) for batch in asked]
-        rows = self._share("answers", asked, costs, plain, settings=asdict(settings))
+        costs = [len(batch.prompts) for batch in batches]
+        rows = self._share("answers", batches, costs, without_adapters, settings=asdict(settings))
         return [[Answer(**answer) for answer in row] for row in rows]
 
     def _share(
-        self, what: str, items: Many[Any], costs: list[int], plain: bool, **about: Any
+        self,
+        kind: str,
+        items: Many[Any],
+        costs: list[int],
+        without_adapters: bool = False,
+        **settings: Any,
     ) -> list[Any]:
-        """What all ranks find of the items, in their order."""
+        """The results of all items, in the order of the items."""
         signals.check()
         task = {
-            "what": what,
+            "kind": kind,
             "items": [asdict(item) for item in items],
             "shares": shares(costs, self.size),
-            "plain": plain,
-            "adapters": not plain and self._adapters_changed(),
-            **about,
+            "without_adapters": without_adapters,
+            "new_adapters": not without_adapters and self._adapters_changed(),
+            **settings,
         }
-        self._link.send(task)
-        self._link.busy = True
-        found = self.perform(task)
-        self._link.busy = False
-        return found
+        self._channel.send(task)
+        self._channel.busy = True
+        results = self.perform(task)
+        self._channel.busy = False
+        return results
 
-    def perform(self, task: dict[str, Any]) -> list[Any]:
-        """This rank's share of a task, and what all ranks found."""
-        if task["adapters"]:
+    def perform(self, task: Row) -> list[Any]:
+        """Do this rank's share of a task. Returns the results of all ranks, in the items' order."""
+        if task["new_adapters"]:
             self._pass_on_adapters()
-        mine = task["shares"][self._link.rank]
-        items = [task["items"][i] for i in mine]
-        found = getattr(self, f"_own_{task['what']}")(task, mine, items)
-        rows: list[Any] = [None] * len(task["items"])
-        for share, part in zip(task["shares"], self._link.gather(found), strict=True):
-            for place, row in zip(share, part, strict=True):
-                rows[place] = row
-        return rows
+        places = task["shares"][self._channel.rank]
+        items = [task["items"][place] for place in places]
+        local_results = getattr(self, f"_local_{task['kind']}")(task, places, items)
+        results: list[Any] = [None] * len(task["items"])
+        by_rank = self._channel.gather(local_results)
+        for share, part in zip(task["shares"], by_rank, strict=True):
+            for place, result in zip(share, part, strict=True):
+                results[place] = result
+        return results
 
-    def _own_log_probs(
-        self, task: dict[str, Any], mine: list[int], items: list[dict[str, Any]]
-    ) -> list[float]:
-        return super().log_probs([_sequence(item) for item in items], task["plain"])
+    def _local_log_probs(self, task: Row, places: list[int], items: list[Row]) -> list[float]:
+        sequences = [_sequence(item) for item in items]
+        return super().log_probs(sequences, task["without_adapters"])
 
-    def _own_gradient(
-        self, task: dict[str, Any], mine: list[int], items: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Leaves the sum of all ranks' gradients in `_total`."""
-        phase = of_name(task["phase"], self._config)
-        own = list(zip(mine, map(_example, items), strict=True))
-        found, total = self._gradients(phase, own, task["seed"])
+    def _local_gradient(self, task: Row, places: list[int], items: list[Row]) -> list[Row]:
+        """The scores of this rank's examples. Leaves all ranks' sum in `_gradient_sum`."""
+        objective = of_phase(task["phase"], self._config)
+        examples = list(zip(places, map(_example, items), strict=True))
+        scores, total = self._gradients(objective, examples, task["seed"])
         if total is None:
             total = tree_map(mx.zeros_like, self.model.trainable_parameters())
-        self._total = tree_map(lambda g: g * self.size, self._link.mean(total))
-        return [asdict(scored) for scored in found]
+        self._gradient_sum = tree_map(lambda g: g * self.size, self._channel.mean(total))
+        return [asdict(score) for score in scores]
 
-    def _own_answers(
-        self, task: dict[str, Any], mine: list[int], items: list[dict[str, Any]]
-    ) -> list[list[dict[str, Any]]]:
-        batches = [Batch(**item) for item in items]
-        made = super().answers(batches, GenerationConfig(**task["settings"]), task["plain"])
-        return [[asdict(answer) for answer in answers] for answers in made]
+    def _local_answers(self, task: Row, places: list[int], items: list[Row]) -> list[list[Row]]:
+        batches, settings = [Batch(**item) for item in items], GenerationConfig(**task["settings"])
+        answers = super().answers(batches, settings, task["without_adapters"])
+        return [[asdict(answer) for answer in batch] for batch in answers]
 
     def _each(self, items: Any) -> Any:
-        """Other ranks wait for this one, so that a task is always done whole."""
+        """The items. No signal ends a task half done: the other ranks wait for this one."""
         return iter(items)
 
     def _adapters_changed(self) -> bool:
-        """Since they were passed on: training and loading put new arrays in the old ones' place."""
-        now = list(self._adapters_by_name().values())
-        return len(now) != len(self._sent) or any(
-            new is not old for new, old in zip(now, self._sent, strict=True)
+        """Whether the adapters are not those that all ranks have.
+
+        Training and loading replace arrays, so it is enough to compare identities.
+        """
+        adapters = list(self._adapters_by_name().values())
+        return len(adapters) != len(self._sent_adapters) or any(
+            new is not old for new, old in zip(adapters, self._sent_adapters, strict=True)
         )
 
     def _pass_on_adapters(self) -> None:
-        """From rank 0 to all: the sum of its adapters and of zeros, which is exact."""
+        """Send rank 0's adapters to all ranks.
+
+        The ranks add up rank 0's adapters and the others' zeros, which is exact.
+        """
         named = self._adapters_by_name()
         flat = mx.concatenate([array.reshape(-1) for array in named.values()])
-        flat = self._link.sum(flat if self._link.rank == 0 else mx.zeros_like(flat))
-        if self._link.rank > 0:
+        flat = self._channel.sum(flat if self._channel.rank == 0 else mx.zeros_like(flat))
+        if self._channel.rank > 0:
             ends = np.cumsum([array.size for array in named.values()]).tolist()
             parts = zip(named.items(), mx.split(flat, ends[:-1]), strict=True)
-            passed_on = [(name, part.reshape(old.shape)) for (name, old), part in parts]
-            self.model.load_weights(passed_on, strict=False)
+            adapters = [(name, part.reshape(old.shape)) for (name, old), part in parts]
+            self.model.load_weights(adapters, strict=False)
             mx.eval(self.model.trainable_parameters())
-        self._sent = list(self._adapters_by_name().values())
+        self._sent_adapters = list(self._adapters_by_name().values())
 
     def _adapters_by_name(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.trainable_parameters()))
 
 
 def shares(costs: list[int], size: int) -> list[list[int]]:
-    """Places for each of `size` processes, whose sums of costs are near each other: the costliest
-    goes first, to whom has least (Graham 1969, longest processing time first).
+    """The places of the items for each of `size` processes, with similar sums of costs.
+
+    The costliest item goes first, each to the process with the least work so far (Graham 1969,
+    longest processing time first).
     """
     load = [0] * size
-    places: list[list[int]] = [[] for _ in range(size)]
+    shares: list[list[int]] = [[] for _ in range(size)]
     for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
         least = load.index(min(load))
-        places[least].append(place)
+        shares[least].append(place)
         load[least] += costs[place]
-    return [sorted(own) for own in places]
+    return [sorted(share) for share in shares]
 
 
 def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
-    """The model of a run, with fresh adapters in order to `train` it, and who computes with it:
-    this process, or a Team on all ranks.
+    """(the run's model, with fresh adapters if it is to `train`; the Worker that computes with it).
 
-    Raises UserError for a model that cannot be loaded, and when another rank holds another one.
+    The Worker is a Team when the run has several processes. Raises UserError for a model that
+    cannot be loaded, and when another rank has a different one.
     """
-    between = link()
-    if between.size == 1:
+    channel = link()
+    if channel.size == 1:
         loaded = _load(config, train)
         return loaded, Worker(loaded.model, loaded.tokenizer)
-    if between.rank == 0:
-        between.send({"config": asdict(config), "train": train})
-        between.busy = True
+    if channel.rank == 0:
+        channel.send({"config": asdict(config), "train": train})
+        channel.busy = True
     loaded = _load(config, train)
-    marks = between.gather(model_files.fingerprint(config.model))
-    machines = between.gather(platform.node())
-    between.busy = False
-    differing = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
-    if between.rank == 0 and differing:
-        raise UserError(
-            f"model: rank {differing[0]} has other files under {config.model} than rank 0; put the "
-            "same model folder on every machine"
-        )
-    return loaded, Team(loaded, config, between, machines.count(machines[between.rank]))
+    fingerprints = channel.gather(model_files.fingerprint(config.model))
+    machines = channel.gather(platform.node())
+    channel.busy = False
+    if channel.rank == 0:
+        _require_same_model(config, fingerprints)
+    return loaded, Team(loaded, config, channel, machines.count(machines[channel.rank]))
+
+
+def _require_same_model(config: Config, fingerprints: list[Any]) -> None:
+    """Raises UserError when a rank has other model files than rank 0."""
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
+            raise UserError(
+                f"model: rank {rank} has other files under {config.model} than rank 0; put the "
+                "same model folder on every machine"
+            )
 
 
 def _load(config: Config, train: bool) -> models.LoadedModel:
@@ -195,30 +217,30 @@ def _load(config: Config, train: bool) -> models.LoadedModel:
 
 
 def serve() -> None:
-    """Help rank 0 until it dismisses. A signal that ends the run reaches rank 0, which needs this
-    process until what is in hand is done.
+    """Perform rank 0's tasks until it sends the last one.
 
-    Raises UserError, that names this rank and its machine.
+    Ignores the signals that end a run: rank 0 gets them too, and needs this process until the
+    current task is done. Raises UserError that names this rank and its machine.
     """
     for number in signals.CAUGHT:
         signal.signal(number, signal.SIG_IGN)
-    between, team = link(), None
+    channel, team = link(), None
     try:
-        while (task := between.receive()) is not None:
+        while (task := channel.receive()) is not None:
             if "config" in task:
                 _, team = load(configs.of_values(task["config"]), task["train"])
             else:
                 assert isinstance(team, Team)
                 team.perform(task)
     except UserError as error:
-        raise type(error)(f"rank {between.rank} on {platform.node()}: {error}") from error
+        raise type(error)(f"rank {channel.rank} on {platform.node()}: {error}") from error
 
 
-def _sequence(row: dict[str, Any]) -> Sequence:
+def _sequence(row: Row) -> Sequence:
     return Sequence(tuple(row["ids"]), row["prompt_length"])
 
 
-def _example(row: dict[str, Any]) -> Example:
+def _example(row: Row) -> Example:
     pair = row["pair"]
     chosen, rejected = (_sequence(pair[side]) for side in ("chosen", "rejected"))
-    return Example(EncodedPair(chosen, rejected, pair["line"]), Reference(**row["reference"]))
+    return Example(EncodedPair(chosen, rejected, pair["line"]), Sides(*row["reference"]))

@@ -26,15 +26,16 @@ from .checkpoint import Checkpoints, Origin, State
 from .config import Config
 from .errors import UserError
 from .fingerprint import DPO_ADAPTERS, JUDGEMENT, SFT_ADAPTERS, TRAINING, Fingerprint
-from .guard import Guard
 from .job import Job, load_reference, prepare
+from .losses import Sides
 from .model_files import ADAPTERS
-from .phase import DPO, PHASES, SFT, Dpo, Example, Sft, count_updates, pairs_per_update
-from .reference import Reference
+from .objectives import DPO, PHASES, SFT, Example, Sft
+from .pairs import EncodedPair
 from .results import Outcome
 from .run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
-from .trainer import Stopped, Trainer
-from .writing import Measures, Watch
+from .schedule import count_updates, pairs_per_update
+from .trainer import Examples, Stopped, Trainer
+from .writing import AnswerEvaluator, Measures
 
 PRECOMPUTE, TRAIN_ONLY, ALL = "precompute", "train", "all"
 
@@ -46,7 +47,7 @@ MOST_CHECKPOINTS = 8
 
 
 class Refused(UserError):
-    """The preflight found what is sure to waste the run."""
+    """The preflight found something that will waste the run."""
 
 
 def train_dpo(config: Config, stage: str) -> bool:
@@ -84,8 +85,9 @@ def _refuse_changes(before: Fingerprint, after: Fingerprint, adapters: Path) -> 
     """Raises UserError when files were changed while they were trained on."""
     if changed := fingerprint.differences(before, after):
         raise UserError(
-            f"{adapters}: are of the files as they were when training began, which were changed "
-            f"since ({'; '.join(changed)}); run 10_train_dpo.py again to train on them as they are"
+            f"{adapters}: the input files changed while training ran ({'; '.join(changed)}), and "
+            "these adapters were trained on the old ones; run 10_train_dpo.py again to train on "
+            "the new ones"
         )
 
 
@@ -98,44 +100,43 @@ def _say(end: Outcome, adapters: Path) -> bool:
             "dpo.beta or dpo.nll_weight"
         )
     print(
-        f"10: {end.updates} updates; {adapters} holds those of update {end.kept_update}, "
-        f"whose answers are most in the voice (score {end.voice:.2f}; the more fluent of those "
-        "that are alike) and within guard's limits"
+        f"10: kept update {end.kept_update} of {end.updates}: voice {end.voice:.2f}; the adapters "
+        f"are in {adapters}"
     )
     return not end.stopped
 
 
 def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
-    """Say what the run will do and what is wrong with it, from the pairs, the base model's
-    log-probs of the valid ones, and the gradients of a few.
+    """Print what the run will do and what is wrong with it.
 
-    Raises UserError for what is sure to waste the run, unless `train.force`; with `only_read` also
-    when those log-probs are not there yet.
+    This needs the pairs, the base model's log-probs of the valid ones, and the gradients of a few.
+    Raises UserError for something that will waste the run, unless `train.force` is set, and with
+    `only_read` when those log-probs are not stored yet.
     """
     config, encoded = job.config, job.preferences
     base = load_reference(job, BASE, VALID, only_read=only_read)
     with models.gradient_checkpointing(job.model, config.train.grad_checkpoint):
-        probed = diagnose.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
-    facts = diagnose.gather(config, job.raw, encoded, base, job.classifier, probed)
-    _describe(job, facts, probed)
-    found = list(diagnose.findings(facts, config))
-    for finding in found:
+        probe = diagnose.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
+    facts = diagnose.gather(config, job.raw, encoded, base, job.classifier, probe)
+    _describe(job, facts, probe)
+    findings = list(diagnose.findings(facts, config))
+    for finding in findings:
         print(f"10: {'sure to fail: ' if finding.fatal else 'note: '}{finding.text}")
-    if any(finding.fatal for finding in found) and not config.train.force:
+    if any(finding.fatal for finding in findings) and not config.train.force:
         raise Refused(
-            "the preflight found what is sure to waste the run, see above; change these settings, "
-            "or --set train.force=true to run all the same"
+            "the preflight found settings that will waste the run, see above; change them, or "
+            "--set train.force=true to train all the same"
         )
-    return found
+    return findings
 
 
-def _describe(job: Job, facts: diagnose.Facts, probed: diagnose.Probe) -> None:
-    config = job.config
+def _describe(job: Job, facts: diagnose.Facts, probe: diagnose.Probe) -> None:
+    """Print the data, the two phases, the time and the memory of a run."""
     for split in SPLITS:
         lengths = [pair.length for pair in job.pairs[split]]
         print(
-            f"10: {len(lengths)} {split} pairs, the longer side median {np.median(lengths):.0f}, "
-            f"longest {max(lengths)} tokens"
+            f"10: {len(lengths)} {split} pairs; the longer answer with its prompt has "
+            f"{np.median(lengths):.0f} tokens in the median and {max(lengths)} at most"
         )
     print(
         f"10: the base model gives chosen answers {facts.chosen_per_token:.2f} nats a token, "
@@ -143,222 +144,215 @@ def _describe(job: Job, facts: diagnose.Facts, probed: diagnose.Probe) -> None:
         f"{facts.chosen_tokens:.0f} and {facts.rejected_tokens:.0f} tokens"
     )
     print(
-        f"10: the classifier of the voice is right on {facts.classifier_accuracy:.0%} of held-out "
-        "answers"
+        f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
     )
-    if facts.sft_updates:
-        print(
-            f"10: SFT: {facts.sft_updates} updates of {pairs_per_update(config.train)} chosen "
-            f"answers, learning rate {config.sft.learning_rate:g}: about "
-            f"{facts.sft_change:+.2g} nats a token on unseen answers, at first order"
-        )
+    _describe_phases(job.config, facts)
     print(
-        f"10: DPO: {facts.dpo_updates} updates of {pairs_per_update(config.train)} pairs, learning "
-        f"rate {config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}: "
-        f"about {facts.dpo_change:+.2g} nats a token between the sides"
-    )
-    print(
-        f"10: about {_seconds(job, probed) / 60:.0f} minutes, plus the answers of each evaluation; "
+        f"10: about {_seconds(job, probe) / 60:.0f} minutes, plus the answers of each evaluation; "
         f"peak memory {job.need}; {device.available() / 1e9:.2f} GB available"
     )
 
 
-def _seconds(job: Job, probed: diagnose.Probe) -> float:
-    """Of both phases and the reference, whose forward pass is a third of a gradient's cost."""
+def _describe_phases(config: Config, facts: diagnose.Facts) -> None:
+    size = pairs_per_update(config.train)
+    if facts.sft_updates:
+        print(
+            f"10: SFT: {facts.sft_updates} updates of {size} chosen answers, learning rate "
+            f"{config.sft.learning_rate:g}; at first order it moves unseen answers by about "
+            f"{facts.sft_change:+.2g} nats a token"
+        )
+    print(
+        f"10: DPO: {facts.dpo_updates} updates of {size} pairs, learning rate "
+        f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}; at "
+        f"first order it moves unseen chosen and rejected answers apart by about "
+        f"{facts.dpo_change:+.2g} nats a token"
+    )
+
+
+def _seconds(job: Job, probe: diagnose.Probe) -> float:
+    """The time of both phases and of the reference.
+
+    Scoring the reference takes a third of the time of a gradient.
+    """
     config, train = job.config, job.preferences[TRAIN]
-    chosen = sum(len(pair.chosen.ids) for pair in train)
-    both = chosen + sum(len(pair.rejected.ids) for pair in train)
-    passes = config.sft.epochs * chosen + (config.train.epochs + 1 / 3) * both
-    return passes * probed.seconds
+    chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
+    pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
+    tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
+    return tokens * probe.seconds
 
 
 def _run(phases: Phases, stage: str) -> Outcome | None:
-    """Train what `stage` asks for; None when that was no more than the reference."""
-    config = phases.job.config
+    """Train what `stage` asks for. None when it asks for no more than the reference."""
+    config, only_read = phases.job.config, stage == TRAIN_ONLY
+    stopped: list[str] = []
     try:
         if config.sft.epochs:
-            phases.warm_up(only_read=stage == TRAIN_ONLY)
-        references = phases.references(only_read=stage == TRAIN_ONLY)
+            phases.run_sft(only_read)
+        references = phases.references(only_read)
         if stage == PRECOMPUTE:
             _keep_settings(config)
             return None
-        phases.align(references)
-        updates, stopped = phases.updates, []
+        phases.run_dpo(references)
     except Stopped as stop:
-        updates, stopped = stop.update, stop.reasons
-    return _keep_best(phases, updates, stopped)
+        stopped = stop.reasons
+    return _keep_best(phases, stopped)
 
 
-def _keep_best(phases: Phases, updates: int, stopped: list[str]) -> Outcome:
-    """Put the best adapters into the run's folder."""
-    best, folder = phases.guard.kept, phases.job.config.run.adapters
-    path = phases.checkpoints.best(best.update)
+def _keep_best(phases: Phases, stopped: list[str]) -> Outcome:
+    """Copy the best checkpoint's adapters to the run's folder."""
+    state, folder = phases.state, phases.job.config.run.adapters
+    assert state.best is not None  # every phase begins with an evaluation
+    path = phases.checkpoints.best(state.best.update)
     checkpoint.require_unchanged(path)
     models.copy_adapters(path, folder)
-    return Outcome(updates, best.update, best.voice, stopped, digest.of_file(folder / ADAPTERS))
+    best, sha256 = state.best, digest.of_file(folder / ADAPTERS)
+    return Outcome(state.update, best.update, best.voice, stopped, sha256)
 
 
 def _keep_settings(config: Config) -> None:
-    """The resolved settings, beside what they make."""
+    """Write the resolved settings to the run's folder."""
     jsonl.write_text(config.run.settings, configs.dump(config))
 
 
 class Phases:
-    """SFT and DPO over one job, judged by the answers to the same questions; each goes on from the
-    newest checkpoint that depends on the same files and settings.
+    """Runs SFT and DPO over one job.
+
+    Each phase resumes from its newest checkpoint if that depends on the same files and settings.
+    `state` says where the run is.
     """
 
     def __init__(self, job: Job) -> None:
+        config = job.config
         self.job = job
-        asked = job.raw[VALID][: job.config.train.eval_questions]
-        self.watch = Watch(
-            job.worker, job.encoder, job.classifier, asked, job.generation, job.config.seed
+        questions = job.raw[VALID][: config.train.eval_questions]
+        self.evaluator = AnswerEvaluator(
+            job.worker, job.encoder, job.classifier, questions, job.generation, config.seed
         )
-        self.sft, self.dpo = Sft(job.config), Dpo(job.config)
-        self.first = count_updates(self.sft.settings, len(job.pairs[TRAIN]))
-        self.updates = self.first + count_updates(self.dpo.settings, len(job.pairs[TRAIN]))
-        self.checkpoints = Checkpoints(job.config.run.checkpoints)
+        pairs = len(job.pairs[TRAIN])
+        self.sft_updates = count_updates(Sft(config).settings, pairs)
+        self.updates = self.sft_updates + count_updates(config.train, pairs)
+        origins = {phase: _origin(job, phase) for phase in PHASES}
+        self.checkpoints = Checkpoints(config.run.checkpoints, origins)
         self.checkpoints.prune()
-        self._found = {phase: self._look_for(phase) for phase in PHASES}
-        self._after_sft = State(SFT)
-
-    @cached_property
-    def guard(self) -> Guard:
-        return Guard(self.base, self.job.config.guard)
+        self._resumable = {phase: self._find_resumable(phase) for phase in PHASES}
+        self.state = State(SFT)
 
     @cached_property
     def base(self) -> Measures:
-        """What the base model writes."""
+        """The measures of the base model's answers."""
         print("10: the base model answers the questions of the evaluations")
-        return self.watch.base()
+        return self.evaluator.base()
 
-    def warm_up(self, only_read: bool) -> None:
-        """SFT, unless it is at its end already. Raises UserError when it is not and `only_read`."""
-        job, found = self.job, self._found[SFT]
-        if found and self._is_sft_s_end(found[1]):
-            models.load_adapters(job.model, found[0])
-            self._after_sft = found[1]
-            if self._after_sft.base:
-                self._take_up_guard(self._after_sft)
+    def run_sft(self, only_read: bool) -> None:
+        """Train SFT, or load its adapters if it has ended already.
+
+        Raises UserError when it has not ended and `only_read` is set.
+        """
+        resumable = self._resumable[SFT]
+        if resumable and self._is_end_of_sft(resumable[1]):
+            path, self.state = resumable
+            models.load_adapters(self.job.model, path)
             return
         if only_read:
             raise UserError(
                 f"{self.checkpoints.folder}: no adapters of SFT with these settings; run "
                 "10_train_dpo.py --stage precompute first"
             )
-        unread = Reference(math.nan, math.nan)  # SFT looks at no reference of a train pair
-        examples = {
-            TRAIN: [Example(pair, unread) for pair in job.pairs[TRAIN]],
-            VALID: _examples(job, VALID, load_reference(job, BASE, VALID)),
-        }
-        self._after_sft = self._train(self.sft, examples, State(SFT))
+        no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
+        train = [Example(pair, no_reference) for pair in self.job.pairs[TRAIN]]
+        valid = _examples(self.job.watched, load_reference(self.job, BASE, VALID))
+        self._train(SFT, Examples(train, valid))
 
-    def references(self, only_read: bool) -> dict[str, list[Reference]]:
-        """The reference of both splits: of the base model, or as SFT has left it."""
-        warm = self.checkpoints.path(SFT, self.first)
-        taken_of, adapters = (AFTER_SFT, warm) if self.first else (BASE, None)
-        return {s: load_reference(self.job, taken_of, s, adapters, only_read) for s in SPLITS}
+    def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
+        """DPO's reference for both splits: the model after SFT, or the base model without SFT."""
+        end_of_sft = self.checkpoints.path(SFT, self.sft_updates)
+        model, adapters = (AFTER_SFT, end_of_sft) if self.sft_updates else (BASE, None)
+        return {s: load_reference(self.job, model, s, adapters, only_read) for s in SPLITS}
 
-    def align(self, references: dict[str, list[Reference]]) -> None:
-        """DPO."""
-        examples = {split: _examples(self.job, split, references[split]) for split in SPLITS}
-        self._train(self.dpo, examples, self._after_sft)
+    def run_dpo(self, references: dict[str, list[Sides[float]]]) -> None:
+        """Train DPO, from where SFT has left the run."""
+        train = _examples(self.job.preferences[TRAIN], references[TRAIN])
+        valid = _examples(self.job.watched, references[VALID])
+        self._train(DPO, Examples(train, valid))
 
-    def _train(
-        self,
-        phase: Sft | Dpo,
-        examples: dict[str, list[Example]],
-        begin: State,
-    ) -> State:
-        """A phase to its end, from where the one before left the run, or from what was found."""
-        config, found = self.job.config, self._found[phase.name]
+    def _train(self, phase: str, examples: Examples) -> None:
+        """Run a phase to its end, from its checkpoint or from its beginning."""
+        config, worker = self.job.config, self.job.worker
+        path = config.run.metrics
         _keep_settings(config)
         reporters = metrics.reporters(config)
-        if found:
-            self._take_up_guard(found[1])
-        else:
-            self.checkpoints.clear(phase.name if self.first else SFT)
-            self._found[DPO] = None
+        checkpoint_path, self.state = self._resumable[phase] or (None, self._begin(phase))
+        bar = metrics.ProgressBar(self.state.update, self.updates)
+        metrics_file = metrics.MetricsFile(path, bar, *reporters)
         trainer = Trainer(
-            self.job.worker,
-            config,
-            phase,
-            examples[TRAIN],
-            examples[VALID],
-            metrics.Callbacks(),
-            self.watch,
-            self.guard,
-            begin.update,
-            begin.rows,
-            origin_of(self.job, phase.name),
+            worker, config, examples, self.evaluator, metrics_file, self.checkpoints, self.state
         )
-        written = begin.written or None
-        if found:
-            print(f"10: going on from {found[0]}")
-            trainer.resume(*found)
-            written = None
-        elif not begin.update:  # before the first update of all the model is the base model
-            written = self.base
-        # Only now, as a checkpoint that cannot be used must leave the file as it is.
-        metrics_file = metrics.MetricsFile(config.run.metrics, trainer.state.rows)
-        bar = metrics.ProgressBar(trainer.state.update, self.updates)
-        trainer.callback = metrics.Callbacks(metrics_file, bar, *reporters)
-        try:
-            with ownership.growing(config.run.metrics):
-                trainer.run(written)
-        finally:
-            bar.close()
-        return trainer.state
+        if checkpoint_path:
+            print(f"10: resuming from {checkpoint_path}")
+            checkpoint.restore(checkpoint_path, worker.model, trainer.optimizer)
+        # Only now: a checkpoint that cannot be used must leave the file as it is.
+        metrics_file.keep_first(self.state.rows)
+        with ownership.growing(path), bar:
+            trainer.run()
 
-    def _look_for(self, phase: str) -> tuple[Path, State] | None:
-        """The newest checkpoint of a phase and where it is, when this run can go on from it.
+    def _begin(self, phase: str) -> State:
+        """Where a phase without a checkpoint begins. Removes checkpoints of earlier runs."""
+        self.checkpoints.clear(phase if self.sft_updates else SFT)
+        self._resumable[DPO] = None
+        state = self.state.at_phase(phase)
+        state.base = state.base or self.base
+        if not state.update:  # the model still answers as the base model does
+            state.measures = state.base
+        return state
 
-        The end of SFT serves however it is judged now. Raises UserError for a checkpoint of other
-        inputs, unless the run that made it came to its end or `train.restart` is set.
+    def _find_resumable(self, phase: str) -> tuple[Path, State] | None:
+        """(path, state) of a phase's newest checkpoint, if this run can resume from it.
+
+        Raises UserError for a checkpoint of other inputs, unless the run that made it has finished
+        or `train.restart` is set.
         """
         path = self.checkpoints.newest(phase)
         if path is None:
             return None
         state, origin = checkpoint.read(path)
-        mine = origin_of(self.job, phase)
+        mine = self.checkpoints.origins[phase]
         changed = fingerprint.differences(origin.adapters, mine.adapters)
-        judged_anew = fingerprint.differences(origin.judgement, mine.judgement)
-        if judged_anew and self._is_sft_s_end(state):
-            state = State(SFT, state.update, state.rows, evaluated=True)
+        judgement_changed = fingerprint.differences(origin.judgement, mine.judgement)
+        if judgement_changed and self._is_end_of_sft(state):
+            # SFT's adapters are the same however they are judged: forget only the judgement.
+            state = State(SFT, update=state.update, rows=state.rows, evaluated=True)
         else:
-            changed += judged_anew
+            changed += judgement_changed
         if not changed:
             return path, state
         if not (self.job.config.train.restart or self._is_finished(origin)):
             raise UserError(
-                f"{path}: an unfinished run was trained otherwise ({'; '.join(changed)}); set that "
-                "back, set run_dir to another folder, or --set train.restart=true to begin anew"
+                f"{path}: an unfinished run used other settings or pairs ({'; '.join(changed)}); "
+                "set them back, set run_dir to another folder, or --set train.restart=true to "
+                "start again"
             )
-        print(f"10: {path} is not gone on from, it was trained otherwise: {'; '.join(changed)}")
+        print(f"10: not resuming from {path}, which used other inputs: {'; '.join(changed)}")
         return None
 
-    def _is_sft_s_end(self, state: State) -> bool:
-        at_end = state.phase == SFT and state.update == self.first
+    def _is_end_of_sft(self, state: State) -> bool:
+        at_end = state.phase == SFT and state.update == self.sft_updates
         return at_end and state.evaluated and not state.stopped
 
     def _is_finished(self, origin: Origin) -> bool:
-        """Whether the adapters in the run's folder came of a run with this origin."""
-        made = fingerprint.read(self.job.config.run.stamp(TRAINING)) or {}
-        known = {**origin.adapters, **origin.judgement}
-        return all(made.get(name) == value for name, value in known.items())
-
-    def _take_up_guard(self, state: State) -> None:
-        self.guard = Guard(state.base, self.job.config.guard, state.best)
+        """Whether a run with this origin made the adapters in the run's folder."""
+        inputs = fingerprint.read(self.job.config.run.stamp(TRAINING)) or {}
+        wanted = {**origin.adapters, **origin.judgement}
+        return all(inputs.get(name) == value for name, value in wanted.items())
 
 
-def origin_of(job: Job, phase: str) -> Origin:
+def _origin(job: Job, phase: str) -> Origin:
+    """What a phase's checkpoints depend on."""
     return Origin(
         fingerprint.of(PHASE_ADAPTERS[phase], job.config, job.fingerprint),
         fingerprint.of(JUDGEMENT, job.config),
     )
 
 
-def _examples(job: Job, split: str, references: list[Reference]) -> list[Example]:
-    """Of a split's pairs; of the valid ones those that evaluations look at, the first ones."""
-    encoded = job.preferences[TRAIN] if split == TRAIN else job.watched
-    return [Example(*both) for both in zip(encoded, references[: len(encoded)], strict=True)]
+def _examples(pairs: list[EncodedPair], references: list[Sides[float]]) -> list[Example]:
+    """Pairs with their reference, which may cover more pairs than these."""
+    return [Example(*both) for both in zip(pairs, references[: len(pairs)], strict=True)]

@@ -6,38 +6,39 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.optimizers import clip_grad_norm
-from mlx_lm.tuner.callbacks import TrainingCallback
 
-from . import checkpoint, device, signals
-from .checkpoint import Checkpoints, Origin, SaveClock, State
+from . import checkpoint, device, objectives, signals
+from .checkpoint import Checkpoints, SaveClock, State
 from .config import Config
 from .engine import LEAST_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
 from .errors import UserError
 from .fusing import dtype_of
-from .guard import Guard
+from .guard import Evaluation, better, crossed_limits
+from .metrics import MetricsFile
+from .objectives import Example
 from .pairs import EncodedPair, Sequence
-from .phase import Dpo, Example, Sft, count_updates, groups, learning_rate
 from .sampling import batch_seed
+from .schedule import count_updates, groups, learning_rate
 from .worker import Worker, log_probs
 from .writing import Measures
 
 # Default: at most 3 evaluations per phase, at least 10 updates apart. Answering an evaluation's
 # questions takes about as long as five updates.
-EVALUATIONS, APART = 3, 10
+EVALUATIONS, UPDATES_APART = 3, 10
 
-# Updates in a row that may be skipped for numbers that are not finite.
+# Updates in a row that give NaN or an infinity before the run stops.
 MOST_SKIPPED = 3
 
 
-def apart(updates: int) -> int:
-    """Updates from one evaluation of a phase to the next, where the config does not say."""
-    return math.ceil(updates / min(max(updates // APART, 1), EVALUATIONS))
+def updates_between_evaluations(updates: int) -> int:
+    """The default of `train.eval_every` for a phase of so many updates."""
+    return math.ceil(updates / min(max(updates // UPDATES_APART, 1), EVALUATIONS))
 
 
 class Stopped(Exception):
@@ -49,213 +50,202 @@ class Stopped(Exception):
         self.reasons = reasons
 
 
-class Trainer:
-    """One phase of a run, `Sft` or `Dpo`, over a worker's model, which carries LoRA adapters.
+@dataclass(frozen=True)
+class Examples:
+    """What a phase trains on, and what its evaluations score."""
 
-    At each evaluation `watch` tells what the model writes, `guard` whether that is the best so
-    far, and whether to stop. Metrics go to `callback`, and where the run is to
-    `run_dir/checkpoints`, with the `origin` of the run; `first` is the number of updates of
-    earlier phases, `rows` that of their metrics.
+    train: list[Example]
+    valid: list[Example]
+
+
+class Trainer:
+    """Trains one phase of a run, the one that `state.phase` names.
+
+    `worker` holds the model with its adapters. `measure_answers` asks that model the evaluations'
+    questions. `state` says where the run is; to resume from a checkpoint, also restore its tensors
+    into the model and `optimizer`. Checkpoints go to `checkpoints`, metrics to `metrics`.
     """
 
     def __init__(
         self,
         worker: Worker,
         config: Config,
-        phase: Sft | Dpo,
-        train: list[Example],
-        valid: list[Example],
-        callback: TrainingCallback,
-        watch: Callable[[], Measures],
-        guard: Guard,
-        first: int = 0,
-        rows: int = 0,
-        origin: Origin | None = None,
+        examples: Examples,
+        measure_answers: Callable[[], Measures],
+        metrics: MetricsFile,
+        checkpoints: Checkpoints,
+        state: State,
     ) -> None:
         self.worker = worker
         self.model = worker.model
         self.config = config
-        self.phase = phase
-        self.train_examples = train
-        self.valid_examples = valid
-        self.callback = callback
-        self.watch = watch
-        self.guard = guard
-        self.first = first
-        self.origin = origin or Origin()
-        self.state = State(phase.name, first, rows)
-        self.checkpoints = Checkpoints(config.run.checkpoints)
+        self.examples = examples
+        self.measure_answers = measure_answers
+        self.metrics = metrics
+        self.checkpoints = checkpoints
+        self.state = state
+        self.objective = objectives.of_phase(state.phase, config)
         self.save_clock = SaveClock()
-        self.updates = count_updates(phase.settings, len(train))
+        settings = self.objective.settings
+        self.updates = count_updates(settings, len(examples.train))
         # MLX's AdamW leaves the bias correction out by default: its first steps are then several
         # times larger than Adam's.
         self.optimizer = optim.AdamW(
-            learning_rate=learning_rate(phase.settings, self.updates),
-            weight_decay=phase.settings.weight_decay,
+            learning_rate=learning_rate(settings, self.updates),
+            weight_decay=settings.weight_decay,
             bias_correction=True,
         )
         self.optimizer.init(self.model.trainable_parameters())
 
-    def resume(self, path: Path, state: State) -> None:
-        """Go on from a checkpoint of this phase."""
-        checkpoint.restore(path, self.model, self.optimizer)
-        self.state = state
+    def run(self) -> None:
+        """Train to the end of the phase.
 
-    def run(self, written: Measures | None = None) -> None:
-        """Train to the end, from a model that writes `written` (None: to be seen).
-
-        Raises Stopped when the guard (unless it is off) or numbers that are not finite end it,
-        Interrupted on a signal, with everything saved, and UserError when the run does not start
-        at the reference.
+        Raises Stopped when the guard (unless it is off) or NaN and infinities end the phase,
+        Interrupted on a signal after saving a checkpoint, and UserError when the policy does not
+        start at the reference.
         """
         try:
-            self._stop_if_told()
-            if self._is_due():
-                self._evaluate(written or self.watch())
-            for epoch, indices in self._groups_left():
-                self._update(epoch, [self.train_examples[i] for i in indices])
-                if self._is_due():
-                    self._evaluate(self.watch())
+            self._raise_if_stopped()
+            if self._is_evaluation_due():
+                self._evaluate()
+            for epoch, indices in self._remaining_groups():
+                self._update(epoch, [self.examples.train[i] for i in indices])
+                if self._is_evaluation_due():
+                    self._evaluate()
         except signals.Interrupted:
             self._save()
             raise
 
-    def _groups_left(self) -> Iterator[tuple[int, list[int]]]:
-        steps = groups(self.phase.settings, len(self.train_examples), self.config.seed)
-        return itertools.islice(steps, self.state.update - self.first, None)
-
-    def _is_due(self) -> bool:
-        """Whether an evaluation is to come before the next update."""
-        done = self.state.update - self.first
-        every = self.config.train.eval_every or apart(self.updates)
-        at_one = done % every == 0 or done == self.updates
-        return at_one and not self.state.evaluated
-
-    def _save(self) -> None:
-        """Save a checkpoint, but none before the first evaluation, which chooses the first best."""
-        self.state.base, self.state.best = self.guard.base, self.guard.best
-        if self.state.best is None:
-            return
-        with self.save_clock.saving(checkpoint.size(self.model)):
-            self.checkpoints.save(
-                self.state, self.origin, self.model, self.config.lora, self.optimizer
-            )
-
-    def _stop_if_told(self) -> None:
-        if self.state.stopped:
-            raise Stopped(self.state.update, self.state.stopped)
+    def _remaining_groups(self) -> Iterator[tuple[int, list[int]]]:
+        all_groups = groups(self.objective.settings, len(self.examples.train), self.config.seed)
+        return itertools.islice(all_groups, self.state.updates_of_phase, None)
 
     def _update(self, epoch: int, examples: list[Example]) -> None:
+        """One training step: gradient, clipping, optimizer, report."""
         update = self.state.update + 1
         started = time.perf_counter()
         mx.reset_peak_memory()
-        # Dropout depends on the update alone, not on what was sampled before it.
+        # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
-        scores, gradient, broken = self.worker.gradient(self.phase, examples, seed)
-        # The reference is scored without dropout. The first evaluation checks the valid pairs
-        # without it too.
-        if update == self.first + 1 and not self.config.lora.dropout:
-            self._check_start(examples, scores)
+        scores, gradient, broken_lines = self.worker.gradient(self.objective, examples, seed)
+        if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
+            self._check_start(examples, scores)  # the reference has no dropout
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
-        about = {
-            "iteration": update,
-            "phase": self.phase.name,
-            "epoch": epoch + 1,
-            "pairs": len(examples),
-        }
-        if broken or not math.isfinite(float(norm)):
-            self._skip(about, broken or [example.pair.line for example in examples])
+        phase = self.state.phase
+        row = {"iteration": update, "phase": phase, "epoch": epoch + 1, "pairs": len(examples)}
+        if broken_lines or not math.isfinite(float(norm)):
+            self._skip(row, broken_lines or [example.pair.line for example in examples])
             return
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         seconds = time.perf_counter() - started
-        self.state.in_a_row = 0
-        self._end_update(
+        row |= {
+            **self.objective.summary(scores),
+            "grad_norm": float(norm),
+            "learning_rate": float(self.optimizer.learning_rate),
+            "tokens_per_second": sum(map(self.objective.tokens, examples)) / seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        self.state.skipped_in_a_row = 0
+        self._end_update(row)
+
+    def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
+        """End an update without touching the adapters, because of these lines of the train pairs.
+
+        Raises Stopped when it is one too many in a row.
+        """
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row == MOST_SKIPPED:
+            state.stopped = [
+                f"{self.config.data.train_pairs}: {MOST_SKIPPED} updates in a row gave NaN or an "
+                f"infinity, the last one from the pairs on lines {lines}; look at these pairs, or "
+                "lower train.learning_rate"
+            ]
+        self._end_update({**row, "skipped_updates": state.skipped, "skipped_lines": lines})
+        self._raise_if_stopped()
+
+    def _end_update(self, row: dict[str, Any]) -> None:
+        """Report an update, and save a checkpoint when one is due."""
+        self.metrics.on_train_loss_report(row)
+        self.state.update += 1
+        self.state.evaluated, self.state.measures = False, {}
+        if self._is_save_due() or self._is_evaluation_due() or self.state.stopped:
+            self._save()
+
+    def _evaluate(self) -> None:
+        """One evaluation: the answers, the valid pairs, report, guard, checkpoint."""
+        state = self.state
+        measures = state.measures = state.measures or self.measure_answers()
+        scores = self._score_valid()
+        if state.updates_of_phase == 0:
+            self._check_start(self.examples.valid, scores)
+        metrics = summarise(scores, self.config.dpo.beta)
+        self.metrics.on_val_loss_report(
             {
-                **about,
-                **self.phase.summary(scores),
-                "grad_norm": float(norm),
-                "learning_rate": float(self.optimizer.learning_rate),
-                "tokens_per_second": sum(map(self.phase.tokens, examples)) / seconds,
-                "peak_memory_gb": mx.get_peak_memory() / 1e9,
+                "iteration": state.update,
+                "phase": state.phase,
+                **{f"eval_{name}": value for name, value in metrics.items()},
+                **{f"eval_text/{name}": value for name, value in measures.items()},
             }
         )
+        change = metrics["logps/chosen_change_per_token"]
+        crossed = crossed_limits(self.config.guard, state.base, measures, change)
+        state.best = better(state.best, Evaluation.of(state.update, measures), crossed)
+        state.evaluated = True
+        if self.config.guard.enabled:
+            state.stopped = crossed
+        self._save()
+        self._raise_if_stopped()
 
-    def _skip(self, about: dict[str, Any], lines: list[int]) -> None:
-        """End an update that must not touch the adapters, for these lines of the train pairs."""
-        self.state.skipped += 1
-        self.state.in_a_row += 1
-        if self.state.in_a_row == MOST_SKIPPED:
-            self.state.stopped = [
-                f"{self.config.data.train_pairs}: {MOST_SKIPPED} updates in a row had numbers that "
-                f"are not finite, the last from the pairs on lines {lines}; look at them, or lower "
-                "train.learning_rate"
-            ]
-        self._end_update({**about, "skipped_updates": self.state.skipped, "skipped_lines": lines})
-        self._stop_if_told()
+    def _score_valid(self) -> list[PairScore]:
+        examples = self.examples.valid
+        policy = log_probs(self.worker, [example.pair for example in examples])
+        return [
+            score_against(pi, example.pair, example.reference, self.config.dpo)
+            for pi, example in zip(policy, examples, strict=True)
+        ]
 
-    def _end_update(self, metrics: dict[str, Any]) -> None:
-        self.callback.on_train_loss_report(metrics)
-        self.state.rows += 1
-        self.state.update += 1
-        self.state.evaluated = False
-        if self._is_save_due() or self._is_due() or self.state.stopped:
-            self._save()
+    def _is_evaluation_due(self) -> bool:
+        """Whether an evaluation comes before the next update."""
+        done = self.state.updates_of_phase
+        every = self.config.train.eval_every or updates_between_evaluations(self.updates)
+        return (done % every == 0 or done == self.updates) and not self.state.evaluated
 
     def _is_save_due(self) -> bool:
         every = self.config.train.save_every
         if every is None:
             return self.save_clock.is_due()
-        return (self.state.update - self.first) % every == 0
+        return self.state.updates_of_phase % every == 0
 
-    def _evaluate(self, written: Measures) -> None:
-        """Score the valid pairs, report, and keep the adapters, perhaps as the best."""
-        pairs = [example.pair for example in self.valid_examples]
-        both = zip(self.valid_examples, log_probs(self.worker, pairs), strict=True)
-        scores = [score_against(pi, e.pair, e.reference, self.config.dpo) for e, pi in both]
-        update = self.state.update
-        if update == self.first:
-            self._check_start(self.valid_examples, scores)
-        metrics = summarise(scores, self.config.dpo.beta)
-        change = metrics["logps/chosen_change_per_token"]
-        self.callback.on_val_loss_report(
-            {
-                "iteration": update,
-                "phase": self.phase.name,
-                **{f"eval_{name}": value for name, value in metrics.items()},
-                **{f"eval_text/{name}": value for name, value in written.items()},
-            }
-        )
-        self.state.rows += 1
-        self.state.evaluated, self.state.written = True, written
-        crossed = self.guard.judge(update, written, change)
-        if crossed and self.config.guard.enabled:
-            self.state.stopped = crossed
-        self._save()
-        self._stop_if_told()
+    def _save(self) -> None:
+        """Save a checkpoint, unless the run had no evaluation yet: there is no best one then."""
+        if self.state.best is None:
+            return
+        self.state.rows = self.metrics.rows
+        with self.save_clock.saving(checkpoint.size(self.model)):
+            self.checkpoints.save(self.state, self.model, self.config.lora, self.optimizer)
+
+    def _raise_if_stopped(self) -> None:
+        if self.state.stopped:
+            raise Stopped(self.state.update, self.state.stopped)
 
     def _check_start(self, examples: list[Example], scores: list[Any]) -> None:
-        """Before the first update the policy is the reference: the margin is 0, DPO's loss ln 2.
+        """Check that the policy starts at the reference: the margin is 0, DPO's loss ln 2.
 
-        On one machine the same kernels compute both, so they are equal; other machines of the run
-        may round differently. Raises UserError for a difference that rounding does not explain, and
-        prints a line when a single machine's scores differ.
+        On one machine the same kernels compute both, so they are equal. Several machines may round
+        differently. Raises UserError for a difference that rounding does not explain, and prints a
+        line for a smaller one that one machine should not have.
         """
-        dtype, largest = dtype_of(self.model), 0.0
+        largest = 0.0
         for example, score in zip(examples, scores, strict=True):
-            if not isinstance(score, PairScore):
-                continue  # SFT's train pairs have no reference
-            for side, pi, ref in zip(example.pair.sides, score.pi, score.ref, strict=True):
-                if not math.isfinite(pi):
-                    continue  # the update will be skipped, and its pair named
-                off, limit = abs(float(pi) - float(ref)), rounding_limit(side.answer_length, dtype)
-                if not off <= limit:
-                    raise UserError(self._start_fault(example.pair, side, float(pi), off, limit))
-                largest = max(largest, off)
+            if isinstance(score, PairScore):  # SFT's train pairs have no reference
+                largest = max(largest, self._start_difference(example.pair, score))
         if largest > LEAST_DIFFERENCE:
             reason = (
                 "different machines round differently, which is harmless"
-                if self.worker.size > self.worker.here
+                if self.worker.size > self.worker.local_processes
                 else "rounding can explain that, so training goes on. On one machine they should "
                 "be equal; please report it with the output of ./train_dpo_run1.sh --selftest"
             )
@@ -264,20 +254,33 @@ class Trainer:
                 f"off the reference's: {reason}"
             )
 
+    def _start_difference(self, pair: EncodedPair, score: PairScore) -> float:
+        """The larger difference of a pair's two sides from the reference, in nats."""
+        largest, dtype = 0.0, dtype_of(self.model)
+        for side, pi, ref in zip(pair.sides, score.pi, score.ref, strict=True):
+            if not math.isfinite(pi):
+                continue  # the update will be skipped and name this pair
+            difference = abs(float(pi) - float(ref))
+            limit = rounding_limit(side.answer_length, dtype)
+            if not difference <= limit:
+                raise UserError(self._start_fault(pair, side, float(pi), difference, limit))
+            largest = max(largest, difference)
+        return largest
+
     def _start_fault(
-        self, pair: EncodedPair, side: Sequence, pi: float, off: float, limit: float
+        self, pair: EncodedPair, side: Sequence, pi: float, difference: float, limit: float
     ) -> str:
         """Why the policy does not start at the reference: a wrong file or a wrong computation."""
         where = f"{self.config.run.references}: pair on line {pair.line}: "
-        gap = f"{off:.3g} nats off, and rounding explains only {limit:.2g}"
-        again = self.worker.log_probs([side])[0]
-        if abs(again - pi) <= limit:
+        gap = f"{difference:.3g} nats off, and rounding explains only {limit:.2g}"
+        without_gradient = self.worker.log_probs([side])[0]
+        if abs(without_gradient - pi) <= limit:
             return (
                 f"{where}the stored log-prob is {gap}: the file is damaged or belongs to another "
                 "model; delete that folder and run 10_train_dpo.py again"
             )
         return (
-            f"{where}the model scores one answer {again:.2f} without and {pi:.2f} with a gradient "
-            f"({gap}). This is a bug in the pipeline or in MLX on {device.name()}, not in your "
-            "data; please report it with the output of ./train_dpo_run1.sh --selftest"
+            f"{where}the model scores one answer {without_gradient:.2f} without and {pi:.2f} with "
+            f"a gradient ({gap}). This is a bug in the pipeline or in MLX on {device.name()}, not "
+            "in your data; please report it with the output of ./train_dpo_run1.sh --selftest"
         )

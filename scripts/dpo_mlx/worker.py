@@ -1,4 +1,4 @@
-"""What a process computes with its copy of the model: log-probs, gradients and answers."""
+"""Computes with one process's copy of the model: log-probs, gradients and answers."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from mlx.utils import tree_flatten, tree_map
 from . import models, signals
 from .config import GenerationConfig
 from .engine import Engine
+from .losses import Sides
+from .objectives import Example, Objective
 from .pairs import EncodedPair, Sequence
-from .phase import Dpo, Example, Sft
 from .sampling import Answer, Batch, batch_seed, batches, sample_batch
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What a phase says of one pair, and whether its loss and its gradient are finite."""
+class ExampleScore:
+    """The values of an example's score (see `Objective.values`), and whether its loss and its
+    gradient are finite.
+    """
 
-    numbers: list[float]
+    values: list[float]
     finite: bool
 
 
 class Worker:
-    """Computes with a model in this process alone; `Team` does the same with several.
+    """Computes with a model in this process alone. `Team` does the same with several processes.
 
-    The tokenizer, mlx-lm's wrapper, is for answers. `plain` is the model without its adapters.
+    `tokenizer` is mlx-lm's wrapper; only `answers` needs it.
     """
 
-    size = here = 1  # processes; those on this machine
+    size = local_processes = 1  # processes of the run; of these, the ones on this machine
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
         self.model = model
@@ -47,82 +50,92 @@ class Worker:
     def engine(self) -> Engine:
         return Engine(self.model)
 
-    def log_probs(self, sequences: list[Sequence], plain: bool = False) -> list[float]:
-        """log p(answer | prompt) of each, summed over the answer's tokens, in nats."""
-        with self._adapters(plain):
+    def log_probs(self, sequences: list[Sequence], without_adapters: bool = False) -> list[float]:
+        """log p(answer | prompt) of each sequence, summed over the answer's tokens, in nats."""
+        with self._adapters(without_adapters):
             return [self.engine.log_prob(sequence) for sequence in self._each(sequences)]
 
     def gradient(
-        self, phase: Sft | Dpo, examples: list[Example], seed: int
+        self, objective: Objective, examples: list[Example], seed: int
     ) -> tuple[list[Any], Any, list[int]]:
-        """(scores, their mean gradient in the trainable parameters, lines of the pairs whose loss
-        or gradient is not finite). Dropout is seeded by `seed` and a pair's place.
+        """(scores, mean gradient in the trainable parameters (a tree), lines of the pairs whose
+        loss or gradient is not finite).
+
+        `seed` and an example's place in the list determine its dropout.
         """
-        found, total = self._gradients(phase, list(enumerate(examples)), seed)
-        return self._mean(phase, examples, found, total)
+        scores, total = self._gradients(objective, list(enumerate(examples)), seed)
+        return self._mean(objective, examples, scores, total)
 
     def answers(
-        self, asked: list[Batch], settings: GenerationConfig, plain: bool = False
+        self,
+        batches: list[Batch],
+        settings: GenerationConfig,
+        without_adapters: bool = False,
     ) -> list[list[Answer]]:
-        """Sampled answers, one list a batch."""
+        """Sampled answers, one list for each batch."""
         self.model.eval()
-        with self._adapters(plain):
+        with self._adapters(without_adapters):
             return [
                 sample_batch(self.model, self.tokenizer, batch, settings)
-                for batch in self._each(asked)
+                for batch in self._each(batches)
             ]
 
     def _each(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Between two of which the stage can be left."""
+        """The items. A signal can end the stage before each of them."""
         for item in items:
             signals.check()
             yield item
 
-    def _adapters(self, plain: bool) -> AbstractContextManager[None]:
-        return models.adapters_off(self.model) if plain else nullcontext()
+    def _adapters(self, without_adapters: bool) -> AbstractContextManager[None]:
+        return models.adapters_off(self.model) if without_adapters else nullcontext()
 
     def _gradients(
-        self, phase: Sft | Dpo, examples: list[tuple[int, Example]], seed: int
-    ) -> tuple[list[Scored], Any]:
-        """What is found of pairs with their places, and the sum of their gradients, None of no
-        pairs; one pair after the other.
-        """
+        self, objective: Objective, examples: list[tuple[int, Example]], seed: int
+    ) -> tuple[list[ExampleScore], Any]:
+        """(scores, sum of the gradients) of examples with their places; the sum of none is None."""
         self.model.train()
-        found, total = [], None
-        with models.gradient_checkpointing(self.model, phase.settings.grad_checkpoint):
+        scores, total = [], None
+        with models.gradient_checkpointing(self.model, objective.settings.grad_checkpoint):
             for place, example in self._each(examples):
                 mx.random.seed(batch_seed(seed, place))
                 score: Any
-                score, gradient = phase.gradient(self.engine, example)
-                finite = math.isfinite(phase.loss(score)) and _is_finite(gradient)
-                found.append(Scored(phase.numbers(score), finite))
+                score, gradient = objective.gradient(self.engine, example)
+                finite = math.isfinite(objective.loss(score)) and _is_finite(gradient)
+                scores.append(ExampleScore(objective.values(score), finite))
                 if total is not None:
                     gradient = tree_map(mx.add, total, gradient)
                     mx.eval(gradient)
                 total = gradient
-        return found, total
+        return scores, total
 
     def _mean(
-        self, phase: Sft | Dpo, examples: list[Example], found: list[Scored], total: Any
+        self,
+        objective: Objective,
+        examples: list[Example],
+        example_scores: list[ExampleScore],
+        total: Any,
     ) -> tuple[list[Any], Any, list[int]]:
-        both = list(zip(examples, found, strict=True))
-        scores = [phase.score(example, scored.numbers) for example, scored in both]
-        broken = [example.pair.line for example, scored in both if not scored.finite]
-        return scores, tree_map(lambda g: g / len(examples), total), broken
+        """What `gradient` returns, from the scores and the sum of the gradients."""
+        scores, broken_lines = [], []
+        for example, score in zip(examples, example_scores, strict=True):
+            scores.append(objective.score(example, score.values))
+            if not score.finite:
+                broken_lines.append(example.pair.line)
+        return scores, tree_map(lambda g: g / len(examples), total), broken_lines
 
 
 def answer_all(
     worker: Worker, prompts: list[list[int]], settings: GenerationConfig, seed: int
 ) -> list[Answer]:
-    """One sampled answer a prompt, in batches of settings.batch_size."""
-    made = worker.answers(batches(prompts, settings.batch_size, seed), settings)
-    return [answer for answers in made for answer in answers]
+    """One sampled answer for each prompt, in batches of settings.batch_size."""
+    answers = worker.answers(batches(prompts, settings.batch_size, seed), settings)
+    return [answer for batch in answers for answer in batch]
 
 
-def log_probs(worker: Worker, encoded: list[EncodedPair]) -> list[tuple[float, float]]:
-    """log p of (chosen, rejected) of each pair, in nats."""
-    found = worker.log_probs([side for pair in encoded for side in pair.sides])
-    return list(zip(found[::2], found[1::2], strict=True))
+def log_probs(worker: Worker, encoded: list[EncodedPair]) -> list[Sides[float]]:
+    """log p(answer | prompt) of both sides of each pair, in nats."""
+    values = worker.log_probs([side for pair in encoded for side in pair.sides])
+    return list(map(Sides, values[::2], values[1::2]))
 
 
 def _is_finite(gradient: Any) -> bool:

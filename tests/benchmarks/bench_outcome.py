@@ -43,17 +43,19 @@ import mlx.optimizers as optim
 import yaml
 from dpo_mlx import checkpoint, jsonl, make_pairs, models, ownership, pairs, voice
 from dpo_mlx import config as configs
-from dpo_mlx.checkpoint import Checkpoints
+from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, GenerationConfig
 from dpo_mlx.errors import UserError
+from dpo_mlx.guard import crossed_limits
 from dpo_mlx.job import prepare
 from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.objectives import DPO, SFT, Example
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
-from dpo_mlx.phase import DPO, SFT, Dpo, Example, groups
 from dpo_mlx.run_folder import TRAIN, VALID
 from dpo_mlx.sampling import Answer, limited
+from dpo_mlx.schedule import groups
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
-from dpo_mlx.trainer import Trainer
+from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker, answer_all
 from dpo_mlx.writing import Measures, measure
 
@@ -396,25 +398,31 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
     shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
     for example, index in zip(examples[TRAIN], shuffle, strict=True):  # undone
         ordered[index] = example
-    file = MetricsFile(config.run.path / "metrics.jsonl")
     training = Trainer(
-        job.worker, config, Dpo(config), ordered, watched, file, phases.watch, phases.guard
+        job.worker,
+        config,
+        Examples(ordered, watched),
+        phases.evaluator,
+        MetricsFile(config.run.path / "metrics.jsonl"),
+        Checkpoints(config.run.path / "checkpoints"),
+        State(DPO, base=phases.base, measures=phases.base),
     )
     training.optimizer = optim.AdamW(config.train.learning_rate, weight_decay=0.0)
     started = time.perf_counter()
-    training.run(phases.base)
+    training.run()
     minutes = (time.perf_counter() - started) / 60
     for row in jsonl.read_whole_lines(config.run.path / "metrics.jsonl"):
         written = {k.removeprefix("eval_text/"): v for k, v in row.items() if "eval_text/" in k}
         if written:
             change = row["eval_logps/chosen_change_per_token"]
-            found = phases.guard.crossed(written, change)
-            caught += [f"update {row['iteration']}: {text}" for text in found]
-    kept = phases.guard.kept
+            crossed = crossed_limits(config.guard, phases.base, written, change)
+            caught += [f"update {row['iteration']}: {text}" for text in crossed]
+    best = training.state.best
+    assert best is not None
     return {
         "minutes": minutes,
         "updates": training.updates,
-        "kept_update": kept.update,
+        "kept_update": best.update,
         "stopped": [],
         "caught": caught,
         **asked.outcome(config.run.path, training.checkpoints.path(DPO, training.updates), encoder),

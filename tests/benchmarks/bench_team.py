@@ -34,8 +34,8 @@ import rings
 from dpo_mlx import memory, models, team
 from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
 from dpo_mlx.link import dismiss, link
-from dpo_mlx.phase import Dpo, Example
-from dpo_mlx.reference import Reference
+from dpo_mlx.losses import Sides
+from dpo_mlx.objectives import Dpo, Example
 from mlx.utils import tree_flatten
 
 LINKS = {"1 Gbit Ethernet": 0.125e9, "10 Gbit Ethernet": 1.25e9, "Thunderbolt, 20 Gbit": 2.5e9}
@@ -131,7 +131,7 @@ def worker(task: common.Values) -> common.Values:
     loaded, shared = team.load(config, train=True)
     lengths = np.random.default_rng(0).integers(task["answer"] // 2, 3 * task["answer"] // 2, 99)
     pairs = [ours.random_pair(loaded.model, int(lengths[i]), seed=i) for i in range(task["pairs"])]
-    examples = [Example(pair, Reference(0.0, 0.0)) for pair in pairs]
+    examples = [Example(pair, Sides(0.0, 0.0)) for pair in pairs]
     optimizer = optim.AdamW(common.LEARNING_RATE)
     updates = [seconds(shared, optimizer, Dpo(config), examples) for _ in range(task["updates"])]
     found = {"update": median(updates[1:]), "link": 0.0}

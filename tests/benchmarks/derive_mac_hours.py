@@ -35,9 +35,10 @@ from dpo_mlx import checkpoint, fusing, memory, models
 from dpo_mlx import config as configs
 from dpo_mlx.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
 from dpo_mlx.checkpoint import SaveClock
+from dpo_mlx.objectives import Dpo, Sft
 from dpo_mlx.pairs import Sequence
-from dpo_mlx.phase import Dpo, Sft, count_updates
 from dpo_mlx.sampling import limited
+from dpo_mlx.schedule import count_updates
 
 CONFIG = common.ROOT / "config/mlx_granite-4.0-h-micro_dpo.yaml"
 LAYERS = 40

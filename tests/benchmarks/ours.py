@@ -17,14 +17,17 @@ import mlx.core as mx
 import numpy as np
 import tiny
 from dpo_mlx import memory, models, scan, tiny_granite
+from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
-from dpo_mlx.guard import Guard
+from dpo_mlx.losses import Sides
+from dpo_mlx.metrics import MetricsFile
+from dpo_mlx.objectives import DPO, Example
 from dpo_mlx.pairs import EncodedPair, Sequence
-from dpo_mlx.phase import Dpo, Example, groups
-from dpo_mlx.reference import Reference
-from dpo_mlx.trainer import Trainer
+from dpo_mlx.schedule import groups
+from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker
+from dpo_mlx.writing import GREEDY, NAMES
 from mlx.utils import tree_flatten
 from mlx_lm.models import granitemoehybrid
 from mlx_lm.tuner.callbacks import TrainingCallback
@@ -34,7 +37,7 @@ PROMPT = 32  # tokens of a random pair's prompt
 SCAN_CHUNK = TrainConfig(learning_rate=0.0).scan_chunk
 LORA = LoraConfig(rank=common.LORA_RANK, scale=common.LORA_SCALE)
 # Answers are not sampled while training is measured.
-SILENT = {"voice": 0.0, "distinct2": 1.0, "self_ended": 1.0}
+SILENT = {f"{prefix}{name}": 1.0 for prefix in ("", GREEDY) for name in NAMES}
 OFF = GuardConfig(enabled=False)
 
 
@@ -118,7 +121,7 @@ def planned(model: Any, pair: EncodedPair, checkpoint: bool) -> int:
 def examples(model: Any, pairs: list[EncodedPair]) -> list[Example]:
     engine = Engine(model)
     return [
-        Example(p, Reference(engine.log_prob(p.chosen), engine.log_prob(p.rejected))) for p in pairs
+        Example(p, Sides(engine.log_prob(p.chosen), engine.log_prob(p.rejected))) for p in pairs
     ]
 
 
@@ -165,17 +168,16 @@ def train(
         trainer = Trainer(
             Worker(model),
             config,
-            Dpo(config),
-            ordered,
-            [shortest],
-            clock,
+            Examples(ordered, [shortest]),
             lambda: SILENT,
-            Guard(SILENT, OFF),
+            MetricsFile(config.run.path / "metrics.jsonl", clock),
+            Checkpoints(config.run.path / "checkpoints"),
+            State(DPO, base=SILENT),
         )
         # The first update already is of the memory of all others.
         trainer.optimizer.init(model.trainable_parameters())
         mx.eval(trainer.optimizer.state)
-        trainer.run(SILENT)
+        trainer.run()
     return clock.steps[1:] or clock.steps
 
 
