@@ -12,10 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from dpo_mlx import digest, jsonl, models, ownership, results
+from dpo_mlx import digest, jsonl, ownership, results
+from dpo_mlx.adapters import attach_lora, save_adapters
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config
 from dpo_mlx.engine import Engine
+from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides
 from dpo_mlx.metrics import MEASURED, MetricsFile
 from dpo_mlx.model_files import ADAPTERS
@@ -115,7 +117,7 @@ class Run:
         script: Sequence[Measures] = (),
     ) -> None:
         self.config = config
-        loaded = models.load(config.model)
+        loaded = load_model(config.model)
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
         engine = Engine(self.model)
 
@@ -126,7 +128,7 @@ class Run:
 
         self.train, self.valid = [example(p) for p in train], [example(p) for p in valid]
         mx.random.seed(config.seed)
-        models.attach_lora(self.model, config.lora)
+        attach_lora(self.model, config.lora)
         self.start = self.adapters
         self.answers = Scripted(script)
         self.state = State(phase, base=wrote())
@@ -184,7 +186,7 @@ def keep_adapters(model: nn.Module, config: Config) -> None:
     """A model's adapters as those that stage 10 kept, with the outcome that stage 11 asks for."""
     folder = config.run.adapters
     with ownership.new_folder(folder) as temporary:
-        models.save_adapters(model, config.lora, temporary)
+        save_adapters(model, config.lora, temporary)
     outcome = results.Outcome(7, 7, 1.0, [], digest.of_file(folder / ADAPTERS))
     results.write_outcome(config.run, outcome)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import models
+from dpo_mlx.adapters import adapters_off, attach_lora, copy_adapters, load_adapters, save_adapters
 from dpo_mlx.config import LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
+from dpo_mlx.loading import load_model
 from dpo_mlx.model_files import ADAPTER_CONFIG, ADAPTERS
 from dpo_mlx.ownership import MANIFEST, new_folder
 from dpo_mlx.pairs import Sequence
@@ -25,9 +26,9 @@ SEQUENCE = Sequence((5, 9, 20, 33, 8, 100, 61, 7), 3)
 
 def adapted(folder: Path, lora: LoraConfig = LORA, size: float | None = None) -> Any:
     """A model with adapters as after some training; with a size of 0, as before it."""
-    model = models.load(str(folder)).model
+    model = load_model(str(folder)).model
     mx.random.seed(0)
-    models.attach_lora(model, lora)
+    attach_lora(model, lora)
     perturb(model, size)
     return model
 
@@ -45,12 +46,12 @@ def test_without_adapters_it_is_the_base_model(kind, request):
     outside of the block those of before.
     """
     folder = request.getfixturevalue(kind)
-    expected = Engine(models.load(str(folder)).model).log_prob(SEQUENCE)
+    expected = Engine(load_model(str(folder)).model).log_prob(SEQUENCE)
     model = adapted(folder, LoraConfig(rank=4, dropout=0.5))
     engine = Engine(model)
     before = engine.log_prob(SEQUENCE)
     assert abs(before - expected) > 0.1, "the adapters do nothing here"
-    with models.adapters_off(model):
+    with adapters_off(model):
         assert engine.log_prob(SEQUENCE) == expected
         model.train()
         assert engine.log_prob(SEQUENCE) == expected
@@ -63,7 +64,7 @@ def test_adapters_come_back_after_an_error(llama):
     model = adapted(llama)
     engine = Engine(model)
     before = engine.log_prob(SEQUENCE)
-    with pytest.raises(KeyError), models.adapters_off(model), models.adapters_off(model):
+    with pytest.raises(KeyError), adapters_off(model), adapters_off(model):
         raise KeyError
     assert engine.log_prob(SEQUENCE) == before
 
@@ -78,8 +79,8 @@ def test_what_is_saved_is_taken_up(kind, request, tmp_path):
     """
     folder = request.getfixturevalue(kind)
     trained, fresh = adapted(folder), adapted(folder, size=0.0)
-    models.save_adapters(trained, LORA, tmp_path / "a")
-    models.load_adapters(fresh, tmp_path / "a")
+    save_adapters(trained, LORA, tmp_path / "a")
+    load_adapters(fresh, tmp_path / "a")
     assert differences(adapters(fresh), adapters(trained)) == 0
     assert Engine(fresh).log_prob(SEQUENCE) == Engine(trained).log_prob(SEQUENCE)
 
@@ -87,8 +88,8 @@ def test_what_is_saved_is_taken_up(kind, request, tmp_path):
 def test_what_is_taken_up_does_not_hang_on_the_file(llama, tmp_path):
     """The folder may be replaced or deleted afterwards: nothing is read late."""
     trained, fresh = adapted(llama), adapted(llama, size=0.0)
-    models.save_adapters(trained, LORA, tmp_path / "a")
-    models.load_adapters(fresh, tmp_path / "a")
+    save_adapters(trained, LORA, tmp_path / "a")
+    load_adapters(fresh, tmp_path / "a")
     os.truncate(tmp_path / "a" / ADAPTERS, 0)
     assert differences(adapters(fresh), adapters(trained)) == 0
 
@@ -98,10 +99,10 @@ def tear(path: Path, kept: float) -> None:
 
 
 OTHERS = {
-    "another rank": lambda folder, path: models.save_adapters(
+    "another rank": lambda folder, path: save_adapters(
         adapted(folder, LoraConfig(rank=8)), LORA, path
     ),
-    "fewer layers": lambda folder, path: models.save_adapters(
+    "fewer layers": lambda folder, path: save_adapters(
         adapted(folder, LoraConfig(rank=4, num_layers=1)), LORA, path
     ),
     "torn at its head": lambda folder, path: tear(path / ADAPTERS, 0.01),
@@ -116,12 +117,12 @@ OTHERS = {
 def test_adapters_that_do_not_fit_are_refused(name, llama, tmp_path):
     """One line with the file and the remedy, and the model keeps the adapters it has."""
     path = tmp_path / "a"
-    models.save_adapters(adapted(llama), LORA, path)
+    save_adapters(adapted(llama), LORA, path)
     OTHERS[name](llama, path)
     model = adapted(llama, size=0.0)
     before = adapters(model)
     with pytest.raises(UserError, match="move .* away and run") as error:
-        models.load_adapters(model, path)
+        load_adapters(model, path)
     assert str(error.value).startswith(f"{path / ADAPTERS}: ")
     assert "\n" not in str(error.value)
     assert differences(adapters(model), before) == 0
@@ -130,19 +131,19 @@ def test_adapters_that_do_not_fit_are_refused(name, llama, tmp_path):
 def test_adapters_that_lack_a_block_are_not_loaded(llama, tmp_path):
     """mlx-lm would leave the block at its random start, without a word."""
     path = tmp_path / "a"
-    models.save_adapters(adapted(llama), LORA, path)
+    save_adapters(adapted(llama), LORA, path)
     tensors: Any = mx.load(str(path / ADAPTERS))
     kept = {name: array for name, array in tensors.items() if ".layers.1." not in name}
     mx.save_safetensors(str(path / ADAPTERS), kept)
     with pytest.raises(UserError, match=r"tensor model\.layers\.1\..* is missing.*away"):
-        models.load(str(llama), path)
+        load_model(str(llama), path)
 
 
 def test_adapters_of_another_model_are_refused(llama, granite, tmp_path):
     """Granite's adapters have no place in llama, though the rank is the same."""
-    models.save_adapters(adapted(granite), LORA, tmp_path / "a")
+    save_adapters(adapted(granite), LORA, tmp_path / "a")
     with pytest.raises(UserError, match="another model or rank"):
-        models.load_adapters(adapted(llama), tmp_path / "a")
+        load_adapters(adapted(llama), tmp_path / "a")
 
 
 def test_a_copy_takes_the_place_of_a_folder(tmp_path, llama):
@@ -150,11 +151,11 @@ def test_a_copy_takes_the_place_of_a_folder(tmp_path, llama):
     there, nor of the checkpoint's other files.
     """
     source, target = tmp_path / "sft-000001", tmp_path / "adapters"
-    models.save_adapters(adapted(llama), LORA, source)
+    save_adapters(adapted(llama), LORA, source)
     (source / "state.json").write_text("{}")
     with new_folder(target) as temporary:
         (temporary / "old").touch()
-    models.copy_adapters(source, target)
+    copy_adapters(source, target)
     names = {path.name for path in target.iterdir()}
     assert names == {ADAPTERS, ADAPTER_CONFIG, MANIFEST}
     assert differences(saved(target), saved(source)) == 0

@@ -20,9 +20,10 @@ import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, digest, jsonl, models, ownership
+from dpo_mlx import config, digest, jsonl, ownership
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.loading import load_model
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.smoke_test import smoke_test
@@ -621,5 +622,5 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
     edit(folder / "tokenizer_config.json", tokenizer_class="Evil")
     monkeypatch.setattr("builtins.input", lambda *_: "yes")
     with contextlib.suppress(UserError):
-        models.load(str(folder))
+        load_model(str(folder))
     assert not ran.exists()

@@ -33,6 +33,7 @@ from dpo_mlx import (
     strict_yaml,
 )
 from dpo_mlx.errors import UserError
+from dpo_mlx.loading import load_model
 from dpo_mlx.pairs import Pair
 from dpo_mlx.run_folder import LOCK, PairFiles
 from test_config import MINIMAL
@@ -256,7 +257,6 @@ def test_a_long_pair_is_not_tokenised(llama, here):
     """10 MB in any field, at both stages: the line is known to be too long by its characters; a
     text that just fits is still encoded.
     """
-    from dpo_mlx import models
 
     class Counting:
         def __init__(self, tokenizer: Any) -> None:
@@ -271,7 +271,7 @@ def test_a_long_pair_is_not_tokenised(llama, here):
 
     from dpo_mlx.make_pairs import usable_rows
 
-    tokenizer = Counting(models.load(str(llama)).tokenizer)
+    tokenizer = Counting(load_model(str(llama)).tokenizer)
     encoder = pairs.Encoder(tokenizer)
     huge, fits = "x" * 10**7, "x" * 150
     rows = [
@@ -292,9 +292,9 @@ def test_a_long_pair_is_not_tokenised(llama, here):
 
 def test_few_answers_are_enough_to_see_how_long_they_are(llama, here, monkeypatch):
     """20,000 rows with data.limit of 20 would all be tokenised for one percentile."""
-    from dpo_mlx import make_pairs, models
+    from dpo_mlx import make_pairs
 
-    encoder = pairs.Encoder(models.load(str(llama)).tokenizer)
+    encoder = pairs.Encoder(load_model(str(llama)).tokenizer)
     loaded = config.of_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
     rows = [questions.Question(f"q {i}", "a" * (100 if i < 2000 else 500), i) for i in range(3000)]
     started = time.perf_counter()

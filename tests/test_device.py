@@ -12,9 +12,10 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, job, memory, models
+from dpo_mlx import device, job, memory
 from dpo_mlx.config import Config
 from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.loading import load_model
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, PRECOMPUTE, train_dpo
@@ -73,13 +74,14 @@ def test_every_stage_is_bounded_and_holds_one_model(
     config = configs.load(write_config(settings))
     limits: list[tuple[str, int]] = []
     held: dict[str, list[int]] = {}
-    load = models.load
+    load = load_model
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         held[stage].append(mx.get_active_memory())
         return load(*arguments, **options)
 
-    monkeypatch.setattr(models, "load", watched_load)
+    for module in ("dpo_mlx.team", "dpo_mlx.fuse_adapters", "dpo_mlx.smoke_test"):
+        monkeypatch.setattr(f"{module}.load_model", watched_load)
     for name in ("set_memory_limit", "set_cache_limit"):
         monkeypatch.setattr(mx, name, lambda limit, name=name: limits.append((name, limit)))
     size = 0

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import durable, jsonl, models, ownership
+from dpo_mlx import durable, jsonl, ownership
 from dpo_mlx.durable import require_space
 from dpo_mlx.errors import UserError
 from dpo_mlx.ownership import MANIFEST, new_folder, remove_folder
+from dpo_mlx.tensors import save_tensors
 
 TEMPORARY = ".f.dpo-mlx.tmp"
 
@@ -171,7 +172,7 @@ def test_a_full_disk_in_write_leaves_the_old_file(tmp_path):
 def test_a_full_disk_in_tensors_is_an_oserror(tmp_path):
     """MLX says it as a RuntimeError; here it names the file, as for any other."""
     with small_files(), pytest.raises(OSError) as error:
-        models.save_tensors(tmp_path / "t.safetensors", {"a": mx.zeros(5000)})
+        save_tensors(tmp_path / "t.safetensors", {"a": mx.zeros(5000)})
     assert error.value.filename == str(tmp_path / "t.safetensors")
     assert error.value.errno == errno.ENOSPC
 

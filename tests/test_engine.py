@@ -8,12 +8,16 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx import engine as engine_module
-from dpo_mlx import fusing, model_files, models
+from dpo_mlx import fusing, model_files
+from dpo_mlx.adapters import attach_lora, save_adapters
 from dpo_mlx.config import NEAREST, DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, PairScore, summarise
 from dpo_mlx.errors import UserError
+from dpo_mlx.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.loading import load_model
 from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss
 from dpo_mlx.pairs import Encoder, Pair, Sequence
+from dpo_mlx.saving import save_model_folder
 from mlx.utils import tree_flatten, tree_map_with_path
 
 KINDS = ["granite", "llama"]
@@ -39,13 +43,13 @@ class Setting:
 
     def __init__(self, folder, lora=LORA):
         self.folder = folder
-        loaded = models.load(str(folder))
+        loaded = load_model(str(folder))
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
         self.pair = self.encoder.pair(PAIR)
         base = Engine(self.model)
         self.reference = Sides(base.log_prob(self.pair.chosen), base.log_prob(self.pair.rejected))
         mx.random.seed(0)
-        models.attach_lora(self.model, lora)
+        attach_lora(self.model, lora)
         perturb(self.model)
         self.engine = Engine(self.model)
 
@@ -119,9 +123,9 @@ def test_log_prob_is_the_models_own(setting):
 
 def test_log_prob_of_a_quantised_model(llama):
     """A 4-bit base under adapters is scored as it answers."""
-    model = models.load(str(llama)).model
+    model = load_model(str(llama)).model
     nn.quantize(model, group_size=64, bits=4)
-    models.attach_lora(model, LORA)
+    attach_lora(model, LORA)
     perturb(model)
     sequence = Sequence((5, 9, 20, 33, 8, 100), 3)
     assert Engine(model).log_prob(sequence) == pytest.approx(in_float64(model, sequence), rel=1e-5)
@@ -174,7 +178,7 @@ def test_prompt_tokens_are_read_but_not_scored(setting):
 def test_gradient_by_parts_is_that_of_the_joint_loss(setting, loss, checkpoint):
     """dL/dlc grad(lc) + dL/dlr grad(lr) is autodiff's gradient of the whole loss, to 1e-5."""
     settings = DpoConfig(loss=loss, beta=0.1, label_smoothing=0.1, nll_weight=0.0, dpop_lambda=5.0)
-    with models.gradient_checkpointing(setting.model, checkpoint):
+    with gradient_checkpointing(setting.model, checkpoint):
         score, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
     value, expected = joint_gradient(setting, settings)
     assert score.loss == pytest.approx(value.item(), rel=1e-5)
@@ -186,7 +190,7 @@ def test_gradient_by_parts_is_that_of_the_joint_loss(setting, loss, checkpoint):
 def test_gradient_with_nll(setting, loss, checkpoint):
     """The added likelihood of the chosen answer is part of the gradient, and not of the loss."""
     settings = DpoConfig(loss=loss, beta=0.1, nll_weight=0.7)
-    with models.gradient_checkpointing(setting.model, checkpoint):
+    with gradient_checkpointing(setting.model, checkpoint):
         score, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
     value, expected = joint_gradient(setting, settings)
     nll = -score.pi.chosen.item() / lengths(setting.pair)[0]
@@ -202,7 +206,7 @@ def test_gradient_of_the_likelihood_alone(setting, checkpoint):
     def nll(model):
         return -plain_log_prob(model, sequence) / sequence.answer_length
 
-    with models.gradient_checkpointing(setting.model, checkpoint):
+    with gradient_checkpointing(setting.model, checkpoint):
         found, gradient = setting.engine.nll_gradient(sequence)
     value, expected = nn.value_and_grad(setting.model, nll)(setting.model)
     assert found == pytest.approx(value.item(), rel=1e-5)
@@ -221,9 +225,9 @@ def test_gradient_on_a_quantised_model(llama):
     """Parts and joint agree over a 4-bit base too."""
     setting = Setting(llama)
     setting.model.freeze()
-    model = models.load(str(llama)).model
+    model = load_model(str(llama)).model
     nn.quantize(model, group_size=64, bits=4)
-    models.attach_lora(model, LORA)
+    attach_lora(model, LORA)
     perturb(model)
     setting.model, setting.engine = model, Engine(model)
     _, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, DpoConfig())
@@ -248,13 +252,13 @@ def test_checkpointing_is_undone(setting):
     """The blocks' class method is wrapped inside the block alone, after an error too."""
     kind = type(setting.model.layers[0])
     plain = kind.__call__
-    with models.gradient_checkpointing(setting.model, True):
+    with gradient_checkpointing(setting.model, True):
         assert kind.__call__ is not plain
     assert kind.__call__ is plain
-    with pytest.raises(KeyError), models.gradient_checkpointing(setting.model, True):
+    with pytest.raises(KeyError), gradient_checkpointing(setting.model, True):
         raise KeyError
     assert kind.__call__ is plain
-    with models.gradient_checkpointing(setting.model, False):
+    with gradient_checkpointing(setting.model, False):
         assert kind.__call__ is plain
 
 
@@ -322,7 +326,7 @@ def test_mlx_lm_loads_saved_adapters(kind, change, request, tmp_path):
     lora = LoraConfig(**{"rank": 4, **change})
     setting = Setting(request.getfixturevalue(kind), lora)
     expected = setting.log_probs()
-    models.save_adapters(setting.model, lora, tmp_path / "adapters")
+    save_adapters(setting.model, lora, tmp_path / "adapters")
     loaded, *_ = mlx_lm.load(str(setting.folder), adapter_path=str(tmp_path / "adapters"))
     setting.engine = Engine(loaded)
     assert setting.log_probs() == pytest.approx(expected, rel=1e-6)
@@ -340,7 +344,7 @@ def test_fused_and_saved_models_answer_alike(fresh, tmp_path):
     assert fresh.log_probs() == pytest.approx(expected, rel=1e-4)
     assert not any("lora" in path for path in dict(tree_flatten(fresh.model.parameters())))
 
-    models.save(fresh.model, fresh.folder, tmp_path / "fused")
+    save_model_folder(fresh.model, fresh.folder, tmp_path / "fused")
     loaded, tokenizer, *_ = mlx_lm.load(str(tmp_path / "fused"))
     fresh.engine = Engine(loaded)
     assert fresh.log_probs() == pytest.approx(expected, rel=1e-4)
@@ -365,7 +369,7 @@ def test_every_linear_layer_of_a_block_takes_lora(kind, request):
         for name, module in setting.model.named_modules()
         if isinstance(module, nn.Linear) and name.endswith(".linear")
     }
-    plain = models.load(str(setting.folder)).model
+    plain = load_model(str(setting.folder)).model
     expected = {
         name
         for name, module in plain.named_modules()
@@ -377,14 +381,14 @@ def test_every_linear_layer_of_a_block_takes_lora(kind, request):
 @pytest.mark.parametrize(("kind", "key"), [("llama", "lm_head"), ("granite", "model.embed_tokens")])
 def test_keys_outside_the_blocks_are_refused(kind, key, request):
     """The head and the embedding must stay frozen: naming them is a user's error."""
-    model = models.load(str(request.getfixturevalue(kind))).model
+    model = load_model(str(request.getfixturevalue(kind))).model
     with pytest.raises(UserError, match="must stay frozen"):
-        models.attach_lora(model, LoraConfig(keys=[key, "self_attn.q_proj"]))
+        attach_lora(model, LoraConfig(keys=[key, "self_attn.q_proj"]))
 
 
 @pytest.mark.parametrize("others", [[], ["self_attn.q_proj"]], ids=["alone", "beside a right one"])
 def test_keys_that_match_nothing_are_refused(others, granite):
     """A misspelt key would leave layers untrained without a word; the message names it."""
-    model = models.load(str(granite)).model
+    model = load_model(str(granite)).model
     with pytest.raises(UserError, match="k_prj"):
-        models.attach_lora(model, LoraConfig(keys=[*others, "self_attn.k_prj"]))
+        attach_lora(model, LoraConfig(keys=[*others, "self_attn.k_prj"]))

@@ -11,9 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, models
+from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp
+from dpo_mlx.adapters import save_adapters
 from dpo_mlx.config import NEAREST, STOCHASTIC, LoraConfig
 from dpo_mlx.errors import UserError
+from dpo_mlx.loading import load_model
+from dpo_mlx.saving import INDEX, config_for, save_model_folder
 from mlx.utils import tree_flatten
 from runs import differences
 from test_adapters import adapted
@@ -53,8 +56,8 @@ def fused_folder(base: Path, path: Path, dtype: mx.Dtype = mx.float32, how: str 
     model = adapted(base, LORA)
     fusing.fuse(model, how, dtype)
     fusing.cast(model, dtype)
-    about = models.config_for(jsonl.read_json(base / "config.json"), dtype)
-    models.save(model, base, path, about)
+    about = config_for(jsonl.read_json(base / "config.json"), dtype)
+    save_model_folder(model, base, path, about)
     return path
 
 
@@ -74,8 +77,8 @@ def test_granite_answers_alike_in_transformers(name, tmp_path):
     base = granite_folder(tmp_path / "base", **GRANITES[name])
     fused = fused_folder(base, tmp_path / "fused")
     export.write(fused, base, tmp_path / "hf")
-    found = mlx_logits(models.load(str(fused)).model)
-    assert difference(found, mlx_logits(models.load(str(base)).model)) > 0.01
+    found = mlx_logits(load_model(str(fused)).model)
+    assert difference(found, mlx_logits(load_model(str(base)).model)) > 0.01
     assert difference(their_logits(hf.load(tmp_path / "hf")), found) < 1e-4
 
 
@@ -84,7 +87,7 @@ def test_smollm2_answers_alike_in_transformers(smollm2, tmp_path):
     """A real model with adapters in all of its layers, fused and exported: the same to 1e-4."""
     fused = fused_folder(smollm2, tmp_path / "fused")
     export.write(fused, smollm2, tmp_path / "hf")
-    found = mlx_logits(models.load(str(fused)).model)
+    found = mlx_logits(load_model(str(fused)).model)
     assert difference(their_logits(hf.load(tmp_path / "hf")), found) < 1e-4
     assert llama_cpp.faults(tmp_path / "hf") == []
 
@@ -156,7 +159,7 @@ def test_dtype_is_said_where_it_changed(granite, tmp_path):
     assert about == own | {"torch_dtype": "bfloat16"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    weights = dict(tree_flatten(models.load(str(fused)).model.parameters()))
+    weights = dict(tree_flatten(load_model(str(fused)).model.parameters()))
     name = "model.layers.0.mamba.in_proj.weight"
     own_weight = model.state_dict()[name].float().numpy()
     assert np.array_equal(own_weight, np.array(weights[name].astype(mx.float32)))
@@ -167,7 +170,7 @@ def test_large_models_are_split(granite, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SHARD_GB", 0)  # a file for each tensor
     export.write(granite, granite, tmp_path / "hf")
     files = list((tmp_path / "hf").glob("*.safetensors"))
-    index = jsonl.read_json(tmp_path / "hf" / models.INDEX)
+    index = jsonl.read_json(tmp_path / "hf" / INDEX)
     assert len(files) == len(index["weight_map"]) > 10
     for path in files:
         loaded: Any = mx.load(str(path), return_metadata=True)
@@ -189,9 +192,9 @@ def test_unknown_layouts_are_refused_by_name(change, named):
 
 def test_quantised_models_are_refused(granite, tmp_path):
     """transformers cannot read MLX's quantised weights; the key that makes plain ones is named."""
-    model = models.load(str(granite)).model
+    model = load_model(str(granite)).model
     about = fusing.quantize(model, jsonl.read_json(granite / "config.json"), 4)
-    models.save(model, granite, tmp_path / "fused", about)
+    save_model_folder(model, granite, tmp_path / "fused", about)
     with pytest.raises(UserError, match="fuse.quantize: null"):
         export.write(tmp_path / "fused", granite, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
@@ -203,7 +206,7 @@ def test_quantised_models_are_refused(granite, tmp_path):
 def in_peft(base: Path, lora: LoraConfig, path: Path, scale: float | None = None) -> Any:
     """(MLX's logits with adapters, the PEFT model of the same on the exported base)."""
     model = adapted(base, lora)
-    models.save_adapters(model, lora, path / "adapters")
+    save_adapters(model, lora, path / "adapters")
     export_peft.write(path / "adapters", base, "a/name", path / "peft")
     theirs = hf.load(hf.folder(base, path / "hf"))
     return mlx_logits(model), peft.PeftModel.from_pretrained(theirs, path / "peft").eval()
@@ -232,7 +235,7 @@ def test_merged_layers_are_one_block_of_twice_the_rank(granite, tmp_path):
     """gate over up: A is both A one above the other, B has both B on its diagonal and zeros
     elsewhere, and alpha grows with the rank, so that the scale stays.
     """
-    models.save_adapters(adapted(granite, LORA), LORA, tmp_path / "adapters")
+    save_adapters(adapted(granite, LORA), LORA, tmp_path / "adapters")
     export_peft.write(tmp_path / "adapters", granite, "a/name", tmp_path / "peft")
     own: Any = mx.load(str(tmp_path / "adapters/adapters.safetensors"))
     peft_weights: Any = mx.load(str(tmp_path / "peft" / export_peft.PEFT_WEIGHTS))

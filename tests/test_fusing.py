@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from dpo_mlx import fusing, jsonl, models, pairs
+from dpo_mlx import fusing, jsonl, pairs
+from dpo_mlx.adapters import adapters_off, attach_lora
 from dpo_mlx.config import NEAREST, ROUNDINGS, STOCHASTIC, Config, LoraConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters, require_kept
+from dpo_mlx.loading import load_model
 from dpo_mlx.pairs import Encoder
+from dpo_mlx.saving import QUANTIZATION, save_model_folder
 from dpo_mlx.train_dpo import train_dpo
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from test_engine import perturb
@@ -43,7 +46,7 @@ def made(kind: str = "llama", base: str = "bfloat16", size: float | None = None)
         bits, group_size, mode = quantised
         nn.quantize(model, group_size, bits, mode=mode)
     mx.random.seed(0)
-    models.attach_lora(model, LORA)
+    attach_lora(model, LORA)
     perturb(model, size)
     return model
 
@@ -65,7 +68,7 @@ def test_fused_in_float32_is_base_and_adapters(kind, base):
     model = made(kind, base)
     with fusing.activations_in_float32(model):
         expected = model(IDS)
-        with models.adapters_off(model):
+        with adapters_off(model):
             assert mx.abs(model(IDS) - expected).max() > 0.01, "the adapters do nothing here"
     fusing.fuse(model, STOCHASTIC, mx.float32)
     fusing.cast(model, mx.float32)
@@ -125,7 +128,7 @@ def test_memory_is_the_model_and_a_layer():
         tiny.config("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=8)
     )
     model.set_dtype(mx.bfloat16)
-    models.attach_lora(model, LORA)
+    attach_lora(model, LORA)
     perturb(model)
     layer = 4 * 256 * 512
     mx.eval(model.parameters())
@@ -267,9 +270,9 @@ def quantized(granite: Path, tmp_path: Path) -> Any:
     """quantized(bits) -> the tiny Granite as an MLX model of so many bits."""
 
     def made(bits: int) -> Path:
-        model = models.load(str(granite)).model
+        model = load_model(str(granite)).model
         about = fusing.quantize(model, jsonl.read_json(granite / "config.json"), bits)
-        models.save(model, granite, tmp_path / f"{bits}-bit", about)
+        save_model_folder(model, granite, tmp_path / f"{bits}-bit", about)
         return tmp_path / f"{bits}-bit"
 
     return made
@@ -289,7 +292,7 @@ def test_a_quantised_model_is_trained_and_fused(bits, quantized, job):
     losses = [row["loss"] for row in rows if row["phase"] == "dpo" and "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]
 
-    base = models.load(str(folder))
+    base = load_model(str(folder))
     assert fusing.is_quantized(base.model)
     encoder = Encoder(base.tokenizer)
     [first, *_] = pairs.read(Path(config.data.valid_pairs))
@@ -300,7 +303,7 @@ def test_a_quantised_model_is_trained_and_fused(bits, quantized, job):
     fuse_adapters(config)
     assert report_of(config)["margin_kept"] == pytest.approx(1, abs=1e-3)
     about = jsonl.read_json(config.run.path / "fused/config.json")
-    assert not set(models.QUANTIZATION) & set(about)
+    assert not set(QUANTIZATION) & set(about)
     fused, *_ = mlx_lm.load(str(config.run.path / "fused"))
     assert not fusing.is_quantized(fused)
 

@@ -14,12 +14,16 @@ import mlx_lm
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, model_files, models, scan
+from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, model_files, scan
+from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.config import Config, LoraConfig
+from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.loading import load_model
 from dpo_mlx.logps import check_head, find_head, token_log_probs
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.rounding import NEAREST
+from dpo_mlx.saving import save_model_folder
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
 from dpo_mlx.writing import AnswerEvaluator, Measures
@@ -53,7 +57,7 @@ def test_the_head_is_known(layout):
     """Embedding and logits are scaled, and the head is the embedding; log-probs match the model's
     own logits.
     """
-    model = models.load(str(layout[0])).model
+    model = load_model(str(layout[0])).model
     backbone, head = find_head(model)
     check_head(model, backbone, head)
     assert head.scale == 1 / model.args.logits_scaling != 1
@@ -69,11 +73,9 @@ def test_every_linear_layer_of_every_block_is_adapted(layout):
     does.
     """
     folder, blocks = layout
-    model = models.load(str(folder)).model
-    models.attach_lora(model, LoraConfig())
-    adapted = {
-        name for name, module in model.named_modules() if isinstance(module, models.LORA_LAYERS)
-    }
+    model = load_model(str(folder)).model
+    attach_lora(model, LoraConfig())
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)}
     expected = {
         f"model.layers.{number}.{name}"
         for number, mixer in enumerate(blocks)
@@ -85,7 +87,7 @@ def test_every_linear_layer_of_every_block_is_adapted(layout):
 def test_only_mamba_blocks_scan_in_chunks(layout):
     """A dense model does not change; a hybrid one keeps its answers."""
     folder, blocks = layout
-    model = models.load(str(folder)).model
+    model = load_model(str(folder)).model
     ids = mx.arange(5, 45)[None]
     before = model(ids)
     kinds = [type(module) for module in model.modules()]
@@ -109,10 +111,10 @@ def test_a_dense_config_of_transformers_5_loads(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 5000.0}
     (new / "config.json").write_text(json.dumps({**about, "rope_parameters": rope}))
     ids = mx.arange(5, 45)[None]
-    expected, found = (models.load(str(folder)).model(ids) for folder in (old, new))
+    expected, found = (load_model(str(folder)).model(ids) for folder in (old, new))
     assert mx.array_equal(found, expected)
     # What is saved runs in mlx-lm alone.
-    models.save(models.load(str(new)).model, new, tmp_path / "saved")
+    save_model_folder(load_model(str(new)).model, new, tmp_path / "saved")
     model, *_ = mlx_lm.load(str(tmp_path / "saved"))
     assert mx.array_equal(model(ids), expected)
 
@@ -125,8 +127,8 @@ def test_other_rotary_positions_are_not_guessed(tmp_path):
     rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0}
     (folder / "config.json").write_text(json.dumps({**about, "rope_parameters": rope}))
     assert model_files.config_additions(folder) == {}
-    with pytest.raises(models.UserError, match="cannot be loaded: .*rope_theta"):
-        models.load(str(folder))
+    with pytest.raises(UserError, match="cannot be loaded: .*rope_theta"):
+        load_model(str(folder))
 
 
 def test_a_dense_base_of_mixed_bits_is_put_together(tmp_path):
@@ -134,15 +136,15 @@ def test_a_dense_base_of_mixed_bits_is_put_together(tmp_path):
     can be loaded, adapted and fused, and answers as before.
     """
     folder = tiny.folder(tmp_path / "m", "dense")
-    loaded = models.load(str(folder))
+    loaded = load_model(str(folder))
     about = fusing.quantize(loaded.model, jsonl.read_json(folder / "config.json"), 4)
-    models.save(loaded.model, folder, tmp_path / "4-bit", about)
-    model = models.load(str(tmp_path / "4-bit")).model
+    save_model_folder(loaded.model, folder, tmp_path / "4-bit", about)
+    model = load_model(str(tmp_path / "4-bit")).model
     bits = {name: m.bits for name, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)}
     assert {*bits.values()} == {4, 8} and len(bits) == 3 * len(ATTENTION + MLP)
     ids = mx.arange(5, 45)[None]
     expected = model(ids)
-    models.attach_lora(model, LoraConfig(rank=4))
+    attach_lora(model, LoraConfig(rank=4))
     fusing.fuse(model, NEAREST, mx.float32)
     assert not fusing.is_quantized(model)
     assert mx.allclose(model(ids), expected, rtol=0, atol=1e-3)
@@ -214,8 +216,8 @@ def test_the_chain_runs(chain):
     fuse = jsonl.read_json(chain.run.path / "fuse.json")
     assert fuse["margin_kept"] == pytest.approx(1, abs=0.01)
     # All layers were trained and fused.
-    base = models.load(chain.model).model
-    fused = models.load(str(chain.run.path / "fused")).model
+    base = load_model(chain.model).model
+    fused = load_model(str(chain.run.path / "fused")).model
     assert moved(base, fused) == linear_layers(base)
     assert llama_cpp.faults(chain.run.path / "hf") == ["tokenizer.json: is not a BPE with merges"]
     template = json.loads((Path(chain.model) / "tokenizer_config.json").read_text())[

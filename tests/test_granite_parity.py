@@ -19,9 +19,10 @@ pytest.importorskip("transformers")
 import hf  # noqa: E402
 import torch  # noqa: E402
 from dpo_mlx import (
-    model_files,
-    models,  # noqa: E402
+    model_files,  # noqa: E402
 )
+from dpo_mlx.loading import load_model
+from dpo_mlx.saving import save_model_folder
 
 INFINITY = float("inf")
 IDS = np.random.default_rng(0).integers(4, 250, size=(1, 150))
@@ -119,8 +120,8 @@ def test_a_limit_given_at_loading_is_that_of_the_config(tmp_path):
 def test_trained_and_fused_run_without_the_clamp(tmp_path):
     """What is trained has transformers' logits, and so has the fused folder in plain mlx-lm."""
     folder = granite_folder(tmp_path / "mlx", dt_bias=-8.0)
-    loaded = models.load(str(folder))
-    models.save(loaded.model, loaded.folder, tmp_path / "fused")
+    loaded = load_model(str(folder))
+    save_model_folder(loaded.model, loaded.folder, tmp_path / "fused")
     fused, *_ = mlx_lm.load(str(tmp_path / "fused"))
     _, theirs = logits_of_both(folder, tmp_path / "hf")
     for model in (loaded.model, fused):

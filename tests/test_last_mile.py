@@ -24,11 +24,12 @@ import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import card, export, fusing, jsonl, llama_cpp, models, pairs
+from dpo_mlx import card, export, fusing, jsonl, llama_cpp, pairs
 from dpo_mlx import config as configs
 from dpo_mlx.config import Config
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.loading import load_model
 from dpo_mlx.pairs import Encoder
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import train_dpo
@@ -109,7 +110,7 @@ def test_trl_s_evaluation_of_the_export_is_what_was_reported(finished, tmp_path)
     import trl
     from transformers import AutoTokenizer
 
-    tokenizer = models.load(str(finished.base)).tokenizer
+    tokenizer = load_model(str(finished.base)).tokenizer
     valid = pairs.read(Path(finished.config.data.valid_pairs))
     dataset = hf.preferences(valid, Encoder(tokenizer))
     trainer: Any = trl.DPOTrainer(
@@ -225,7 +226,7 @@ def test_llama_cpp_answers_alike(finished, tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = {int(i): p for i, p in json.loads(done.stdout.splitlines()[-1]).items()}
-    logits = models.load(str(finished.at("fused"))).model(mx.array([ids]))[0, -1]
+    logits = load_model(str(finished.at("fused"))).model(mx.array([ids]))[0, -1]
     ours = np.array(logits - mx.logsumexp(logits))
     assert set(theirs) == set(np.argsort(-ours)[:10].tolist())
     assert theirs == pytest.approx({i: float(ours[i]) for i in theirs}, abs=1e-3)

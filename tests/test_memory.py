@@ -11,11 +11,14 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, fusing, memory, models, scan
+from dpo_mlx import device, fusing, memory, scan
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
+from dpo_mlx.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.metrics import MetricsFile
@@ -56,7 +59,7 @@ def loaded(
     model.set_dtype(dtype)
     scan.use_chunks(model, 64)
     mx.random.seed(0)
-    models.attach_lora(model, lora)
+    attach_lora(model, lora)
     return model
 
 
@@ -76,7 +79,7 @@ def test_need_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
         data=DataConfig(source="", train_pairs="", valid_pairs=""),
         train=TrainConfig(learning_rate=1e-4, grad_accumulation=2, grad_checkpoint=checkpoint),
     )
-    with models.gradient_checkpointing(model, checkpoint):
+    with gradient_checkpointing(model, checkpoint):
         need = memory.training(model, pair.chosen)
     engine = Engine(model)
     reference = Sides(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
@@ -109,7 +112,7 @@ def test_need_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
 def test_need_when_some_blocks_hold_no_adapters(lora: LoraConfig, checkpoint: bool) -> None:
     """The gradient is measured where there is one; the plan is near the peak of an update."""
     model = loaded("granite", lora=lora)
-    with models.gradient_checkpointing(model, checkpoint):
+    with gradient_checkpointing(model, checkpoint):
         need = memory.training(model, sequence())
         gc.collect()
         mx.clear_cache()
@@ -186,7 +189,7 @@ def test_stage_11_is_planned(kind: str) -> None:
 
 def test_the_larger_of_both_models_counts_in_stage_12(granite: Path) -> None:
     """Base and fused model take turns: what one takes more than the other is planned for both."""
-    model = models.load(str(granite)).model
+    model = load_model(str(granite)).model
     config = Config(
         model="",
         run_dir="",

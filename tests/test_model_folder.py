@@ -17,10 +17,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import digest, model_files, model_folder, models, tokens, weights_file
+from dpo_mlx import digest, model_files, model_folder, tokens, weights_file
+from dpo_mlx.adapters import attach_lora, save_adapters
 from dpo_mlx.errors import UserError
+from dpo_mlx.loading import load_model
 from dpo_mlx.ownership import MANIFEST
 from dpo_mlx.pairs import Encoder
+from dpo_mlx.saving import INDEX, copy_settings, save_model_folder
+from dpo_mlx.tensors import load_tensors
 from test_pairs import edit
 
 WEIGHTS = "model.safetensors"
@@ -56,7 +60,7 @@ def one_line(call: Callable[[], object]) -> str:
 
 
 def encoder(folder: Path) -> Encoder:
-    return Encoder(models.load(str(folder)).tokenizer)
+    return Encoder(load_model(str(folder)).tokenizer)
 
 
 def pipe(name: str) -> Damage:
@@ -282,12 +286,12 @@ def test_sound_models_pass(kind, tmp_path):
     folder = tiny.folder(tmp_path / "m", kind)
     model_folder.check(folder)
     model_folder.require_finite(folder)
-    loaded = models.load(str(folder))
+    loaded = load_model(str(folder))
     quantization: Any = {"group_size": 32, "bits": 2}
     nn.quantize(loaded.model, **quantization)
     config = {**json.loads((folder / "config.json").read_text()), "quantization": quantization}
-    models.save(loaded.model, folder, tmp_path / "q", config)
-    models.load(str(tmp_path / "q"))
+    save_model_folder(loaded.model, folder, tmp_path / "q", config)
+    load_model(str(tmp_path / "q"))
 
 
 def test_what_the_bounds_do_not_touch(folder):
@@ -325,7 +329,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_named(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["zzz"] = 5000
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    line = one_line(lambda: models.load(str(folder)))
+    line = one_line(lambda: load_model(str(folder)))
     assert "token 'zzz' of its tokenizer has the id 5000" in line and "has 260 rows" in line
 
 
@@ -334,7 +338,7 @@ def test_an_added_token_without_a_row_counts_only_in_text(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 260, "content": "<image>"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    loaded = Encoder(models.load(str(folder)).tokenizer)
+    loaded = Encoder(load_model(str(folder)).tokenizer)
     assert loaded.prompt("Why?")
     assert "token '<image>' of its tokenizer has the id 260" in one_line(
         lambda: loaded.prompt("An <image>?")
@@ -374,13 +378,13 @@ def test_only_the_model_s_own_files_are_copied(folder, tmp_path):
     for name in (*ours, *others):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    loaded = models.load(str(folder))
-    models.save(loaded.model, folder, tmp_path / "copy")
+    loaded = load_model(str(folder))
+    save_model_folder(loaded.model, folder, tmp_path / "copy")
     files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
     copied = {path.relative_to(tmp_path / "copy").as_posix() for path in files} - {MANIFEST}
     assert copied == {
         *("config.json", "tokenizer.json", "tokenizer_config.json"),
-        *(WEIGHTS, models.INDEX),
+        *(WEIGHTS, INDEX),
         *ours,
     }
     for name in ours:
@@ -395,8 +399,8 @@ def test_a_link_out_of_the_folder_is_refused_early(folder, tmp_path):
         link(name, str(tmp_path / "secret"))(copy)
         for call in (
             lambda copy=copy: model_folder.check(copy),
-            lambda copy=copy: models.load(str(copy)),
-            lambda copy=copy: models.copy_settings(copy, tmp_path, {}),
+            lambda copy=copy: load_model(str(copy)),
+            lambda copy=copy: copy_settings(copy, tmp_path, {}),
         ):
             line = one_line(call)
             assert line.startswith(f"{copy / name}: is a link to {tmp_path / 'secret'}")
@@ -424,7 +428,7 @@ def test_links_within_the_folder_and_the_hub_s_are_followed(folder, tmp_path):
     link("added_tokens.json", "x.json")(folder)
     (folder / WEIGHTS).rename(tmp_path / "weights")
     link(WEIGHTS, str(tmp_path / "weights"))(folder)
-    models.load(str(folder))
+    load_model(str(folder))
 
 
 # The fingerprint ---------------------------------------------------------------------------------
@@ -558,9 +562,9 @@ def adapters(granite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dpo_mlx.config import LoraConfig
 
     folder = tmp_path_factory.mktemp("adapters") / "a"
-    loaded = models.load(str(granite))
-    models.attach_lora(loaded.model, LoraConfig(rank=2))
-    models.save_adapters(loaded.model, LoraConfig(rank=2), folder)
+    loaded = load_model(str(granite))
+    attach_lora(loaded.model, LoraConfig(rank=2))
+    save_adapters(loaded.model, LoraConfig(rank=2), folder)
     return folder
 
 
@@ -570,7 +574,7 @@ def test_damaged_adapters_are_one_line(case, adapters, granite, tmp_path):
     damage, says = ADAPTER_FAULTS[case]
     folder = Path(shutil.copytree(adapters, tmp_path / "adapters"))
     damage(folder)
-    line = one_line(lambda: models.load(str(granite), folder))
+    line = one_line(lambda: load_model(str(granite), folder))
     assert line.startswith(str(folder)) and says in line
     assert "away" in line and line.endswith("run 10_train_dpo.py again")
 
@@ -585,8 +589,8 @@ def test_adapters_with_a_nan_are_named(adapters, granite, tmp_path):
     mx.save_safetensors(str(tmp_path / "new.safetensors"), tensors)
     (tmp_path / "new.safetensors").rename(path)
     for call in (
-        lambda: models.load(str(granite), folder),
-        lambda: models.load_tensors(path, tensors),
+        lambda: load_model(str(granite), folder),
+        lambda: load_tensors(path, tensors),
     ):
         line = one_line(call)
         assert f"tensor {name} has a NaN or an infinity" in line and "10_train_dpo.py again" in line
@@ -596,5 +600,5 @@ def test_types_that_do_not_fit_are_said_when_it_is_loaded(llama, tmp_path):
     """Before anything is planned: the model's blocks are built on two tokens, and not computed."""
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     edit(folder / "config.json", rope_traditional="x")
-    line = one_line(lambda: models.load(str(folder), lazy=True))
+    line = one_line(lambda: load_model(str(folder), lazy=True))
     assert line.startswith(f"model {folder}: cannot be loaded: ") and "set model" in line

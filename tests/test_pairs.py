@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import tiny
-from dpo_mlx import jsonl, models, pairs
+from dpo_mlx import jsonl, pairs
 from dpo_mlx.errors import UserError
 from dpo_mlx.job import prepare
+from dpo_mlx.loading import load_model
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 
 # The rendered prompt of the question "Why?" and the end-of-turn token, written out by hand.
@@ -39,7 +40,7 @@ def by_hand(kind: str, text: str) -> list[int]:
 
 
 def encoder_of(folder: Path, **settings: Any) -> Encoder:
-    return Encoder(models.load(str(folder)).tokenizer, **settings)
+    return Encoder(load_model(str(folder)).tokenizer, **settings)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -11,9 +11,11 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import models, scan
+from dpo_mlx import scan
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import LoraConfig
 from dpo_mlx.engine import Engine
+from dpo_mlx.gradient_checkpointing import gradient_checkpointing
 from dpo_mlx.pairs import Sequence
 from mlx.utils import tree_flatten
 
@@ -80,13 +82,13 @@ def test_training_gradients_are_the_same(granite: Path, checkpoint: bool) -> Non
     for chunk in (None, 16):
         model, *_ = mlx_lm.load(str(granite))
         mx.random.seed(0)
-        models.attach_lora(model, LoraConfig(rank=4))
+        attach_lora(model, LoraConfig(rank=4))
         adapters = dict(tree_flatten(model.trainable_parameters()))
         moved = [(k, v + 0.02 * mx.random.normal(v.shape)) for k, v in adapters.items()]
         model.load_weights(moved, strict=False)
         if chunk is not None:
             scan.use_chunks(model, chunk)
-        with models.gradient_checkpointing(model, checkpoint):
+        with gradient_checkpointing(model, checkpoint):
             value, gradient = Engine(model).log_prob_and_gradient(sequence)
         results.append((float(value), dict(tree_flatten(gradient))))
     (plain, plain_gradient), (short, short_gradient) = results

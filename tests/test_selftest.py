@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
-from dpo_mlx import checkpoint, jsonl, memory, models, selftest
+from dpo_mlx import checkpoint, jsonl, memory, selftest
+from dpo_mlx.adapters import load_adapters
 from dpo_mlx.config import Config
 from dpo_mlx.errors import UserError
 from dpo_mlx.ownership import MANIFEST
@@ -176,7 +177,7 @@ def plan_too_little(config: Config, patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_the_optimizer(config: Config, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checkpoint, "restore", lambda path, model, _: models.load_adapters(model, path))
+    patch.setattr(checkpoint, "restore", lambda path, model, _: load_adapters(model, path))
 
 
 def fuse_badly(config: Config, patch: pytest.MonkeyPatch) -> None:

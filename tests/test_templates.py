@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import tiny
 from conftest import REPOSITORY
-from dpo_mlx import chat_template, config, jsonl, make_pairs, models, pairs, time_limit
+from dpo_mlx import chat_template, config, jsonl, make_pairs, pairs, time_limit
 from dpo_mlx.errors import UserError
 from dpo_mlx.job import prepare
+from dpo_mlx.loading import load_model
 from dpo_mlx.pairs import Encoder
 from test_pairs import by_hand, edit, encoder_of
 
@@ -66,7 +67,7 @@ def test_the_test_s_template_is_the_real_one_s_kind(granite_4):
     """An empty system message counts as none; newlines join parts; tools and documents change the
     system text; an answer ends with the end of turn and a newline.
     """
-    tokenizer = models.load(str(granite_4)).tokenizer
+    tokenizer = load_model(str(granite_4)).tokenizer
 
     def text(messages: list[dict[str, Any]], **more: Any) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **more)

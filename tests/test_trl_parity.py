@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tiny
 from dpo_mlx import config as config_module
-from dpo_mlx import jsonl, models
+from dpo_mlx import jsonl
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import DpoConfig, LoraConfig
 from dpo_mlx.engine import Engine, score_against, summarise
+from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides, objective
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, Example
@@ -126,7 +128,7 @@ class Ours:
     """Our side: the tiny model with adapters, all pairs with their reference."""
 
     def __init__(self, folder, kind, size):
-        loaded = models.load(str(folder))
+        loaded = load_model(str(folder))
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
         engine = Engine(self.model)
         self.lora = LoraConfig(rank=RANK, scale=SCALE, keys=KEYS[kind])
@@ -136,7 +138,7 @@ class Ours:
             reference = Sides(engine.log_prob(encoded.chosen), engine.log_prob(encoded.rejected))
             self.examples.append(Example(encoded, reference))
         mx.random.seed(2)
-        models.attach_lora(self.model, self.lora)
+        attach_lora(self.model, self.lora)
 
         def moved(name, value):
             return size * mx.random.normal(value.shape) if name.endswith("lora_b") else value

@@ -15,10 +15,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from dpo_mlx import config as configs
-from dpo_mlx import device, fusing, jsonl, models, tiny_granite
+from dpo_mlx import device, fusing, jsonl, tiny_granite
 from dpo_mlx.config import Config
 from dpo_mlx.fuse_adapters import fuse_adapters
+from dpo_mlx.loading import load_model
 from dpo_mlx.make_pairs import make_pairs
+from dpo_mlx.saving import save_model_folder
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import ALL, train_dpo
 from mlx_lm.models.cache import make_prompt_cache
@@ -184,7 +186,7 @@ def test_mamba_s_step_is_the_scan_s(virtual_mac: VirtualMac) -> None:
 
 def test_mamba_s_kernel_wants_whole_states(virtual_mac: VirtualMac, tmp_path: Path) -> None:
     """mlx-lm's kernel would silently skip a state of 16; the emulation raises."""
-    model = models.load(str(tiny_granite.folder(tmp_path / "model", mamba_d_state=16))).model
+    model = load_model(str(tiny_granite.folder(tmp_path / "model", mamba_d_state=16))).model
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[1]]), cache=cache))
     with pytest.raises(AssertionError, match="16 are no times 32"):
@@ -212,7 +214,7 @@ def test_the_device_is_a_16_gb_mac(virtual_mac: VirtualMac) -> None:
 
 def test_a_model_in_bfloat16(tmp_path: Path, granite: Path) -> None:
     """All weights and the config change, and mlx-lm can load the result."""
-    model = models.load(str(in_bfloat16(granite, tmp_path / "model"))).model
+    model = load_model(str(in_bfloat16(granite, tmp_path / "model"))).model
     assert model.layers[0].mamba.in_proj.weight.dtype == mx.bfloat16
     config = jsonl.read_json(tmp_path / "model/config.json")
     assert config["torch_dtype"] == "bfloat16"
@@ -285,9 +287,9 @@ def test_training_starts_at_the_reference_on_a_quantised_base(
     slow at them.
     """
     config = write_run(0)
-    loaded = models.load(config.model)
+    loaded = load_model(config.model)
     about = fusing.quantize(loaded.model, jsonl.read_json(loaded.folder / "config.json"), 4)
-    models.save(loaded.model, loaded.folder, tmp_path / "quantised", about)
+    save_model_folder(loaded.model, loaded.folder, tmp_path / "quantised", about)
     config = replace(
         config,
         model=str(tmp_path / "quantised"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from dpo_mlx import voice
+from dpo_mlx.fluency import LONGEST_UNIT, distinct_bigrams, longest_loop
 
 NOUNS = ["sky", "sea", "salt", "moon", "bread", "rust", "echo", "frost", "wheel", "spring"]
 VERBS = ["bends", "pulls", "warms", "keeps", "moves", "splits", "holds", "feeds"]
@@ -36,7 +37,7 @@ def many(make, count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def classifier() -> voice.VoiceClassifier:
-    return voice.fit(many(teacher, 60, 0), many(plain, 60, 1))
+    return voice.fit_classifier(many(teacher, 60, 0), many(plain, 60, 1))
 
 
 def test_two_voices_are_told_apart(classifier):
@@ -46,7 +47,7 @@ def test_two_voices_are_told_apart(classifier):
 
 def test_one_voice_is_at_chance():
     """Where there is no difference none is found: the measure does not flatter."""
-    classifier = voice.fit(many(plain, 60, 0), many(plain, 60, 1))
+    classifier = voice.fit_classifier(many(plain, 60, 0), many(plain, 60, 1))
     assert 0.3 < classifier.accuracy(many(plain, 200, 2), many(plain, 200, 3)) < 0.7
 
 
@@ -76,7 +77,7 @@ def test_length_does_not_count(classifier):
 def test_fit_is_the_minimum():
     """300 steps are enough: the gradient of the penalised loss is nearly zero."""
     chosen, rejected = many(teacher, 20, 0), many(plain, 20, 1)
-    fitted = voice.fit(chosen, rejected)
+    fitted = voice.fit_classifier(chosen, rejected)
     x = voice.features([*chosen, *rejected])
     error = (fitted.probability([*chosen, *rejected]) - np.repeat([1, 0], 20)) / 40
     assert np.abs(x.T @ error + voice.RIDGE * fitted.weight).max() < 1e-3
@@ -155,7 +156,7 @@ def test_hash_is_the_same_everywhere():
 )
 def test_distinct_bigrams_by_hand(text, share):
     """The run that collapsed scores one hundredth, running text near one."""
-    assert voice.distinct_bigrams(text) == pytest.approx(share)
+    assert distinct_bigrams(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +167,10 @@ def test_distinct_bigrams_by_hand(text, share):
         ("hormonal hormonal hormonal", 2),
         ("x a b a b a b y", 4),
         ("a b c a b", 0),
-        (" ".join([*map(str, range(voice.LONGEST_UNIT))] * 2), voice.LONGEST_UNIT),
-        (" ".join([*map(str, range(voice.LONGEST_UNIT + 1))] * 2), 0),
+        (" ".join([*map(str, range(LONGEST_UNIT))] * 2), LONGEST_UNIT),
+        (" ".join([*map(str, range(LONGEST_UNIT + 1))] * 2), 0),
     ],
 )
 def test_longest_loop_by_hand(text, words):
     """Words that only repeat those right before them; less than one whole repetition is none."""
-    assert voice.longest_loop(text) == words
+    assert longest_loop(text) == words

@@ -7,26 +7,27 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import models, voice
+from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.config import GenerationConfig, LoraConfig
 from dpo_mlx.engine import Engine
-from dpo_mlx.models import LORA_LAYERS
+from dpo_mlx.loading import LoadedModel, load_model
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
 from dpo_mlx.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
+from dpo_mlx.voice import fit_classifier
 from dpo_mlx.worker import Worker
 from dpo_mlx.writing import GREEDY, AnswerEvaluator, measure
 from runs import differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
-CLASSIFIER = voice.fit([p.chosen for p in ASKED], [p.rejected for p in ASKED])
+CLASSIFIER = fit_classifier([p.chosen for p in ASKED], [p.rejected for p in ASKED])
 
 
 @pytest.fixture
 def tuned(llama: Path) -> Any:
     """A model whose adapters change what it says."""
-    loaded = models.load(str(llama))
+    loaded = load_model(str(llama))
     mx.random.seed(0)
-    models.attach_lora(loaded.model, LoraConfig(rank=4))
+    attach_lora(loaded.model, LoraConfig(rank=4))
     for module in loaded.model.modules():
         if isinstance(module, LORA_LAYERS):
             module.lora_b = mx.random.normal(module.lora_b.shape)
@@ -35,7 +36,7 @@ def tuned(llama: Path) -> Any:
 
 def test_measures_by_hand(llama: Path) -> None:
     """Means over the answers; the log-prob is each answer's own mean under the base model."""
-    loaded = models.load(str(llama))
+    loaded = load_model(str(llama))
     encoder, engine = Encoder(loaded.tokenizer), Engine(loaded.model)
     answers = [Answer("a b a b", STOP, 4), Answer("c d", LENGTH, 8)]
     found = measure(answers, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder)
@@ -55,7 +56,7 @@ def test_measures_by_hand(llama: Path) -> None:
 
 def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> None:
     """However many are asked, each of them twice: memory is training's."""
-    loaded = models.load(str(llama))
+    loaded = load_model(str(llama))
     asked = [Pair(f"Why {i}?", "c", "d") for i in range(EVALUATED_AT_ONCE + 1)]
     made: list[tuple[int, bool]] = []
 
@@ -72,7 +73,7 @@ def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> 
 
 def test_nothing_written_is_no_log_prob(llama: Path) -> None:
     """Empty answers cannot pass for natural ones."""
-    loaded = models.load(str(llama))
+    loaded = load_model(str(llama))
     encoder = Encoder(loaded.tokenizer)
     found = measure(
         [Answer("", LENGTH, 0)] * 2, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder
@@ -84,7 +85,7 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
     """The base's measures are those of a model without adapters, and the adapters stay on."""
     scales = [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)]
 
-    def watch(loaded: models.LoadedModel) -> AnswerEvaluator:
+    def watch(loaded: LoadedModel) -> AnswerEvaluator:
         return AnswerEvaluator(
             Worker(loaded.model, loaded.tokenizer),
             Encoder(loaded.tokenizer),
@@ -96,7 +97,7 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
 
     base = watch(tuned).base()
     assert [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)] == scales
-    plain = watch(models.load(str(llama)))()
+    plain = watch(load_model(str(llama)))()
     assert base == pytest.approx(plain)
     assert {name.removeprefix(GREEDY) for name in base} == {n for n in base if GREEDY not in n}
     assert watch(tuned)() != pytest.approx(plain)
@@ -104,7 +105,7 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
 
 def test_a_greedy_batch_is_no_matter_of_chance(llama: Path) -> None:
     """Two seeds answer alike when greedy, and otherwise when sampled."""
-    loaded = models.load(str(llama))
+    loaded = load_model(str(llama))
     encoder, settings = Encoder(loaded.tokenizer), GenerationConfig(max_tokens=8, temperature=1.0)
     prompts = [encoder.prompt(pair.prompt) for pair in ASKED]
     model, tokenizer = loaded.model, loaded.tokenizer

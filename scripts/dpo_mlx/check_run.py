@@ -20,13 +20,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lm.utils import get_total_parameters
 
-from . import checkpoint, device, durable, fusing, jsonl, memory, models, questions, signals
+from . import checkpoint, device, durable, fusing, jsonl, memory, questions, signals
 from . import config as configs
+from .adapters import attach_lora
 from .config import Config
 from .errors import UserError
+from .gradient_checkpointing import gradient_checkpointing
+from .loading import LoadedModel, load_model
 from .make_pairs import generation_settings, usable_rows
 from .model_files import folder_of, is_hub_name
-from .models import LoadedModel
 from .objectives import Dpo, Sft
 from .pairs import Encoder, Sequence
 from .sampling import EVALUATED_AT_ONCE, Batch, sample_batch
@@ -88,7 +90,7 @@ def check_run(config: Config) -> None:
         f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"
     )
     _print_download(config.model)
-    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+    loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, Counter())
     sampled = replace(config, generation=generation_settings(rows, config, encoder))
@@ -148,7 +150,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> N
     }
     signals.check()
     mx.random.seed(config.seed)
-    models.attach_lora(model, config.lora)
+    attach_lora(model, config.lora)
     needs[TRAIN] = memory.stage_10(model, config, lengths, processes)
     signals.check()
     needs[FUSE] = memory.stage_11(model, config, lengths.longest)
@@ -260,7 +262,7 @@ def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
     engine = Worker(model).engine
     engine.log_prob(median)
     _, scored = _timed(lambda: engine.log_prob(median))
-    with models.gradient_checkpointing(model, config.train.grad_checkpoint):
+    with gradient_checkpointing(model, config.train.grad_checkpoint):
         engine.log_prob_and_gradient(median)
         _, gradient = _timed(lambda: engine.log_prob_and_gradient(median))
     dtype = fusing.target_dtype(model, config.fuse.dtype)

@@ -20,13 +20,15 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import jsonl, models, ownership, records
+from . import jsonl, ownership, records
+from .adapters import adapter_bytes, load_adapters, save_adapters
 from .config import LoraConfig
 from .errors import UserError, doing
 from .fingerprint import Fingerprint
 from .guard import Evaluation
 from .model_files import ADAPTERS
 from .objectives import PHASES, SFT
+from .tensors import load_tensors, save_tensors
 from .typed import Count
 from .writing import GREEDY, NAMES, Measures
 
@@ -140,7 +142,7 @@ class Contents:
 
 def size(model: nn.Module) -> int:
     """Bytes of a checkpoint: the adapters and AdamW's two moments."""
-    return 3 * models.adapter_bytes(model)
+    return 3 * adapter_bytes(model)
 
 
 class Checkpoints:
@@ -184,9 +186,9 @@ class Checkpoints:
         mx.synchronize()
         path = self.path(state.phase, state.update)
         with doing("saving", path), ownership.new_folder(path) as temporary:
-            models.save_adapters(model, lora, temporary)
+            save_adapters(model, lora, temporary)
             tensors: Any = tree_flatten(optimizer.state)
-            models.save_tensors(temporary / OPTIMIZER, dict(tensors))
+            save_tensors(temporary / OPTIMIZER, dict(tensors))
             origin = self.origins.get(state.phase, Origin())
             jsonl.write_json(temporary / STATE, asdict(Contents(VERSION, state, origin)))
         self.prune()
@@ -254,8 +256,8 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     Raises UserError when they are damaged or belong to another model.
     """
     expected: Any = tree_flatten(optimizer.state)
-    tensors = models.load_tensors(path / OPTIMIZER, dict(expected))
-    models.load_adapters(model, path)
+    tensors = load_tensors(path / OPTIMIZER, dict(expected))
+    load_adapters(model, path)
     require_unchanged(path)
     optimizer.state = tree_unflatten(list(tensors.items()))
     mx.eval(optimizer.state)

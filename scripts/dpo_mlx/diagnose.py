@@ -11,14 +11,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from . import voice
 from .config import Config, TrainConfig
 from .engine import Engine, combine, lengths, objective_slopes
 from .losses import Sides
 from .objectives import Dpo, Sft
 from .pairs import LENGTH, EncodedPair, Pair, Sequence
 from .schedule import count_updates, learning_rate
-from .voice import VoiceClassifier
+from .voice import LEAST_ACCURACY, VoiceClassifier
 
 # These losses average log-probs over tokens. That makes their log-ratios about a hundred times
 # smaller than those of summed log-probs, so beta must be about a hundred times larger.
@@ -222,10 +221,10 @@ def _length_findings(facts: Facts) -> Iterator[Finding]:
 
 
 def _classifier_findings(facts: Facts) -> Iterator[Finding]:
-    if facts.classifier_accuracy < voice.LEAST_ACCURACY:
+    if facts.classifier_accuracy < LEAST_ACCURACY:
         yield Finding(
             f"the classifier is right on {facts.classifier_accuracy:.0%} of held-out answers, "
-            f"under {voice.LEAST_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
+            f"under {LEAST_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
             "the answers in the report yourself"
         )
 

@@ -10,11 +10,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import make_shards
 
-from . import fingerprint, fusing, jsonl, models, ownership
+from . import fingerprint, fusing, jsonl, ownership
 from .config import Config
 from .errors import UserError
 from .fingerprint import EXPORT
+from .loading import load_model
 from .model_files import CARD, require_folder
+from .saving import INDEX, config_for, copy_settings
+from .tensors import save_tensors
 
 # Architectures whose weights have the same names and axes in mlx-lm and in transformers.
 SAME_LAYOUT = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -51,19 +54,19 @@ def write(source: Path, base: Path, folder: Path) -> None:
     Of config.json's keys only those of dtype and quantisation may change: transformers would
     rewrite others, which llama.cpp and mlx-lm then read wrongly.
     """
-    loaded = models.load(str(source), lazy=True)
+    loaded = load_model(str(source), lazy=True)
     if fusing.is_quantized(loaded.model):
         raise UserError(
             f"{source}: is quantised, which transformers and llama.cpp do each in their own way; "
             "set fuse.quantize: null and run 11_fuse_adapters.py again"
         )
     dtype = fusing.dtype_of(loaded.model)
-    about = models.config_for(jsonl.read_json(base / "config.json"), dtype)
+    about = config_for(jsonl.read_json(base / "config.json"), dtype)
     parameters: Any = dict(tree_flatten(loaded.model.parameters()))
     weights = {**hugging_face_layout(about, parameters)}
     del loaded, parameters
     with ownership.new_folder(folder) as temporary:
-        models.copy_settings(base, temporary, about)
+        copy_settings(base, temporary, about)
         _save_weights(weights, temporary)
 
 
@@ -108,8 +111,6 @@ def _save_weights(weights: dict[str, Any], folder: Path) -> None:
     for number in range(1, len(shards) + 1):
         shard = shards.pop(0)
         file = f"model-{number:05d}-of-{number + len(shards):05d}.safetensors"
-        models.save_tensors(folder / file, shard, FOR_TORCH)
+        save_tensors(folder / file, shard, FOR_TORCH)
         index.update(dict.fromkeys(shard, file))
-    jsonl.write_json(
-        folder / models.INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
-    )
+    jsonl.write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})

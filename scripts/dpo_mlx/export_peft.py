@@ -10,10 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import jsonl, models, ownership, results
+from . import jsonl, ownership, results
+from .adapters import check_adapters
 from .config import Config
 from .export import FOR_TORCH, GRANITE_HYBRID, require_layout
 from .model_files import ADAPTER_CONFIG, ADAPTERS, require_folder
+from .tensors import save_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 # Linear layers of Granite as (where transformers has them, their place among the layers merged
@@ -42,7 +44,7 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
     """The PEFT folder of mlx-lm's `adapters`, for the model in `base` that is called base_name."""
     about = jsonl.read_json(base / "config.json")
     require_layout(about)
-    models.check_adapters(adapters)
+    check_adapters(adapters)
     parameters = jsonl.read_json(adapters / ADAPTER_CONFIG)["lora_parameters"]
     modules = _modules(adapters / ADAPTERS)
     if about["model_type"] == GRANITE_HYBRID:
@@ -52,7 +54,7 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
         for name, (a, b) in modules.items():
             weights[f"base_model.model.{name}.lora_A.weight"] = mx.contiguous(a)
             weights[f"base_model.model.{name}.lora_B.weight"] = mx.contiguous(b)
-        models.save_tensors(temporary / PEFT_WEIGHTS, weights, FOR_TORCH)
+        save_tensors(temporary / PEFT_WEIGHTS, weights, FOR_TORCH)
         jsonl.write_json(temporary / ADAPTER_CONFIG, _settings(modules, parameters, base_name))
 
 

@@ -16,18 +16,20 @@ from . import (
     fusing,
     jsonl,
     memory,
-    models,
     ownership,
     pairs,
     results,
     worker,
 )
+from .adapters import adapters_off
 from .config import NEAREST, ROUNDINGS, STOCHASTIC, Config
 from .errors import UserError
 from .fingerprint import FUSING, TRAINING
+from .loading import LoadedModel, load_model
 from .losses import Sides
 from .model_files import require_folder
 from .pairs import EncodedPair, Encoder
+from .saving import config_for, dtype_name, save_model_folder
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
 LEAST_MARGIN = 1e-3
@@ -75,7 +77,7 @@ def _fuse(config: Config) -> Report:
     quantized_base = _quantized_base(config, measure)
     return {
         "pairs": len(measure.pairs),
-        "dtype": models.dtype_name(measure.dtype),
+        "dtype": dtype_name(measure.dtype),
         "rounding": settings.rounding,
         "quantize": settings.quantize,
         **_measure_written(config, measure, quantized_base),
@@ -94,7 +96,7 @@ class _Measure:
     with_adapters: Sides
     dtype: mx.Dtype
 
-    def of(self, fused: models.LoadedModel, fused_base: Sides | None = None) -> Report:
+    def of(self, fused: LoadedModel, fused_base: Sides | None = None) -> Report:
         return compare(self.base, self.with_adapters, log_probs(fused, self.pairs), fused_base)
 
 
@@ -114,13 +116,13 @@ def _measure_adapters(config: Config) -> _Measure:
     checked = valid[: config.fuse.check_pairs]
     dtype = fusing.target_dtype(loaded.model, config.fuse.dtype)
     _require_room(config, loaded, checked, dtype)
-    with models.adapters_off(loaded.model):
+    with adapters_off(loaded.model):
         base = log_probs(loaded, checked)
     return _Measure(checked, base, log_probs(loaded, checked), dtype)
 
 
 def _require_room(
-    config: Config, loaded: models.LoadedModel, checked: list[EncodedPair], dtype: mx.Dtype
+    config: Config, loaded: LoadedModel, checked: list[EncodedPair], dtype: mx.Dtype
 ) -> None:
     size = get_total_parameters(loaded.model) * dtype.size
     durable.require_space(config.run.path, size + durable.SMALL_FILES, "run_dir")
@@ -129,9 +131,9 @@ def _require_room(
     print(f"11: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 
 
-def _load(config: Config) -> models.LoadedModel:
+def _load(config: Config) -> LoadedModel:
     """The base model with the adapters."""
-    return models.load(
+    return load_model(
         config.model, config.run.adapters, lazy=True, scan_chunk=config.train.scan_chunk
     )
 
@@ -148,13 +150,13 @@ def _measure_fused(config: Config, how: str, measure: _Measure, save: bool = Fal
     return report
 
 
-def _save(loaded: models.LoadedModel, config: Config, dtype: mx.Dtype) -> None:
+def _save(loaded: LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     """Write the fused model as an ordinary folder, quantised if fuse.quantize is set."""
-    about = models.config_for(jsonl.read_json(loaded.folder / "config.json"), dtype)
+    about = config_for(jsonl.read_json(loaded.folder / "config.json"), dtype)
     if bits := config.fuse.quantize:
         about = fusing.quantize(loaded.model, about, bits)
     with ownership.new_folder(config.run.fused) as temporary:
-        models.save(loaded.model, loaded.folder, temporary, about)
+        save_model_folder(loaded.model, loaded.folder, temporary, about)
 
 
 def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
@@ -165,7 +167,7 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     """
     if config.fuse.quantize is None:
         return None
-    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+    loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     fusing.fuse(loaded.model, NEAREST, measure.dtype)
     fusing.quantize(loaded.model, {}, config.fuse.quantize)
     return log_probs(loaded, measure.pairs)
@@ -173,7 +175,7 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
 
 def _measure_written(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
     """How much of the margin the saved folder keeps."""
-    fused = models.load(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
+    fused = load_model(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
     return measure.of(fused, fused_base)
 
 
@@ -201,7 +203,7 @@ def _margin(pi: Sides, ref: Sides) -> float:
     return float(((pi.chosen - ref.chosen) - (pi.rejected - ref.rejected)).mean())
 
 
-def log_probs(loaded: models.LoadedModel, encoded: list[EncodedPair]) -> Sides:
+def log_probs(loaded: LoadedModel, encoded: list[EncodedPair]) -> Sides:
     """Log-probs [pairs] of both sides under the weights as they are, in nats.
 
     In float32 throughout: in bfloat16 the rounding of what flows through the model would hide

@@ -15,10 +15,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model, get_total_parameters, quantize_model
 
+from .adapters import LORA_LAYERS
 from .config import STOCHASTIC
 from .errors import UserError
-from .models import LORA_LAYERS, dtype_name
 from .rounding import rounded
+from .saving import dtype_name
 
 GROUP_SIZE = 64  # weights that share a scale in what is quantised here
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)

@@ -19,7 +19,6 @@ from . import (
     pairs,
     reference,
     team,
-    voice,
 )
 from .check_pairs import few
 from .config import Config, GenerationConfig
@@ -31,7 +30,7 @@ from .pairs import EncodedPair, Encoder, Pair
 from .run_folder import AFTER_SFT, SPLITS, TRAIN, VALID
 from .sampling import limited
 from .schedule import pairs_per_update
-from .voice import VoiceClassifier
+from .voice import VoiceClassifier, fit_classifier
 from .worker import Worker
 
 
@@ -109,7 +108,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Job:
     pairs.require_some(config.pairs.valid, encoded[VALID])
     memory_need = _require_memory(config, worker, encoder, read, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
-    classifier = voice.fit(chosen, rejected)
+    classifier = fit_classifier(chosen, rejected)
     return Job(config, worker, encoder, read, encoded, classifier, memory_need, current)
 
 

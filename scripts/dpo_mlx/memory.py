@@ -22,13 +22,15 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import get_total_parameters
 
 from . import device, fusing
+from .adapters import adapter_bytes
 from .config import Config
 from .engine import Engine
 from .errors import UserError
+from .gradient_checkpointing import gradient_checkpointing
 from .logps import find_head
-from .models import adapter_bytes, dtype_name, gradient_checkpointing, nbytes
 from .pairs import Sequence
 from .sampling import EVALUATED_AT_ONCE
+from .saving import dtype_name
 
 # Copies of the adapters at the peak of training: parameters, AdamW's two moments, and two gradients
 # (the sum so far and the chosen side's). The rejected side's gradient is counted in the work.
@@ -340,3 +342,8 @@ def _peak(run: Callable[[], Any]) -> int:
     mx.reset_peak_memory()
     run()
     return mx.get_peak_memory() - before
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree of parameters, loaded or not."""
+    return sum(array.nbytes for array in dict(tree_flatten(tree)).values())

@@ -26,12 +26,15 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import config as configs
-from . import device, digest, jsonl, memory, models, ownership, results, team, tiny_granite
+from . import device, digest, jsonl, memory, ownership, results, team, tiny_granite
+from .adapters import copy_adapters
 from .checkpoint import Checkpoints
 from .config import Config, GenerationConfig
 from .engine import LEAST_DIFFERENCE
 from .errors import UserError
 from .fuse_adapters import fuse_adapters
+from .gradient_checkpointing import gradient_checkpointing
+from .loading import load_model
 from .losses import Sides
 from .make_pairs import make_pairs
 from .model_files import ADAPTERS
@@ -205,7 +208,7 @@ def check_batch(config: Config) -> str:
     Two tokens may be equally likely up to rounding. So a token counts as wrong only if another one
     is clearly likelier in a pass over that prompt alone.
     """
-    loaded = models.load(config.model)
+    loaded = load_model(config.model)
     encoder = Encoder.of(loaded.tokenizer, config)
     settings = GenerationConfig(max_tokens=ANSWER_TOKENS)
     prompts = [encoder.prompt(question) for question in PROMPTS]
@@ -228,7 +231,7 @@ def check_memory(config: Config) -> str:
     loaded, worker = team.load(config, train=True)
     question, answer = "Why is it so?", "**So it is.** " * 14
     pair = Encoder.of(loaded.tokenizer, config).pair(Pair(question, answer, answer.upper()))
-    with models.gradient_checkpointing(worker.model, config.train.grad_checkpoint):
+    with gradient_checkpointing(worker.model, config.train.grad_checkpoint):
         plan = memory.training(worker.model, pair.chosen)
     device.release()
     others = mx.get_active_memory() - memory.nbytes(worker.model.parameters())
@@ -263,7 +266,7 @@ def check_fused(config: Config) -> str:
     model those may be untrained and have no margin.
     """
     adapters = config.run.adapters
-    models.copy_adapters(_last_checkpoint(config), adapters)
+    copy_adapters(_last_checkpoint(config), adapters)
     end = results.read_outcome(config.run)
     end = replace(end, adapters=digest.of_file(adapters / ADAPTERS))
     results.write_outcome(config.run, end)
@@ -279,7 +282,7 @@ def check_decoding(config: Config) -> str:
 
     Metal has separate kernels for a single token, in Mamba blocks and in attention.
     """
-    loaded = models.load(config.model)
+    loaded = load_model(config.model)
     ids = list(_sequences(Encoder.of(loaded.tokenizer, config))[0].ids)
     cache, rows = make_prompt_cache(loaded.model), []
     for token in ids:

@@ -14,19 +14,18 @@ from . import (
     jsonl,
     memory,
     model_files,
-    models,
     ownership,
     pairs,
     records,
     reference,
     results,
-    voice,
 )
 from .config import Config, FuseConfig, GenerationConfig, SmokeConfig
 from .engine import score_against, summarise
 from .errors import UserError
 from .fingerprint import EVALUATION, Fingerprint
 from .job import reference_fingerprint
+from .loading import LoadedModel, load_model
 from .losses import Sides
 from .ownership import Status
 from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
@@ -34,6 +33,7 @@ from .report import write_html
 from .results import FuseReport, read_metrics
 from .run_folder import BASE, SPLITS, TRAIN, VALID
 from .sampling import Answer, limited
+from .voice import LEAST_ACCURACY, fit_classifier
 from .worker import Worker, answer_all, log_probs
 from .writing import measure
 
@@ -120,7 +120,7 @@ def _report(config: Config, digests: Fingerprint) -> Report:
 
 def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     """Everything that needs the fused model in memory."""
-    loaded = models.load(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
+    loaded = load_model(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     valid = pairs_by_split[VALID]
     encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
@@ -138,7 +138,7 @@ def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
 
 def _require_memory(
     config: Config,
-    loaded: models.LoadedModel,
+    loaded: LoadedModel,
     encoder: Encoder,
     encoded: list[EncodedPair],
     questions: list[Pair],
@@ -163,7 +163,7 @@ def _compare(
     config = replace(config, generation=tuned.generation)
     encoder, encoded = tuned.encoder, tuned.encoded
     questions = pairs_by_split[VALID][: config.smoke.questions]
-    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+    loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     worker = Worker(loaded.model, loaded.tokenizer)
     references = reference.load_or_compute(
         config.run.reference(BASE),
@@ -215,7 +215,7 @@ def _written(
 ) -> Report:
     """`voice` and `fluency` of the answers of both models, and of the real ones."""
     train, valid = pairs_by_split[TRAIN], pairs_by_split[VALID]
-    classifier = voice.fit([pair.chosen for pair in train], [pair.rejected for pair in train])
+    classifier = fit_classifier([pair.chosen for pair in train], [pair.rejected for pair in train])
     measured = {
         who: measure(given, asked, classifier, worker.log_probs, encoder)
         for who, given in answers.items()
@@ -284,7 +284,7 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
     else:
         outcome = "learned"
         summary = "The tuned model has learned the voice and is still fluent."
-    if voices["classifier_accuracy"] < voice.LEAST_ACCURACY:
+    if voices["classifier_accuracy"] < LEAST_ACCURACY:
         summary += " (The voice cannot be measured on these pairs: the classifier is unsure.)"
     crossed = degenerated + unmoved + lost
     return {"passed": not crossed, "outcome": outcome, "summary": summary, "crossed": crossed}

@@ -18,10 +18,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from . import config as configs
-from . import model_files, models, signals
+from . import model_files, signals
+from .adapters import attach_lora
 from .config import Config, GenerationConfig
 from .errors import UserError
 from .link import Link, link
+from .loading import LoadedModel, load_model
 from .losses import Sides
 from .objectives import Example, Objective, of_phase
 from .pairs import EncodedPair, Sequence
@@ -39,7 +41,7 @@ class Team(Worker):
     """
 
     def __init__(
-        self, loaded: models.LoadedModel, config: Config, channel: Link, local_processes: int
+        self, loaded: LoadedModel, config: Config, channel: Link, local_processes: int
     ) -> None:
         super().__init__(loaded.model, loaded.tokenizer)
         self.size, self.local_processes = channel.size, local_processes
@@ -176,7 +178,7 @@ def shares(costs: list[int], size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def load(config: Config, train: bool) -> tuple[models.LoadedModel, Worker]:
+def load(config: Config, train: bool) -> tuple[LoadedModel, Worker]:
     """(the run's model, with fresh adapters if it is to `train`; the Worker that computes with it).
 
     The Worker is a Team when the run has several processes. Raises UserError for a model that
@@ -208,11 +210,11 @@ def _require_same_model(config: Config, fingerprints: list[Any]) -> None:
             )
 
 
-def _load(config: Config, train: bool) -> models.LoadedModel:
-    loaded = models.load(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+def _load(config: Config, train: bool) -> LoadedModel:
+    loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     if train:
         mx.random.seed(config.seed)
-        models.attach_lora(loaded.model, config.lora)
+        attach_lora(loaded.model, config.lora)
     return loaded
 
 

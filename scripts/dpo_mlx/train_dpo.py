@@ -17,15 +17,16 @@ from . import (
     fingerprint,
     jsonl,
     metrics,
-    models,
     ownership,
     results,
 )
 from . import config as configs
+from .adapters import copy_adapters, load_adapters
 from .checkpoint import Checkpoints, Origin, State
 from .config import Config
 from .errors import UserError
 from .fingerprint import DPO_ADAPTERS, JUDGEMENT, SFT_ADAPTERS, TRAINING, Fingerprint
+from .gradient_checkpointing import gradient_checkpointing
 from .job import Job, load_reference, prepare
 from .losses import Sides
 from .model_files import ADAPTERS
@@ -115,7 +116,7 @@ def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
     """
     config, encoded = job.config, job.preferences
     base = load_reference(job, BASE, VALID, only_read=only_read)
-    with models.gradient_checkpointing(job.model, config.train.grad_checkpoint):
+    with gradient_checkpointing(job.model, config.train.grad_checkpoint):
         probe = diagnose.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
     facts = diagnose.gather(config, job.raw, encoded, base, job.classifier, probe)
     _describe(job, facts, probe)
@@ -204,7 +205,7 @@ def _keep_best(phases: Phases, stopped: list[str]) -> Outcome:
     assert state.best is not None  # every phase begins with an evaluation
     path = phases.checkpoints.best(state.best.update)
     checkpoint.require_unchanged(path)
-    models.copy_adapters(path, folder)
+    copy_adapters(path, folder)
     best, sha256 = state.best, digest.of_file(folder / ADAPTERS)
     return Outcome(state.update, best.update, best.voice, stopped, sha256)
 
@@ -251,7 +252,7 @@ class Phases:
         resumable = self._resumable[SFT]
         if resumable and self._is_end_of_sft(resumable[1]):
             path, self.state = resumable
-            models.load_adapters(self.job.model, path)
+            load_adapters(self.job.model, path)
             return
         if only_read:
             raise UserError(

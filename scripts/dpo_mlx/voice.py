@@ -1,4 +1,4 @@
-"""Is it the voice, and is it still fluent? Measures of answers as text."""
+"""Is it the voice? A classifier of chosen against rejected answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ NGRAMS = (2, 3, 4)
 RIDGE, STEPS = 1e-3, 300
 # Below this accuracy on unseen pairs the classifier cannot tell the two sides apart.
 LEAST_ACCURACY = 0.8
-# The longest unit, in words, whose direct repetition counts as a loop.
-LONGEST_UNIT = 12
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class VoiceClassifier:
         return float(((self.score(chosen) > 0).mean() + (self.score(rejected) < 0).mean()) / 2)
 
 
-def fit(chosen: Sequence[str], rejected: Sequence[str]) -> VoiceClassifier:
+def fit_classifier(chosen: Sequence[str], rejected: Sequence[str]) -> VoiceClassifier:
     """Fit the classifier by Nesterov's accelerated gradient on the ridge-penalised log-loss."""
     x = features([*chosen, *rejected])
     y = np.concatenate([np.ones(len(chosen)), np.zeros(len(rejected))])
@@ -84,30 +82,6 @@ def _counts(text: str) -> np.ndarray:
         slots = (mixed * np.uint64(0xD6E8FEB86659FD93)) >> np.uint64(64 - 14)
         counts += np.bincount(slots.astype(np.int64), minlength=FEATURES)
     return counts
-
-
-def distinct_bigrams(text: str) -> float:
-    """Distinct word bigrams over all of them; 1 for a text of fewer than two words."""
-    words = text.split()
-    bigrams = list(zip(words, words[1:], strict=False))
-    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
-
-
-def longest_loop(text: str) -> int:
-    """The most words in a row that only repeat the words right before them.
-
-    `a b a b a b` repeats `a b` twice: 4. Units of 1 to LONGEST_UNIT words; what is repeated less
-    than once whole is not a loop.
-    """
-    words = text.split()
-    longest = 0
-    for unit in range(1, LONGEST_UNIT + 1):
-        run = 0
-        for word, before in zip(words[unit:], words, strict=False):
-            run = run + 1 if word == before else 0
-            if run >= unit:
-                longest = max(longest, run)
-    return longest
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

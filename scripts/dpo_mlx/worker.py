@@ -13,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from . import models, signals
+from . import signals
+from .adapters import adapters_off
 from .config import GenerationConfig
 from .engine import Engine
+from .gradient_checkpointing import gradient_checkpointing
 from .losses import Sides
 from .objectives import Example, Objective
 from .pairs import EncodedPair, Sequence
@@ -87,7 +89,7 @@ class Worker:
             yield item
 
     def _adapters(self, without_adapters: bool) -> AbstractContextManager[None]:
-        return models.adapters_off(self.model) if without_adapters else nullcontext()
+        return adapters_off(self.model) if without_adapters else nullcontext()
 
     def _gradients(
         self, objective: Objective, examples: list[tuple[int, Example]], seed: int
@@ -95,7 +97,7 @@ class Worker:
         """(scores, sum of the gradients) of examples with their places; the sum of none is None."""
         self.model.train()
         scores, total = [], None
-        with models.gradient_checkpointing(self.model, objective.settings.grad_checkpoint):
+        with gradient_checkpointing(self.model, objective.settings.grad_checkpoint):
             for place, example in self._each(examples):
                 mx.random.seed(batch_seed(seed, place))
                 score: Any

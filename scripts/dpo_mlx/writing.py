@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from . import voice
 from .config import GenerationConfig
+from .fluency import distinct_bigrams, longest_loop
 from .pairs import STOP, Encoder, Pair, Sequence
 from .sampling import EVALUATED_AT_ONCE, Answer, batches
 from .voice import VoiceClassifier
@@ -45,8 +45,8 @@ def measure(
     texts = [answer.text for answer in answers]
     return {
         "voice": float(classifier.probability(texts).mean()),
-        "distinct2": float(np.mean([voice.distinct_bigrams(text) for text in texts])),
-        "longest_loop": float(np.mean([voice.longest_loop(text) for text in texts])),
+        "distinct2": float(np.mean([distinct_bigrams(text) for text in texts])),
+        "longest_loop": float(np.mean([longest_loop(text) for text in texts])),
         "self_ended": float(np.mean([answer.finish == STOP for answer in answers])),
         "base_logprob_per_token": _log_prob_per_token(answers, questions, log_probs, encoder),
         "median_tokens": float(np.median([answer.tokens for answer in answers])),

@@ -33,9 +33,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import ours
-from dpo_mlx import fusing, models
+from dpo_mlx import fusing
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import NEAREST, STOCHASTIC, GenerationConfig, LoraConfig
 from dpo_mlx.engine import Engine
+from dpo_mlx.loading import load_model
 from dpo_mlx.pairs import EncodedPair, Encoder, Pair
 from dpo_mlx.worker import Worker, answer_all
 from mlx.utils import tree_flatten, tree_unflatten
@@ -82,7 +84,7 @@ def worker(task: common.Values) -> common.Values:
     model, encoder = base.model(), Encoder(base.tokenizer)
     pairs = sampled(task, model, base.tokenizer, encoder)
     train, valid = pairs[task["valid"] :], pairs[: task["valid"]]
-    models.attach_lora(model, LORA)
+    attach_lora(model, LORA)
     examples, rows = ours.examples(model, train), []
     measured = Measured(base, valid, model, task["seeds"])
 
@@ -113,10 +115,10 @@ class Base:
 
     def __init__(self, folder: str, kind: str) -> None:
         self.folder, self.kind = folder, kind
-        self.tokenizer = models.load(folder).tokenizer
+        self.tokenizer = load_model(folder).tokenizer
 
     def real(self) -> Any:
-        made = models.load(self.folder).model
+        made = load_model(self.folder).model
         made.set_dtype(mx.bfloat16)
         if self.kind == FOUR_BIT:
             nn.quantize(made, GROUP_SIZE, 4)
@@ -153,7 +155,7 @@ class Measured:
 
         def kept(change: Callable[[Any], None], reference: float | None = None) -> float:
             made = self.base.real()
-            models.attach_lora(made, LORA)
+            attach_lora(made, LORA)
             made.update(adapters)
             change(made)
             against = self.reference if reference is None else reference

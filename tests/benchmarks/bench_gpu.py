@@ -275,10 +275,10 @@ def run_peer(task: common.Values) -> common.Values:
 def pair_rows(task: common.Values) -> list[common.Values]:
     """Pairs of each length as text and as ids, shortest first; both sides have that many tokens."""
     from bench_train import as_values
-    from dpo_mlx import models
+    from dpo_mlx.loading import load_model
     from dpo_mlx.pairs import Encoder, Pair
 
-    encoder = Encoder(models.load(task["folder"], lazy=True).tokenizer)
+    encoder = Encoder(load_model(task["folder"], lazy=True).tokenizer)
     letters = random.Random(0)
 
     def text(length: int) -> str:

@@ -32,7 +32,8 @@ import common
 import mlx.core as mx
 import numpy as np
 import ours
-from dpo_mlx import memory, models
+from dpo_mlx import memory
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.logps import differentiable_log_probs, find_head
 from mlx.utils import tree_flatten
 
@@ -87,7 +88,7 @@ def worker(task: common.Values) -> common.Values:
         return {"peak": head_alone(task["head"], task["length"])}
     mx.random.seed(0)
     model = ours.granite(task["model"], task["dtype"])
-    models.attach_lora(model, ours.LORA)
+    attach_lora(model, ours.LORA)
     pair = ours.random_pair(model, task["length"] - ours.PROMPT)
     plan = ours.planned(model, pair, checkpoint=True)
     ours.materialise(model)
@@ -196,7 +197,7 @@ def whole_model(
 ) -> list[common.Values]:
     """Bytes at the peak of all layers, part by part, as the docstring derives them."""
     model = ours.granite(LAYERS, args.dtype)  # of which only shapes are looked at
-    models.attach_lora(model, ours.LORA)
+    attach_lora(model, ours.LORA)
     known = sizes(model)
     a, b, c, d = line
     made = []

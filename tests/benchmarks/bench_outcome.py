@@ -41,13 +41,14 @@ from pathlib import Path
 import common
 import mlx.optimizers as optim
 import yaml
-from dpo_mlx import checkpoint, jsonl, make_pairs, models, ownership, pairs, voice
+from dpo_mlx import checkpoint, jsonl, make_pairs, ownership, pairs
 from dpo_mlx import config as configs
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, GenerationConfig
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import crossed_limits
 from dpo_mlx.job import prepare
+from dpo_mlx.loading import LoadedModel, load_model
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, SFT, Example
 from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
@@ -56,6 +57,7 @@ from dpo_mlx.sampling import Answer, limited
 from dpo_mlx.schedule import groups
 from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
 from dpo_mlx.trainer import Examples, Trainer
+from dpo_mlx.voice import fit_classifier
 from dpo_mlx.worker import Worker, answer_all
 from dpo_mlx.writing import Measures, measure
 
@@ -250,8 +252,8 @@ class Asked:
         self.config = config
         self.pairs = {split: pairs.read(config.pairs.splits[split]) for split in (TRAIN, VALID)}
         train, valid = self.pairs[TRAIN], self.pairs[VALID]
-        self.classifier = voice.fit([p.chosen for p in train], [p.rejected for p in train])
-        self.loaded = models.load(config.model)
+        self.classifier = fit_classifier([p.chosen for p in train], [p.rejected for p in train])
+        self.loaded = load_model(config.model)
         self.encoder = Encoder.of(self.loaded.tokenizer, config)
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
         self.decodings = decodings(
@@ -271,7 +273,7 @@ class Asked:
     def as_sampled(self, text: str, finish: str) -> Answer:
         return Answer(text, finish, len(self.encoder.answer(text, LENGTH)))
 
-    def answer(self, loaded: models.LoadedModel, encoder: Encoder, how: str) -> list[Answer]:
+    def answer(self, loaded: LoadedModel, encoder: Encoder, how: str) -> list[Answer]:
         return answer(loaded, encoder, self.pairs[VALID], self.decodings[how], self.config.seed)
 
     def measures(self, answers: list[Answer]) -> Measures:
@@ -283,7 +285,7 @@ class Asked:
         """What the model with `adapters` writes to prompts of `encoder`, measured beside the base
         model's and the real answers, with the margin of the run's last evaluation.
         """
-        loaded = models.load(self.config.model, adapters)
+        loaded = load_model(self.config.model, adapters)
         tuned = {how: self.answer(loaded, encoder or self.encoder, how) for how in self.answers}
         texts = {
             how: {
@@ -308,7 +310,7 @@ class Asked:
 
 
 def answer(
-    loaded: models.LoadedModel,
+    loaded: LoadedModel,
     encoder: Encoder,
     asked: list[Pair],
     settings: GenerationConfig,
@@ -433,7 +435,7 @@ def raw_pairs(config: Config) -> Config:
     """The config on pairs of its own: the same rows, their rejected answers sampled from the raw
     prompts as the config says. Where the base model says nothing to those, the pool's is kept.
     """
-    loaded = models.load(config.model)
+    loaded = load_model(config.model)
     encoder = RawEncoder(loaded.tokenizer)
     files = {split: config.run.path / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
     for split, file in files.items():

@@ -39,7 +39,8 @@ import numpy as np
 import ours
 from bench_memory import BFLOAT16, FLOAT32, LAYERS, head_s_casts
 from dpo_mlx import config as configs
-from dpo_mlx import fusing, memory, models
+from dpo_mlx import fusing, memory
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.pairs import EncodedPair, Sequence
 from dpo_mlx.sampling import EVALUATED_AT_ONCE, Batch
 from dpo_mlx.worker import Worker, log_probs
@@ -192,7 +193,7 @@ def planned(stage: str, config: configs.Config, dtype: str) -> common.Values:
     model = ours.granite(LAYERS, dtype)
     lengths = memory.Lengths(QUESTIONS, PROMPT, ANSWER, longest())
     if stage in ("10", "11"):
-        models.attach_lora(model, config.lora)
+        attach_lora(model, config.lora)
     if stage == "11":
         needs = memory.stage_11(model, config, lengths.longest)
     else:
@@ -221,7 +222,7 @@ def sample(model: Any, config: configs.Config) -> int:
 
 def evaluate(model: Any, config: configs.Config) -> int:
     """Sample an evaluation's answers while the optimizer's state is in memory."""
-    models.attach_lora(model, config.lora)
+    attach_lora(model, config.lora)
     optimizer = AdamW(learning_rate=0.0)
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state)
@@ -244,7 +245,7 @@ def update(model: Any, config: configs.Config) -> int:
     """Train on two pairs in one update. It peaks in the gradient of the second pair's rejected
     answer, when the first pair's gradient and the chosen answer's are in memory.
     """
-    models.attach_lora(model, config.lora)
+    attach_lora(model, config.lora)
     short = ours.random_pair(model, SHORT, seed=1, prompt=PROMPT)
     last = EncodedPair(short.chosen, longest(), 2)
     examples = ours.examples(model, [short, last])
@@ -259,7 +260,7 @@ def score(model: Any, config: configs.Config) -> int:
 
 
 def fuse(model: Any, config: configs.Config) -> int:
-    models.attach_lora(model, config.lora)
+    attach_lora(model, config.lora)
     mx.eval(model.parameters())
     dtype = fusing.target_dtype(model, config.fuse.dtype)
     return peak_of(lambda: fusing.fuse(model, config.fuse.rounding, dtype))
@@ -267,7 +268,7 @@ def fuse(model: Any, config: configs.Config) -> int:
 
 def compare(model: Any, config: configs.Config) -> int:
     """Score the longest sequence with base and adapters, as stage 11 does."""
-    models.attach_lora(model, config.lora)
+    attach_lora(model, config.lora)
     mx.eval(model.parameters())
     short = ours.random_pair(model, SHORT, prompt=PROMPT)
 

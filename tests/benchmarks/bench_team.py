@@ -31,9 +31,11 @@ import mlx.optimizers as optim
 import numpy as np
 import ours
 import rings
-from dpo_mlx import memory, models, team
+from dpo_mlx import memory, team
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
 from dpo_mlx.link import dismiss, link
+from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides
 from dpo_mlx.objectives import Dpo, Example
 from mlx.utils import tree_flatten
@@ -108,9 +110,9 @@ def by_link(name: str, rate: float) -> common.Values:
 def adapters_bytes() -> list[int]:
     """Of Granite at the shipped rank, and of the demo model; nothing is computed."""
     granite = ours.granite(layers=40)
-    models.attach_lora(granite, LoraConfig(rank=GRANITE_RANK))
-    demo = models.load(str(common.ROOT / "data/models/smollm2-135m-instruct"), lazy=True).model
-    models.attach_lora(demo, ours.LORA)
+    attach_lora(granite, LoraConfig(rank=GRANITE_RANK))
+    demo = load_model(str(common.ROOT / "data/models/smollm2-135m-instruct"), lazy=True).model
+    attach_lora(demo, ours.LORA)
     return [memory.nbytes(model.trainable_parameters()) for model in (granite, demo)]
 
 

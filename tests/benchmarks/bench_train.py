@@ -33,7 +33,8 @@ from statistics import median
 import common
 import hf
 import ours
-from dpo_mlx import models, pairs, questions, reference
+from dpo_mlx import pairs, questions, reference
+from dpo_mlx.loading import load_model
 from dpo_mlx.objectives import Example
 from dpo_mlx.pairs import EncodedPair, Encoder, Pair, Sequence
 from dpo_mlx.worker import Worker
@@ -112,7 +113,7 @@ def prepared(args: Namespace, folder: Path) -> common.Values:
         if "failed" in made:
             raise SystemExit(made["failed"])
     settings = json.loads((mlx / "config.json").read_text())
-    encoder = Encoder(models.load(str(mlx), lazy=True).tokenizer)
+    encoder = Encoder(load_model(str(mlx), lazy=True).tokenizer)
     rows = [as_values(pair, encoder) for pair in read_pairs(args)]
     fit = args.max_length
     rows = [r for r in rows if all(len(r["prompt_ids"] + r[f"{s}_ids"]) <= fit for s in SIDES)]

@@ -31,8 +31,9 @@ from dataclasses import dataclass, replace
 
 import common
 import ours
-from dpo_mlx import checkpoint, fusing, memory, models
+from dpo_mlx import checkpoint, fusing, memory
 from dpo_mlx import config as configs
+from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
 from dpo_mlx.checkpoint import SaveClock
 from dpo_mlx.objectives import Dpo, Sft
@@ -123,11 +124,11 @@ def granite() -> Model:
     """The whole model with the shipped adapters; only shapes are looked at."""
     model, settings = ours.granite(LAYERS, "bfloat16"), ours.granite_config(LAYERS)
     parameters = memory.nbytes(model.parameters()) // 2
-    models.attach_lora(model, configs.load(CONFIG).lora)
+    attach_lora(model, configs.load(CONFIG).lora)
     width = settings["mamba_n_heads"] * settings["mamba_d_head"]
     state = settings["layer_types"].count("mamba") * width * settings["mamba_d_state"] * 4
     layers = fusing.in_largest_layers(model)
-    adapted = [m for m in model.modules() if isinstance(m, models.LORA_LAYERS)]
+    adapted = [m for m in model.modules() if isinstance(m, LORA_LAYERS)]
     largest = max(layer.linear.weight.size for layer in adapted)
     return Model(parameters, state, checkpoint.size(model), largest, layers)
 

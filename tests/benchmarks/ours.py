@@ -16,10 +16,13 @@ import common
 import mlx.core as mx
 import numpy as np
 import tiny
-from dpo_mlx import memory, models, scan, tiny_granite
+from dpo_mlx import memory, scan, tiny_granite
+from dpo_mlx.adapters import attach_lora
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
 from dpo_mlx.engine import Engine
+from dpo_mlx.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, Example
@@ -97,9 +100,9 @@ def load(task: common.Values) -> Any:
     elif name in tiny.SPECIAL:
         model = tiny.model(tiny.config(name))
     else:
-        model = models.load(name).model
+        model = load_model(name).model
         scan.use_chunks(model, SCAN_CHUNK)
-    models.attach_lora(model, LORA)
+    attach_lora(model, LORA)
     return model
 
 
@@ -114,7 +117,7 @@ def random_pair(model: Any, answer: int, seed: int = 0, prompt: int = PROMPT) ->
 def planned(model: Any, pair: EncodedPair, checkpoint: bool) -> int:
     """Peak bytes of training on this pair, as our memory plan estimates them."""
     longest = max(pair.sides, key=lambda side: len(side.ids))
-    with models.gradient_checkpointing(model, checkpoint):
+    with gradient_checkpointing(model, checkpoint):
         return memory.training(model, longest).total
 
 
