@@ -242,7 +242,7 @@ def test_pairs_edited_in_between_are_said(unfinished, two_phases):
     """The run is of the pairs as they were."""
     path = Path(unfinished.data.train_pairs)
     path.write_text(path.read_text().replace("Yes.", "No."))
-    with pytest.raises(UserError, match="sft-000007: .*other settings or pairs .pairs"):
+    with pytest.raises(UserError, match="sft-000007: .*other settings or pairs .train pairs"):
         train_dpo(unfinished, ALL)
 
 
@@ -319,6 +319,10 @@ DAMAGES = {
     "text for a number": (lambda f: edit_state(f, update="9"), "update. must be a whole number"),
     "a negative number": (lambda f: edit_state(f, rows=-1), "rows. is not between 0 and"),
     "a number of 400 digits": (lambda f: edit_state(f, rows=10**400), "rows. is not between"),
+    "a phase that begins after its update": (
+        lambda f: edit_state(f, phase_start=11),
+        "state.phase_start. is greater than",
+    ),
     "a list for measures": (lambda f: edit_state(f, measures=[]), "measures. must be an object"),
     "measures missing": (lambda f: edit_state(f, base={"voice": 0.5}), "state.base.greedy_voice"),
     "no measures": (lambda f: edit_state(f, base={}), "state.base.voice"),
@@ -351,14 +355,18 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinished):
-    """One line with the folder to delete; deleted, the same command goes on from update 9."""
+    """One line with the folder to move away, and the metrics stay as they are. Without that folder
+    the same command resumes from update 9.
+    """
     damage, message = DAMAGES[name]
     newest = unfinished.run.path / "checkpoints/dpo-000010"
+    metrics = (unfinished.run.path / "metrics.jsonl").read_bytes()
     damage(newest)
     with pytest.raises(UserError, match=message) as error:
         train_dpo(unfinished, ALL)
     assert str(newest) in str(error.value) and "away" in str(error.value)
     assert "\n" not in str(error.value) and newest.exists()
+    assert (unfinished.run.path / "metrics.jsonl").read_bytes() == metrics
     if name == "cut state":
         shutil.rmtree(newest)
         assert train_dpo(unfinished, ALL)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from dpo_mlx import jsonl
 from dpo_mlx.config import TrainConfig
 from dpo_mlx.engine import (
     LEAST_DIFFERENCE,
@@ -19,11 +20,13 @@ from dpo_mlx.engine import (
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import Evaluation
 from dpo_mlx.losses import Sides
+from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import Example
 from dpo_mlx.schedule import count_updates, groups, learning_rate
 from dpo_mlx.trainer import Stopped
 from dpo_mlx.worker import Worker, log_probs
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.callbacks import TrainingCallback
 from runs import VALID, Adapters, differences, saved, swapped, wrote
 from test_engine import perturb
 from virtual_mac import in_bfloat16
@@ -496,3 +499,32 @@ def test_metrics_carry_trl_s_names(make):
     assert {row["phase"] for row in run.metrics} == {"dpo"}
     numbers = [v for row in run.metrics for v in row.values() if isinstance(v, int | float)]
     assert all(math.isfinite(v) for v in numbers)
+
+
+def test_the_metrics_file_counts_its_own_rows(tmp_path, capsys):
+    """It starts at the checkpoint's rows, or at those that are left, which a line says. Every
+    report is one row more, and goes to the other callbacks too.
+    """
+
+    class Listener(TrainingCallback):
+        def __init__(self):
+            self.reports = []
+
+        def on_train_loss_report(self, train_info):
+            self.reports.append(train_info)
+
+        def on_val_loss_report(self, val_info):
+            self.reports.append(val_info)
+
+    path, listener = tmp_path / "metrics.jsonl", Listener()
+    rows = [{"iteration": i} for i in range(5)]
+    jsonl.write(path, rows[:3])
+    for stored, expected in ((2, 2), (4, 2)):
+        file = MetricsFile(path, listener)
+        file.keep_first(stored)
+        assert file.rows == expected and jsonl.read_whole_lines(path) == rows[:2]
+    assert "2 rows of earlier updates are missing" in capsys.readouterr().out
+    file.on_train_loss_report(rows[3])
+    file.on_val_loss_report(rows[4])
+    assert file.rows == 4 and jsonl.read_whole_lines(path) == [*rows[:2], *rows[3:]]
+    assert listener.reports == rows[3:]

@@ -40,7 +40,7 @@ PROBED_TRAIN, PROBED_VALID = 8, 4
 
 @dataclass(frozen=True)
 class Finding:
-    """A line with a value, what it means and what to set. A fatal one will waste the run."""
+    """A line with a value, what it means and what to set. A fatal one is sure to waste the run."""
 
     text: str
     fatal: bool = False

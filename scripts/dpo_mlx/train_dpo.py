@@ -42,17 +42,17 @@ PRECOMPUTE, TRAIN_ONLY, ALL = "precompute", "train", "all"
 
 PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
 
-# At once on the disk: the last two, one that is written, the end of SFT, and the best of each of
-# these three; the adapters that are kept count as another.
+# The most on the disk at a time: the newest two, the one being saved, the end of SFT, up to three
+# that are the best for one of these, and the adapters that the run keeps.
 MOST_CHECKPOINTS = 8
 
 
 class Refused(UserError):
-    """The preflight found something that will waste the run."""
+    """The preflight found settings that are sure to waste the run."""
 
 
 def train_dpo(config: Config, stage: str) -> bool:
-    """Run stage 10, PRECOMPUTE, TRAIN_ONLY or ALL of it; whether training reached its end.
+    """Run stage 10: PRECOMPUTE, TRAIN_ONLY or ALL of it. Returns whether training reached its end.
 
     Raises UserError for pairs, a model or settings that cannot be trained, and for TRAIN_ONLY
     without a reference.
@@ -83,7 +83,7 @@ def _require_space(job: Job) -> None:
 
 
 def _refuse_changes(before: Fingerprint, after: Fingerprint, adapters: Path) -> None:
-    """Raises UserError when files were changed while they were trained on."""
+    """Raises UserError when the input files changed while training ran."""
     if changed := fingerprint.differences(before, after):
         raise UserError(
             f"{adapters}: the input files changed while training ran ({'; '.join(changed)}), and "
@@ -93,6 +93,7 @@ def _refuse_changes(before: Fingerprint, after: Fingerprint, adapters: Path) -> 
 
 
 def _say(end: Outcome, adapters: Path) -> bool:
+    """Print how training ended. Returns whether it reached its end."""
     for reason in end.stopped:
         print(f"10: stopped after update {end.updates}: {reason}")
     if end.stopped:
@@ -111,8 +112,8 @@ def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
     """Print what the run will do and what is wrong with it.
 
     This needs the pairs, the base model's log-probs of the valid ones, and the gradients of a few.
-    Raises UserError for something that will waste the run, unless `train.force` is set, and with
-    `only_read` when those log-probs are not stored yet.
+    Raises Refused for settings that are sure to waste the run, unless `train.force` is set, and
+    UserError with `only_read` when those log-probs are not stored yet.
     """
     config, encoded = job.config, job.preferences
     base = load_reference(job, BASE, VALID, only_read=only_read)
@@ -125,8 +126,8 @@ def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
         print(f"10: {'sure to fail: ' if finding.fatal else 'note: '}{finding.text}")
     if any(finding.fatal for finding in findings) and not config.train.force:
         raise Refused(
-            "the preflight found settings that will waste the run, see above; change them, or "
-            "--set train.force=true to train all the same"
+            "the preflight found settings that are sure to waste the run, see above; change them, "
+            "or --set train.force=true to train all the same"
         )
     return findings
 
