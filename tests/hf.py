@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mlx import export
-from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.encoding import Encoder
+from dpo_mlx.pairs import Pair
 
 
 def folder(source: Path, path: Path) -> Path:

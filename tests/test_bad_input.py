@@ -330,11 +330,11 @@ CASES: dict[str, Case] = {
         "run/reference",
         "10",
         "run/reference/base: no complete reference",
-        "--stage precompute",
-        more=("--stage", "train", "--set", "train.epochs=2"),
+        "--only reference",
+        more=("--only", "training", "--set", "train.epochs=2"),
     ),
     "stale reference": setting(
-        "data.max_length=255", "run/reference", "--stage precompute", more=("--stage", "train")
+        "data.max_length=255", "run/reference", "--only reference", more=("--only", "training")
     ),
     "lora.keys names nothing": setting("lora.keys=[q_porj]", "lora.keys", "q_porj"),
     "one of lora.keys names nothing": setting(

@@ -26,6 +26,7 @@ from dpo_mlx import (
     bounded,
     check_pairs,
     config,
+    encoding,
     jsonl,
     pairs,
     path_conflicts,
@@ -272,7 +273,7 @@ def test_a_long_pair_is_not_tokenised(llama, here):
     from dpo_mlx.make_pairs import usable_rows
 
     tokenizer = Counting(load_model(str(llama)).tokenizer)
-    encoder = pairs.Encoder(tokenizer)
+    encoder = encoding.Encoder(tokenizer)
     huge, fits = "x" * 10**7, "x" * 150
     rows = [
         Pair(huge, "c", "r", line=1),
@@ -280,9 +281,9 @@ def test_a_long_pair_is_not_tokenised(llama, here):
         Pair("p", "c", huge, line=3),
     ]
     rows += [Pair("p", fits, "r", line=4), Pair("p", "x" * 250, "r", line=5)]
-    encoded, dropped = pairs.encode_all(rows, encoder, 200)
+    encoded, dropped = encoding.encode_all(rows, encoder, 200)
     assert ([pair.line for pair in encoded], dropped) == ([4], [1, 2, 3, 5])
-    assert pairs.chosen_lengths(rows, encoder, 200) == [2, 151, 251]
+    assert encoding.chosen_lengths(rows, encoder, 200) == [2, 151, 251]
     source = [questions.Question(*sides, 1) for sides in (("q", huge), (huge, "a"), ("q", "a"))]
     lost: Counter[str] = Counter()
     assert usable_rows(source, config.of_values(MINIMAL), encoder, lost) == source[2:]
@@ -294,7 +295,7 @@ def test_few_answers_are_enough_to_see_how_long_they_are(llama, here, monkeypatc
     """20,000 rows with data.limit of 20 would all be tokenised for one percentile."""
     from dpo_mlx import make_pairs
 
-    encoder = pairs.Encoder(load_model(str(llama)).tokenizer)
+    encoder = encoding.Encoder(load_model(str(llama)).tokenizer)
     loaded = config.of_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
     rows = [questions.Question(f"q {i}", "a" * (100 if i < 2000 else 500), i) for i in range(3000)]
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.run_folder import LOCK
 from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import train_dpo
 from runs import determined
 
 TRAIN = REPOSITORY / "scripts/phase4-fine-tune-model/10_train_dpo.py"
@@ -35,7 +35,7 @@ def run_chain(folder: Path) -> None:
         patch.chdir(folder)
         loaded = config.load(Path("c.yaml"))
         make_pairs(loaded)
-        assert train_dpo(loaded, ALL)
+        assert train_dpo(loaded)
         fuse_adapters(loaded)
         assert smoke_test(loaded)
 
@@ -127,7 +127,7 @@ def test_training_that_the_system_kills_is_started_again_to_the_same_end(tmp_pat
             patch.chdir(folder)
             make_pairs(config.load(Path("c.yaml")))
             if folder == calm:
-                assert train_dpo(config.load(Path("c.yaml")), ALL)
+                assert train_dpo(config.load(Path("c.yaml")))
     with subprocess.Popen(
         [sys.executable, "-m", "dpo_mlx.supervisor", str(TRAIN), "--config", "c.yaml"],
         cwd=killed,

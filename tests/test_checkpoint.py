@@ -18,7 +18,7 @@ from dpo_mlx.config import Config, LoraConfig
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import Evaluation
 from dpo_mlx.model_files import ADAPTERS
-from dpo_mlx.train_dpo import ALL, TRAIN_ONLY, train_dpo
+from dpo_mlx.train_dpo import ONLY_TRAINING, train_dpo
 from mlx import nn
 from mlx import optimizers as optim
 from runs import determined, differences, saved, wrote
@@ -75,15 +75,15 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeyp
     config = two_phases(watch)
     with monkeypatch.context() as patch:
         passed = stop_at(patch, -1)
-        assert train_dpo(config, ALL)
+        assert train_dpo(config)
     expected = end(config.run.path)
     config.run.path.rename(tmp_path / "undisturbed")
     for call in range(4, len(passed), 13):
         config = two_phases(watch)
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
             stop_at(patch, call)
-            train_dpo(config, ALL)
-        assert train_dpo(config, ALL)
+            train_dpo(config)
+        assert train_dpo(config)
         assert end(config.run.path) == expected, f"stopped at safe point {call}"
         shutil.rmtree(config.run.path)
 
@@ -100,7 +100,7 @@ def test_a_signal_loses_no_update(two_phases, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         patch.setattr(signals, "check", check)
-        train_dpo(config, ALL)
+        train_dpo(config)
     newest = Checkpoints(config.run.path / "checkpoints").newest("dpo")
     assert newest is not None and checkpoint.read(newest)[0].update == 12
 
@@ -207,7 +207,7 @@ def unfinished(two_phases, monkeypatch) -> Any:
 
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         patch.setattr(signals, "check", check)
-        train_dpo(config, ALL)
+        train_dpo(config)
     return config
 
 
@@ -217,10 +217,10 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
     """
     before = checkpoint.read(unfinished.run.path / "checkpoints/dpo-000010")
     with pytest.raises(UserError, match=r"dpo-000010: .*train.epochs: 1 -> 2.*train.restart=true"):
-        train_dpo(two_phases(epochs=2), ALL)
+        train_dpo(two_phases(epochs=2))
     assert checkpoint.read(unfinished.run.path / "checkpoints/dpo-000010") == before
     config = two_phases(epochs=2, restart=True)
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     assert "not resuming from" in capfd.readouterr().out
     outcome = jsonl.read_json(config.run.path / "outcome.json")
     assert outcome["updates"] == 7 + 14
@@ -230,11 +230,11 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
 
 def test_how_often_it_is_saved_changes_no_bit_and_may_change(unfinished, two_phases, tmp_path):
     """Going on with another save_every ends like a run of its own with that one."""
-    assert train_dpo(two_phases(save_every=1), TRAIN_ONLY)
+    assert train_dpo(two_phases(save_every=1), ONLY_TRAINING)
     found = end(unfinished.run.path)
     unfinished.run.path.rename(tmp_path / "first")
     config = two_phases(save_every=1)
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     assert found == end(config.run.path)
 
 
@@ -243,7 +243,7 @@ def test_pairs_edited_in_between_are_said(unfinished, two_phases):
     path = Path(unfinished.data.train_pairs)
     path.write_text(path.read_text().replace("Yes.", "No."))
     with pytest.raises(UserError, match="sft-000007: .*other settings or pairs .train pairs"):
-        train_dpo(unfinished, ALL)
+        train_dpo(unfinished)
 
 
 def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
@@ -257,7 +257,7 @@ def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
 
     config = two_phases(Edits)
     with pytest.raises(UserError, match="adapters: the input files changed while .*pairs"):
-        train_dpo(config, ALL)
+        train_dpo(config)
     assert (config.run.path / "adapters").exists()
 
 
@@ -270,12 +270,12 @@ def test_a_stop_is_remembered(two_phases, monkeypatch):
     monkeypatch.setattr(
         Norm, "__call__", lambda self: {**original(self), "self_ended": 0.5, "voice": 0.1}
     )
-    assert not train_dpo(config, ALL)
+    assert not train_dpo(config)
     outcome = jsonl.read_json(config.run.path / "outcome.json")
     shutil.rmtree(config.run.path / "adapters")
     (config.run.path / "outcome.json").unlink()
     rows = determined(config.run.path / "metrics.jsonl")
-    assert not train_dpo(config, ALL)
+    assert not train_dpo(config)
     assert jsonl.read_json(config.run.path / "outcome.json") == outcome and outcome["stopped"]
     assert determined(config.run.path / "metrics.jsonl") == rows
     assert (
@@ -363,13 +363,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
     metrics = (unfinished.run.path / "metrics.jsonl").read_bytes()
     damage(newest)
     with pytest.raises(UserError, match=message) as error:
-        train_dpo(unfinished, ALL)
+        train_dpo(unfinished)
     assert str(newest) in str(error.value) and "away" in str(error.value)
     assert "\n" not in str(error.value) and newest.exists()
     assert (unfinished.run.path / "metrics.jsonl").read_bytes() == metrics
     if name == "cut state":
         shutil.rmtree(newest)
-        assert train_dpo(unfinished, ALL)
+        assert train_dpo(unfinished)
         assert (unfinished.run.path / "checkpoints/dpo-000014").exists()
 
 
@@ -381,10 +381,10 @@ def test_a_backup_stays_and_is_not_gone_on_from(unfinished):
     shutil.copytree(folder / "dpo-000010", folder / "dpo-000010-my-backup")
     shutil.copytree(folder / "dpo-000010", folder / "dpo-000099")
     with pytest.raises(UserError, match="dpo-000099: is a copy of update 10 of dpo"):
-        train_dpo(unfinished, ALL)
+        train_dpo(unfinished)
     shutil.rmtree(folder / "dpo-000099")
     (folder / "dpo-000009/notes.txt").write_text("the best so far")
-    assert train_dpo(unfinished, ALL)
+    assert train_dpo(unfinished)
     assert (folder / "dpo-000009/notes.txt").read_text() == "the best so far"
     assert (folder / "dpo-000010-my-backup" / STATE).exists()
 

@@ -18,11 +18,11 @@ from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.loading import load_model
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ALL, PRECOMPUTE, train_dpo
+from dpo_mlx.train_dpo import ONLY_REFERENCE, train_dpo
 
 STAGES = {
     "06": make_pairs,
-    "10": lambda config: train_dpo(config, ALL),
+    "10": lambda config: train_dpo(config),
     "11": fuse_adapters,
     "12": smoke_test,
 }
@@ -124,13 +124,13 @@ def test_a_reference_belongs_to_the_device_that_computed_it(
     """
     config = configs.load(write_config(settings))
     make_pairs(config)
-    train_dpo(config, PRECOMPUTE)
+    train_dpo(config, ONLY_REFERENCE)
     stored = (config.run.path / "reference/base/train.jsonl").read_bytes()
 
     def stale(config: Config) -> str:
         """What is said of the stored reference when it is wanted again."""
         capsys.readouterr()
-        train_dpo(config, PRECOMPUTE)
+        train_dpo(config, ONLY_REFERENCE)
         return capsys.readouterr().out
 
     assert "stale" not in stale(config)

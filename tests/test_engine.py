@@ -11,12 +11,13 @@ from dpo_mlx import engine as engine_module
 from dpo_mlx import fusing, model_files
 from dpo_mlx.adapters import attach_lora, save_adapters
 from dpo_mlx.config import NEAREST, DpoConfig, LoraConfig
+from dpo_mlx.encoding import Encoder, Sequence
 from dpo_mlx.engine import Engine, PairScore, summarise
 from dpo_mlx.errors import UserError
 from dpo_mlx.gradient_checkpointing import gradient_checkpointing
 from dpo_mlx.loading import load_model
 from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss
-from dpo_mlx.pairs import Encoder, Pair, Sequence
+from dpo_mlx.pairs import Pair
 from dpo_mlx.saving import save_model_folder
 from mlx.utils import tree_flatten, tree_map_with_path
 

@@ -25,7 +25,7 @@ from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.rounding import NEAREST
 from dpo_mlx.saving import save_model_folder
 from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import train_dpo
 from dpo_mlx.writing import AnswerEvaluator, Measures
 from mlx.utils import tree_flatten
 from mlx_lm.models.granitemoehybrid import GraniteMoeHybridMamba2Mixer
@@ -200,7 +200,7 @@ def chain(
     }
     run = configs.load(write_config(settings), overrides)
     make_pairs(run)
-    train_dpo(run, ALL)
+    train_dpo(run)
     fuse_adapters(run)
     assert smoke_test(run)
     export.export(run)

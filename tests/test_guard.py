@@ -13,7 +13,7 @@ from dpo_mlx import digest, jsonl
 from dpo_mlx.config import Config, GuardConfig
 from dpo_mlx.engine import Engine
 from dpo_mlx.guard import Evaluation, better, crossed_limits
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import train_dpo
 from dpo_mlx.writing import Measures
 from mlx.utils import tree_map
 from runs import differences, exit_code, saved, wrote
@@ -198,7 +198,7 @@ def test_chosen_answers_that_fall_stop_a_run(job):
     rows = jsonl.read_whole_lines(Path(config.data.valid_pairs))
     opposite = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
     jsonl.write(Path(config.data.valid_pairs), opposite)
-    assert train_dpo(config, ALL) is False
+    assert train_dpo(config) is False
     outcome = json.loads((config.run.path / "outcome.json").read_text())
     assert outcome["stopped"][0].startswith("guard.max_chosen_drop: ")
     assert (outcome["updates"], outcome["kept_update"]) == (2, 0)

@@ -27,10 +27,10 @@ from conftest import REPOSITORY
 from dpo_mlx import card, export, fusing, jsonl, llama_cpp, pairs
 from dpo_mlx import config as configs
 from dpo_mlx.config import Config
+from dpo_mlx.encoding import Encoder
 from dpo_mlx.errors import UserError
 from dpo_mlx.fuse_adapters import fuse_adapters
 from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import Encoder
 from dpo_mlx.smoke_test import smoke_test
 from dpo_mlx.train_dpo import train_dpo
 from test_granite_parity import granite_folder

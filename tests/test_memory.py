@@ -15,6 +15,7 @@ from dpo_mlx import device, fusing, memory, scan
 from dpo_mlx.adapters import attach_lora
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
+from dpo_mlx.encoding import EncodedPair, Sequence
 from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
 from dpo_mlx.gradient_checkpointing import gradient_checkpointing
@@ -23,9 +24,8 @@ from dpo_mlx.losses import Sides
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.pairs import EncodedPair, Sequence
 from dpo_mlx.sampling import Batch, sample_batch
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import train_dpo
 from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker
 from mlx.utils import tree_map_with_path
@@ -132,7 +132,7 @@ def test_refused_when_it_cannot_fit(
     make_pairs(config)
     monkeypatch.setattr(device, "available", lambda: 1000)
     with pytest.raises(UserError, match="data.max_length.* train.grad_checkpoint") as error:
-        train_dpo(config, ALL)
+        train_dpo(config)
     assert "\n" not in str(error.value)
     assert not (config.run.path / "adapters").exists()
 

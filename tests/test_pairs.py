@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import tiny
-from dpo_mlx import jsonl, pairs
+from dpo_mlx import encoding, jsonl, pairs
+from dpo_mlx.encoding import Encoder
 from dpo_mlx.errors import UserError
 from dpo_mlx.job import prepare
 from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
+from dpo_mlx.pairs import LENGTH, STOP, Pair
 
 # The rendered prompt of the question "Why?" and the end-of-turn token, written out by hand.
 RENDERED = {
@@ -163,10 +164,10 @@ def test_pairs_too_long_are_dropped_by_line(kind, encoders):
         Pair("Why?", "x", "abcd", LENGTH, line=4),
     ]
     limit = len(by_hand(kind, RENDERED[kind][0])) + 4
-    fitting, dropped = pairs.encode_all(made, encoders[kind], limit)
+    fitting, dropped = encoding.encode_all(made, encoders[kind], limit)
     assert ([pair.line for pair in fitting], dropped) == ([1, 4], [2, 3])
     assert [pair.length for pair in fitting] == [limit, limit]
-    assert [len(s.ids) for s in pairs.sequences(fitting)] == [limit, limit - 2, limit - 2, limit]
+    assert [len(s.ids) for s in encoding.sequences(fitting)] == [limit, limit - 2, limit - 2, limit]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,7 +205,7 @@ def test_only_what_dpo_trains_on_is_matched(job):
         ]
         jsonl.write(Path(file), long)
 
-    def lengths(encoded: list[pairs.EncodedPair]) -> set[tuple[int, ...]]:
+    def lengths(encoded: list[encoding.EncodedPair]) -> set[tuple[int, ...]]:
         return {tuple(side.answer_length for side in pair.sides) for pair in encoded}
 
     found = prepare(config)
@@ -218,13 +219,17 @@ def test_digest_tells_ids_and_spans_apart(encoders):
     encoder = encoders["granite"]
 
     def digest(prompt: str, chosen: str, rejected: str) -> str:
-        return pairs.digest([encoder.pair(Pair(prompt, chosen, rejected))])
+        return encoding.digest([encoder.pair(Pair(prompt, chosen, rejected))])
 
     assert digest("q", "a", "b") == digest("q", "a", "b")
-    moved = pairs.EncodedPair(pairs.Sequence((1, 2, 3), 1), pairs.Sequence((1, 2, 3), 1), 1)
-    other = pairs.EncodedPair(pairs.Sequence((1, 2, 3), 2), pairs.Sequence((1, 2, 3), 1), 1)
+    moved = encoding.EncodedPair(
+        encoding.Sequence((1, 2, 3), 1), encoding.Sequence((1, 2, 3), 1), 1
+    )
+    other = encoding.EncodedPair(
+        encoding.Sequence((1, 2, 3), 2), encoding.Sequence((1, 2, 3), 1), 1
+    )
     distinct = {digest("q", "a", "b"), digest("q", "b", "a"), digest("p", "a", "b")}
-    assert len({*distinct, pairs.digest([moved]), pairs.digest([other])}) == 5
+    assert len({*distinct, encoding.digest([moved]), encoding.digest([other])}) == 5
 
 
 def test_file_is_read_and_more_keys_are_ignored(tmp_path):

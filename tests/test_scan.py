@@ -14,9 +14,9 @@ import tiny
 from dpo_mlx import scan
 from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import LoraConfig
+from dpo_mlx.encoding import Sequence
 from dpo_mlx.engine import Engine
 from dpo_mlx.gradient_checkpointing import gradient_checkpointing
-from dpo_mlx.pairs import Sequence
 from mlx.utils import tree_flatten
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from dpo_mlx.engine import Engine
 from dpo_mlx.errors import UserError
 from dpo_mlx.objectives import SFT, Sft
 from dpo_mlx.schedule import groups
-from dpo_mlx.train_dpo import ALL, PRECOMPUTE, TRAIN_ONLY, train_dpo
+from dpo_mlx.train_dpo import ONLY_REFERENCE, ONLY_TRAINING, train_dpo
 from mlx.utils import tree_flatten, tree_map
-from runs import Scripted, determined, differences, saved, wrote
+from runs import SCRIPT, Scripted, determined, differences, saved, wrote
 
 WARM = {"epochs": 1, "learning_rate": 1e-3}
 END_OF_SFT = "checkpoints/sft-000007"
@@ -132,7 +134,7 @@ def test_dpo_starts_at_what_sft_has_left(warmed):
     and is not the base model's.
     """
     config = warmed()
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     evaluation, update = of_phase(config, "dpo")[:2]
     assert (evaluation["iteration"], update["iteration"]) == (7, 8)
     assert evaluation["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -153,7 +155,7 @@ def test_updates_are_numbered_through(warmed):
     its ends.
     """
     config = warmed()
-    train_dpo(config, ALL)
+    train_dpo(config)
     found = numbering(jsonl.read_whole_lines(config.run.path / "metrics.jsonl"))
     expected = [("sft", i) for i in range(1, 8)] + [("dpo", i) for i in range(8, 15)]
     assert [(phase, i) for phase, i, evaluation in found if not evaluation] == expected
@@ -168,7 +170,7 @@ def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
     script = [wrote(voice=0.5), wrote(voice=1.0, self_ended=0.0)]
     config, _ = job(script, sft=WARM, model=str(llama))
     for _ in range(2):
-        assert not train_dpo(config, ALL)
+        assert not train_dpo(config)
         outcome = json.loads((config.run.path / "outcome.json").read_text())
         assert (outcome["updates"], outcome["kept_update"]) == (4, 2)
         assert outcome["stopped"][0].startswith("guard.min_self_ended_ratio")
@@ -182,20 +184,20 @@ def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
 # Stages and second runs -------------------------------------------------------------------------
 
 
-def in_parts(config: Config, *stages: str) -> Path:
-    """The run's folder after these stages, moved out of the way of another."""
-    for stage in stages:
-        assert train_dpo(config, stage)
-    return config.run.path.rename(config.run.path.with_name("-".join(stages)))
+def in_parts(config: Config, *parts: str | None) -> Path:
+    """The run's folder after these parts of stage 10, moved out of the way of another run."""
+    for part in parts:
+        assert train_dpo(config, part)
+    return config.run.path.rename(config.run.path.with_name("-".join(map(str, parts))))
 
 
 @pytest.mark.parametrize(("epochs", "watch"), [(0, Norm), (1, Norm), (1, Shy)])
-def test_stages_apart_are_one_run(epochs, watch, warmed):
-    """`--stage precompute` and then `train` give the adapters, the outcome and the metrics of
-    `--stage all`, to the last bit, whether the best evaluation is DPO's last or SFT's first.
+def test_parts_are_one_run(epochs, watch, warmed):
+    """`--only reference` and then `--only training` give the adapters, the outcome and the metrics
+    of a whole run, to the last bit, whether the best evaluation is DPO's last or SFT's first.
     """
     config = warmed(watch, epochs=epochs)
-    whole, apart = in_parts(config, ALL), in_parts(config, PRECOMPUTE, TRAIN_ONLY)
+    whole, apart = in_parts(config, None), in_parts(config, ONLY_REFERENCE, ONLY_TRAINING)
     assert differences(saved(apart / "adapters"), saved(whole / "adapters")) == 0
     assert jsonl.read_json(apart / "outcome.json") == jsonl.read_json(whole / "outcome.json")
     found, expected = (determined(folder / "metrics.jsonl") for folder in (apart, whole))
@@ -207,7 +209,7 @@ def test_evaluations_look_at_a_few_valid_pairs(job):
     the base model's reference holds them all, for the report.
     """
     config = job(Norm, sft=WARM, train={"eval_questions": 1})[0]
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     of_base, after_sft = (
         jsonl.read_whole_lines(config.run.path / "reference" / model / "valid.jsonl")
         for model in ("base", "sft")
@@ -217,43 +219,43 @@ def test_evaluations_look_at_a_few_valid_pairs(job):
     assert first == pytest.approx(of_base[0]["chosen"], abs=1e-4)
 
 
-def test_precompute_trains_no_dpo(warmed):
-    """It ends with the adapters of SFT and both references; the rest is left to `train`."""
+def test_only_reference_trains_no_dpo(warmed):
+    """It ends with the adapters of SFT and both references; the rest is left to `--only training`."""
     config = warmed()
-    assert train_dpo(config, PRECOMPUTE)
+    assert train_dpo(config, ONLY_REFERENCE)
     assert not (config.run.path / "adapters").exists() and of_phase(config, "dpo") == []
     before = contents(config.run.path / END_OF_SFT)
-    assert train_dpo(config, TRAIN_ONLY)
+    assert train_dpo(config, ONLY_TRAINING)
     assert contents(config.run.path / END_OF_SFT) == before
     assert (config.run.path / "adapters").exists()
 
 
-def test_train_needs_the_adapters_of_sft(warmed):
-    """With nothing, with those of other settings, or without them, `--stage train` names the stage
-    to run.
+def test_only_training_needs_the_adapters_of_sft(warmed):
+    """With nothing, with those of other settings, or without them, `--only training` names what
+    to run first.
     """
-    with pytest.raises(UserError, match="reference/base: no complete .*--stage precompute"):
-        train_dpo(warmed(), TRAIN_ONLY)
+    with pytest.raises(UserError, match="reference/base: no complete .*--only reference"):
+        train_dpo(warmed(), ONLY_TRAINING)
     config = warmed()
-    train_dpo(config, PRECOMPUTE)
+    train_dpo(config, ONLY_REFERENCE)
     changed = "sft-000007: .* other settings .*sft.learning_rate: 0.001 -> 0.002.*train.restart"
     with pytest.raises(UserError, match=changed):
-        train_dpo(warmed(learning_rate=2e-3), TRAIN_ONLY)
+        train_dpo(warmed(learning_rate=2e-3), ONLY_TRAINING)
     shutil.rmtree(config.run.path / END_OF_SFT)
-    with pytest.raises(UserError, match="checkpoints: no adapters of SFT .*--stage precompute"):
-        train_dpo(warmed(), TRAIN_ONLY)
+    with pytest.raises(UserError, match="checkpoints: no adapters of SFT .*--only reference"):
+        train_dpo(warmed(), ONLY_TRAINING)
 
 
 def test_other_sft_settings_make_another_sft(warmed):
     """SFT, its reference and DPO are done again; the base model's reference stays as it is."""
     config = warmed()
-    train_dpo(config, ALL)
+    train_dpo(config)
     base = contents(config.run.path / "reference/base")
     sft, after, adapters = (
         contents(config.run.path / name) for name in (END_OF_SFT, "reference/sft", "adapters")
     )
     config = warmed(learning_rate=2e-3)
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     assert contents(config.run.path / "reference/base") == base
     for name, old in ((END_OF_SFT, sft), ("reference/sft", after), ("adapters", adapters)):
         assert contents(config.run.path / name) != old, name
@@ -274,7 +276,7 @@ def dpo_again(warmed) -> Any:
     found = []
     for dpo in ({}, {"beta": 0.2}):
         config = warmed(dpo=dpo)
-        assert train_dpo(config, ALL)
+        assert train_dpo(config)
         found.append(look(config))
     return found
 
@@ -298,10 +300,29 @@ def test_dpo_s_rows_take_the_place_of_the_earlier_ones(dpo_again):
 
 def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
     """The kept adapters are DPO's own, also where an earlier run's SFT ended at that update."""
-    train_dpo(warmed(), ALL)
+    train_dpo(warmed())
     config = warmed(epochs=0)
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     assert jsonl.read_json(config.run.path / "outcome.json")["kept_update"] == 7
     assert not (config.run.path / END_OF_SFT).exists()
     kept, own = (saved(config.run.path / name) for name in ("adapters", "checkpoints/dpo-000007"))
     assert differences(kept, own) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "only", "note"),
+    [
+        ("precompute", "reference", "10: --stage precompute is now called --only reference\n"),
+        ("train", "training", "10: --stage train is now called --only training\n"),
+        ("all", None, "10: --stage all is now called no option\n"),
+    ],
+)
+def test_the_old_option_still_works(stage, only, note, warmed, monkeypatch, capsys):
+    """A command from an older README does the same, and one line says its new name."""
+    parts: list[str | None] = []
+    monkeypatch.setattr(
+        "dpo_mlx.train_dpo.train_dpo", lambda config, only: parts.append(only) or True
+    )
+    options = Namespace(stage=stage, only=None, check=False)
+    assert runpy.run_path(str(SCRIPT))["stage"](warmed(), options) == 0
+    assert parts == [only] and note in capsys.readouterr().err

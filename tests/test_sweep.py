@@ -86,7 +86,7 @@ def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_pat
     alone = configs.load(
         path, [*runs[-1]["settings"], f"run_dir={tmp_path / 'alone'}", "train.force=true"]
     )
-    train_dpo.train_dpo(alone, train_dpo.ALL)
+    train_dpo.train_dpo(alone)
     for name in ("adapters/adapters.safetensors", "outcome.json"):
         shared = Path(runs[-1]["run_dir"]) / name
         assert shared.read_bytes() == (alone.run.path / name).read_bytes()

@@ -20,7 +20,7 @@ from dpo_mlx.config import Config
 from dpo_mlx.link import LOST
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.team import shares
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import train_dpo
 from runs import determined
 
 MAKE_PAIRS = "scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py"
@@ -74,7 +74,7 @@ def run_alone(folder: Path, stage: Callable[[Config], object]) -> None:
 
 
 def train(config: Config) -> None:
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
 
 
 @pytest.fixture

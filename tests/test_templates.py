@@ -12,10 +12,10 @@ import pytest
 import tiny
 from conftest import REPOSITORY
 from dpo_mlx import chat_template, config, jsonl, make_pairs, pairs, time_limit
+from dpo_mlx.encoding import Encoder
 from dpo_mlx.errors import UserError
 from dpo_mlx.job import prepare
 from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import Encoder
 from test_pairs import by_hand, edit, encoder_of
 
 OFF = {"enable_thinking": False}

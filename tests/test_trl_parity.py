@@ -16,12 +16,13 @@ from dpo_mlx import jsonl
 from dpo_mlx.adapters import attach_lora
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import DpoConfig, LoraConfig
+from dpo_mlx.encoding import Encoder
 from dpo_mlx.engine import Engine, score_against, summarise
 from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides, objective
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.pairs import Encoder, Pair
+from dpo_mlx.pairs import Pair
 from dpo_mlx.schedule import groups
 from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker, log_probs

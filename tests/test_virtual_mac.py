@@ -6,7 +6,6 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from dpo_mlx.loading import load_model
 from dpo_mlx.make_pairs import make_pairs
 from dpo_mlx.saving import save_model_folder
 from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ALL, train_dpo
+from dpo_mlx.train_dpo import train_dpo
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.ssm import ssm_update
 from virtual_mac import VirtualMac, in_bfloat16, ssm_step, stand_ins
@@ -275,7 +274,7 @@ def test_the_chain_passes(sft_epochs: int, virtual_mac: VirtualMac, write_run: A
     """
     config = write_run(sft_epochs)
     make_pairs(config)
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
     fuse_adapters(config)
     assert smoke_test(config)
 
@@ -298,14 +297,14 @@ def test_training_starts_at_the_reference_on_a_quantised_base(
         train=replace(config.train, eval_questions=1, grad_accumulation=4, force=True),
     )
     make_pairs(config)
-    assert train_dpo(config, ALL)
+    assert train_dpo(config)
 
 
 def test_every_stage_bounds_its_memory(virtual_mac: VirtualMac, write_run: Any) -> None:
     """Each stage that loads a model sets all three of MLX's limits."""
     config = write_run(0)
     unbounded = []
-    for stage in (make_pairs, partial(train_dpo, stage=ALL), fuse_adapters, smoke_test):
+    for stage in (make_pairs, train_dpo, fuse_adapters, smoke_test):
         for calls in virtual_mac.limits.values():
             calls.clear()
         stage(config)

@@ -9,9 +9,10 @@ import mlx.core as mx
 import pytest
 from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.config import GenerationConfig, LoraConfig
+from dpo_mlx.encoding import Encoder
 from dpo_mlx.engine import Engine
 from dpo_mlx.loading import LoadedModel, load_model
-from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
+from dpo_mlx.pairs import LENGTH, STOP, Pair
 from dpo_mlx.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
 from dpo_mlx.voice import fit_classifier
 from dpo_mlx.worker import Worker

@@ -24,13 +24,13 @@ from . import checkpoint, device, durable, fusing, jsonl, memory, questions, sig
 from . import config as configs
 from .adapters import attach_lora
 from .config import Config
+from .encoding import Encoder, Sequence
 from .errors import UserError
 from .gradient_checkpointing import gradient_checkpointing
 from .loading import LoadedModel, load_model
 from .make_pairs import generation_settings, usable_rows
 from .model_files import folder_of, is_hub_name
 from .objectives import Dpo, Sft
-from .pairs import Encoder, Sequence
 from .sampling import EVALUATED_AT_ONCE, Batch, sample_batch
 from .schedule import count_updates
 from .supervisor import has_cpu_for_two

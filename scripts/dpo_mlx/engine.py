@@ -12,9 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from .config import DpoConfig
+from .encoding import EncodedPair, Sequence
 from .logps import Head, check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Arrays, Sides, objective, preference_loss, rewards
-from .pairs import EncodedPair, Sequence
 
 # How far one token's log-prob can move, in steps (eps) of the float type, when another kernel or
 # machine computes it. Over an answer's tokens these differences add up like a random walk.

@@ -12,6 +12,7 @@ from . import (
     card,
     device,
     durable,
+    encoding,
     fingerprint,
     fusing,
     jsonl,
@@ -23,12 +24,12 @@ from . import (
 )
 from .adapters import adapters_off
 from .config import NEAREST, ROUNDINGS, STOCHASTIC, Config
+from .encoding import EncodedPair, Encoder
 from .errors import UserError
 from .fingerprint import FUSING, TRAINING
 from .loading import LoadedModel, load_model
 from .losses import Sides
 from .model_files import require_folder
-from .pairs import EncodedPair, Encoder
 from .saving import config_for, dtype_name, save_model_folder
 
 # A margin smaller than this, in nats, is no margin that a share of could be kept.
@@ -111,8 +112,8 @@ def _measure_adapters(config: Config) -> _Measure:
     loaded = _load(config)
     encoder = Encoder.of(loaded.tokenizer, config)
     read = pairs.read(config.pairs.valid)
-    valid, _ = pairs.encode_all(read, encoder, config.data.max_length)
-    pairs.require_some(config.pairs.valid, valid)
+    valid, _ = encoding.encode_all(read, encoder, config.data.max_length)
+    encoding.require_some(config.pairs.valid, valid)
     checked = valid[: config.fuse.check_pairs]
     dtype = fusing.target_dtype(loaded.model, config.fuse.dtype)
     _require_room(config, loaded, checked, dtype)
@@ -126,7 +127,7 @@ def _require_room(
 ) -> None:
     size = get_total_parameters(loaded.model) * dtype.size
     durable.require_space(config.run.path, size + durable.SMALL_FILES, "run_dir")
-    longest = max(pairs.sequences(checked), key=lambda sequence: len(sequence.ids))
+    longest = max(encoding.sequences(checked), key=lambda sequence: len(sequence.ids))
     need = memory.require(memory.stage_11(loaded.model, config, longest), config.model)
     print(f"11: peak memory {need}; {device.available() / 1e9:.2f} GB available")
 

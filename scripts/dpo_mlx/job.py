@@ -13,6 +13,7 @@ from . import (
     check_pairs,
     device,
     digest,
+    encoding,
     fingerprint,
     memory,
     model_files,
@@ -22,11 +23,12 @@ from . import (
 )
 from .check_pairs import few
 from .config import Config, GenerationConfig
+from .encoding import EncodedPair, Encoder
 from .errors import UserError
 from .fingerprint import REFERENCE, TRAINING, Fingerprint
 from .losses import Sides
 from .model_files import ADAPTERS
-from .pairs import EncodedPair, Encoder, Pair
+from .pairs import Pair
 from .run_folder import AFTER_SFT, SPLITS, TRAIN, VALID
 from .sampling import limited
 from .schedule import pairs_per_update
@@ -92,7 +94,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Job:
         print(f"10: note: {note}")
     encoded = {}
     for split in SPLITS:
-        encoded[split], dropped = pairs.encode_all(read[split], encoder, config.data.max_length)
+        encoded[split], dropped = encoding.encode_all(read[split], encoder, config.data.max_length)
         if dropped:
             print(
                 f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
@@ -105,7 +107,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Job:
             f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs are fewer than one update "
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
-    pairs.require_some(config.pairs.valid, encoded[VALID])
+    encoding.require_some(config.pairs.valid, encoded[VALID])
     memory_need = _require_memory(config, worker, encoder, read, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = fit_classifier(chosen, rejected)
@@ -120,7 +122,7 @@ def _require_memory(
     encoded: dict[str, list[EncodedPair]],
 ) -> memory.Need:
     """The stage's peak memory. Raises UserError when the machine has less than that."""
-    everything = [*pairs.sequences(encoded[TRAIN]), *pairs.sequences(encoded[VALID])]
+    everything = [*encoding.sequences(encoded[TRAIN]), *encoding.sequences(encoded[VALID])]
     lengths = memory.Lengths(
         questions=len(encoded[VALID]),
         prompt=max(sequence.prompt_length for sequence in everything),
@@ -134,7 +136,7 @@ def _require_memory(
 def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) -> GenerationConfig:
     """How questions are answered."""
     everything = [pair for split in SPLITS for pair in raw[split]]
-    lengths = pairs.chosen_lengths(everything, encoder, config.data.max_length)
+    lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
     return limited(config.generation, lengths)
 
 
@@ -150,7 +152,7 @@ def reference_fingerprint(
     `digests` holds digests of files, as `fingerprint.of` takes them.
     """
     return fingerprint.of(REFERENCE[split], config, digests) | {
-        "token ids": pairs.digest(encoded),
+        "token ids": encoding.digest(encoded),
         "adapters of SFT": adapters and digest.of_file(adapters / ADAPTERS),
         "lora.scale": adapters and config.lora.scale,
         # Another device or version rounds differently.
@@ -175,7 +177,7 @@ def load_reference(
         why = f" (what changed: {'; '.join(changes)})" if changes else ""
         raise UserError(
             f"{folder}: no complete reference of these pairs and this model{why}; run "
-            "10_train_dpo.py --stage precompute first"
+            "10_train_dpo.py --only reference first"
         )
     for change in changes:
         print(f"10: the stored {split} reference is stale: {change}")

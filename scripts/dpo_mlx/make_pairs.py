@@ -26,10 +26,11 @@ from . import (
     team,
 )
 from .config import Config, GenerationConfig
+from .encoding import COUNTED, Encoder, most_characters
 from .errors import UserError
 from .fingerprint import PAIRS, SAMPLES, Fingerprint
 from .ownership import Status
-from .pairs import COUNTED, Encoder, Pair, most_characters
+from .pairs import Pair
 from .questions import Question
 from .results import PERCENTILES, PairsReport, read_pairs_report
 from .run_folder import SPLITS, PairFiles

@@ -24,11 +24,11 @@ from mlx_lm.utils import get_total_parameters
 from . import device, fusing
 from .adapters import adapter_bytes
 from .config import Config
+from .encoding import Sequence
 from .engine import Engine
 from .errors import UserError
 from .gradient_checkpointing import gradient_checkpointing
 from .logps import find_head
-from .pairs import Sequence
 from .sampling import EVALUATED_AT_ONCE
 from .saving import dtype_name
 

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .config import Config
+from .encoding import EncodedPair
 from .engine import Engine, PairScore, score_against, summarise
 from .losses import Sides
-from .pairs import EncodedPair
 
 SFT, DPO = "sft", "dpo"
 PHASES = (SFT, DPO)  # in the order of a run

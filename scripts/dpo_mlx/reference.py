@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from . import fingerprint, jsonl, ownership, records
+from .encoding import EncodedPair, Sequence
 from .errors import UserError
 from .fingerprint import Fingerprint
 from .losses import Sides
-from .pairs import EncodedPair, Sequence
 from .typed import Count, Finite
 
 

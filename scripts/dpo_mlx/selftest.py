@@ -30,6 +30,7 @@ from . import device, digest, jsonl, memory, ownership, results, team, tiny_gran
 from .adapters import copy_adapters
 from .checkpoint import Checkpoints
 from .config import Config, GenerationConfig
+from .encoding import Encoder, Sequence
 from .engine import LEAST_DIFFERENCE
 from .errors import UserError
 from .fuse_adapters import fuse_adapters
@@ -40,10 +41,10 @@ from .make_pairs import make_pairs
 from .model_files import ADAPTERS
 from .objectives import DPO, Dpo, Example
 from .ownership import Status
-from .pairs import Encoder, Pair, Sequence
+from .pairs import Pair
 from .sampling import Batch, sample_batch
 from .smoke_test import smoke_test
-from .train_dpo import ALL, train_dpo
+from .train_dpo import train_dpo
 
 # Nats that a sequence's log-prob may move before the first update, as in training.
 START_TOLERANCE = LEAST_DIFFERENCE
@@ -165,7 +166,7 @@ def check_chain(config: Config) -> str:
     """All stages run to their end; the smoke test's verdict on a random model means nothing."""
     started = time.perf_counter()
     make_pairs(config)
-    if not train_dpo(config, ALL):
+    if not train_dpo(config):
         raise Fault("training was stopped")
     fuse_adapters(config)
     smoke_test(config)
@@ -249,7 +250,7 @@ def check_resume(config: Config) -> str:
     again, last = replace(config, run_dir=f"{config.run_dir}-again"), _last_checkpoint(config)
     ignored = shutil.ignore_patterns(last.name, "adapters", "outcome.json", "fused")
     shutil.copytree(config.run.path, again.run.path, ignore=ignored)
-    train_dpo(again, ALL)
+    train_dpo(again)
     before: Any = mx.load(str(last / ADAPTERS))
     after: Any = mx.load(str(again.run.checkpoints / last.name / ADAPTERS))
     largest = max(float(mx.abs(before[name] - after[name]).max()) for name in before)

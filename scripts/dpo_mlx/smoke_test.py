@@ -10,6 +10,7 @@ from . import (
     card,
     device,
     durable,
+    encoding,
     fingerprint,
     jsonl,
     memory,
@@ -21,6 +22,7 @@ from . import (
     results,
 )
 from .config import Config, FuseConfig, GenerationConfig, SmokeConfig
+from .encoding import EncodedPair, Encoder
 from .engine import score_against, summarise
 from .errors import UserError
 from .fingerprint import EVALUATION, Fingerprint
@@ -28,7 +30,7 @@ from .job import reference_fingerprint
 from .loading import LoadedModel, load_model
 from .losses import Sides
 from .ownership import Status
-from .pairs import LENGTH, STOP, EncodedPair, Encoder, Pair
+from .pairs import LENGTH, STOP, Pair
 from .report import write_html
 from .results import FuseReport, read_metrics
 from .run_folder import BASE, SPLITS, TRAIN, VALID
@@ -123,10 +125,10 @@ def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     loaded = load_model(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     valid = pairs_by_split[VALID]
-    encoded, _ = pairs.encode_all(valid, encoder, config.data.max_length)
-    pairs.require_some(config.pairs.valid, encoded)
+    encoded, _ = encoding.encode_all(valid, encoder, config.data.max_length)
+    encoding.require_some(config.pairs.valid, encoded)
     everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
-    lengths = pairs.chosen_lengths(everything, encoder, config.data.max_length)
+    lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
     generation = limited(config.generation, lengths)
     config = replace(config, generation=generation)
     questions = valid[: config.smoke.questions]
@@ -147,7 +149,7 @@ def _require_memory(
         questions=len(questions),
         prompt=max(len(encoder.prompt(pair.prompt)) for pair in questions),
         answer=config.generation.max_tokens or 0,
-        longest=max(pairs.sequences(encoded), key=lambda sequence: len(sequence.ids)),
+        longest=max(encoding.sequences(encoded), key=lambda sequence: len(sequence.ids)),
     )
     need = memory.require(
         memory.stage_12(loaded.model, config, lengths, model_files.weight_bytes(config.model)),

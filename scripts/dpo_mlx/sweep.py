@@ -26,9 +26,10 @@ from .errors import UserError
 from .fingerprint import SFT_ADAPTERS
 from .make_pairs import make_pairs
 from .objectives import SFT
+from .preflight import Refused
 from .run_folder import AFTER_SFT, BASE, RunFolder
 from .text import shown
-from .train_dpo import ALL, Refused, train_dpo
+from .train_dpo import train_dpo
 from .typed import Finite
 
 # Sections that training alone reads; another pairs file would be another comparison.
@@ -170,7 +171,7 @@ def _run(config: Config, done: list[RunFolder]) -> tuple[float | None, str | Non
             _take_over(config, done)
         started = time.perf_counter()
         try:
-            train_dpo(config, ALL)
+            train_dpo(config)
         except Refused as refused:
             return None, str(refused)
         return None if finished else (time.perf_counter() - started) / 60, None

@@ -21,12 +21,12 @@ from . import config as configs
 from . import model_files, signals
 from .adapters import attach_lora
 from .config import Config, GenerationConfig
+from .encoding import EncodedPair, Sequence
 from .errors import UserError
 from .link import Link, link
 from .loading import LoadedModel, load_model
 from .losses import Sides
 from .objectives import Example, Objective, of_phase
-from .pairs import EncodedPair, Sequence
 from .sampling import Answer, Batch
 from .worker import ExampleScore, Worker
 

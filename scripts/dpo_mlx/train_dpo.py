@@ -6,12 +6,8 @@ import math
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from . import (
     checkpoint,
-    device,
-    diagnose,
     digest,
     durable,
     fingerprint,
@@ -24,21 +20,22 @@ from . import config as configs
 from .adapters import copy_adapters, load_adapters
 from .checkpoint import Checkpoints, Origin, State
 from .config import Config
+from .encoding import EncodedPair
 from .errors import UserError
 from .fingerprint import DPO_ADAPTERS, JUDGEMENT, SFT_ADAPTERS, TRAINING, Fingerprint
-from .gradient_checkpointing import gradient_checkpointing
 from .job import Job, load_reference, prepare
 from .losses import Sides
 from .model_files import ADAPTERS
 from .objectives import DPO, PHASES, SFT, Example, Sft
-from .pairs import EncodedPair
+from .preflight import preflight
 from .results import Outcome
 from .run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
-from .schedule import count_updates, pairs_per_update
+from .schedule import count_updates
 from .trainer import Examples, Stopped, Trainer
 from .writing import AnswerEvaluator, Measures
 
-PRECOMPUTE, TRAIN_ONLY, ALL = "precompute", "train", "all"
+# The parts of stage 10 that can be run alone.
+ONLY_REFERENCE, ONLY_TRAINING = "reference", "training"
 
 PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
 
@@ -47,27 +44,23 @@ PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
 MOST_CHECKPOINTS = 8
 
 
-class Refused(UserError):
-    """The preflight found settings that are sure to waste the run."""
+def train_dpo(config: Config, only: str | None = None) -> bool:
+    """Run stage 10, or only one part of it. Returns whether training reached its end.
 
-
-def train_dpo(config: Config, stage: str) -> bool:
-    """Run stage 10: PRECOMPUTE, TRAIN_ONLY or ALL of it. Returns whether training reached its end.
-
-    Raises UserError for pairs, a model or settings that cannot be trained, and for TRAIN_ONLY
+    Raises UserError for pairs, a model or settings that cannot be trained, and for ONLY_TRAINING
     without a reference.
     """
     run, current = config.run, fingerprint.of(TRAINING, config)
     stamp, outputs = run.stamp(TRAINING), [run.adapters, run.outcome, run.metrics]
-    if stage != PRECOMPUTE and fingerprint.is_current(stamp, current, outputs):
+    if only != ONLY_REFERENCE and fingerprint.is_current(stamp, current, outputs):
         print(f"10: {run.adapters} is up to date, skipped")
         return _say(results.read_outcome(run), run.adapters)
     ownership.require_untouched(run.adapters)
     job = prepare(config, current)
     _require_space(job)
     phases = Phases(job)
-    preflight(job, only_read=stage == TRAIN_ONLY)
-    end = _run(phases, stage)
+    preflight(job, only_read=only == ONLY_TRAINING)
+    end = _run(phases, only)
     if end is None:
         return True
     results.write_outcome(run, end)
@@ -108,90 +101,15 @@ def _say(end: Outcome, adapters: Path) -> bool:
     return not end.stopped
 
 
-def preflight(job: Job, only_read: bool = False) -> list[diagnose.Finding]:
-    """Print what the run will do and what is wrong with it.
-
-    This needs the pairs, the base model's log-probs of the valid ones, and the gradients of a few.
-    Raises Refused for settings that are sure to waste the run, unless `train.force` is set, and
-    UserError with `only_read` when those log-probs are not stored yet.
-    """
-    config, encoded = job.config, job.preferences
-    base = load_reference(job, BASE, VALID, only_read=only_read)
-    with gradient_checkpointing(job.model, config.train.grad_checkpoint):
-        probe = diagnose.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
-    facts = diagnose.gather(config, job.raw, encoded, base, job.classifier, probe)
-    _describe(job, facts, probe)
-    findings = list(diagnose.findings(facts, config))
-    for finding in findings:
-        print(f"10: {'sure to fail: ' if finding.fatal else 'note: '}{finding.text}")
-    if any(finding.fatal for finding in findings) and not config.train.force:
-        raise Refused(
-            "the preflight found settings that are sure to waste the run, see above; change them, "
-            "or --set train.force=true to train all the same"
-        )
-    return findings
-
-
-def _describe(job: Job, facts: diagnose.Facts, probe: diagnose.Probe) -> None:
-    """Print the data, the two phases, the time and the memory of a run."""
-    for split in SPLITS:
-        lengths = [pair.length for pair in job.pairs[split]]
-        print(
-            f"10: {len(lengths)} {split} pairs; the longer answer with its prompt has "
-            f"{np.median(lengths):.0f} tokens in the median and {max(lengths)} at most"
-        )
-    print(
-        f"10: the base model gives chosen answers {facts.chosen_per_token:.2f} nats a token, "
-        f"rejected ones {facts.rejected_per_token:.2f}; median lengths "
-        f"{facts.chosen_tokens:.0f} and {facts.rejected_tokens:.0f} tokens"
-    )
-    print(
-        f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
-    )
-    _describe_phases(job.config, facts)
-    print(
-        f"10: about {_seconds(job, probe) / 60:.0f} minutes, plus the answers of each evaluation; "
-        f"peak memory {job.need}; {device.available() / 1e9:.2f} GB available"
-    )
-
-
-def _describe_phases(config: Config, facts: diagnose.Facts) -> None:
-    size = pairs_per_update(config.train)
-    if facts.sft_updates:
-        print(
-            f"10: SFT: {facts.sft_updates} updates of {size} chosen answers, learning rate "
-            f"{config.sft.learning_rate:g}; at first order it moves unseen answers by about "
-            f"{facts.sft_change:+.2g} nats a token"
-        )
-    print(
-        f"10: DPO: {facts.dpo_updates} updates of {size} pairs, learning rate "
-        f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}; at "
-        f"first order it moves unseen chosen and rejected answers apart by about "
-        f"{facts.dpo_change:+.2g} nats a token"
-    )
-
-
-def _seconds(job: Job, probe: diagnose.Probe) -> float:
-    """The time of both phases and of the reference.
-
-    Scoring the reference takes a third of the time of a gradient.
-    """
-    config, train = job.config, job.preferences[TRAIN]
-    chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
-    pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
-    tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
-    return tokens * probe.seconds
-
-
-def _run(phases: Phases, stage: str) -> Outcome | None:
-    """Train what `stage` asks for. None when it asks for no more than the reference."""
-    config, only_read = phases.job.config, stage == TRAIN_ONLY
+def _run(phases: Phases, only: str | None) -> Outcome | None:
+    """Train what `only` asks for. None when it asks for no more than the reference."""
+    config, only_read = phases.job.config, only == ONLY_TRAINING
     stopped: list[str] = []
     try:
         if config.sft.epochs:
             phases.run_sft(only_read)
         references = phases.references(only_read)
-        if stage == PRECOMPUTE:
+        if only == ONLY_REFERENCE:
             _keep_settings(config)
             return None
         phases.run_dpo(references)
@@ -258,7 +176,7 @@ class Phases:
         if only_read:
             raise UserError(
                 f"{self.checkpoints.folder}: no adapters of SFT with these settings; run "
-                "10_train_dpo.py --stage precompute first"
+                "10_train_dpo.py --only reference first"
             )
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
         train = [Example(pair, no_reference) for pair in self.job.pairs[TRAIN]]

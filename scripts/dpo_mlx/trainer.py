@@ -16,13 +16,13 @@ from mlx.optimizers import clip_grad_norm
 from . import checkpoint, device, objectives, signals
 from .checkpoint import Checkpoints, SaveClock, State
 from .config import Config
+from .encoding import EncodedPair, Sequence
 from .engine import LEAST_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
 from .errors import UserError
 from .fusing import dtype_of
 from .guard import Evaluation, better, crossed_limits
 from .metrics import MetricsFile
 from .objectives import Example
-from .pairs import EncodedPair, Sequence
 from .sampling import batch_seed
 from .schedule import count_updates, groups, learning_rate
 from .worker import Worker, log_probs

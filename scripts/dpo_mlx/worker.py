@@ -16,11 +16,11 @@ from mlx.utils import tree_flatten, tree_map
 from . import signals
 from .adapters import adapters_off
 from .config import GenerationConfig
+from .encoding import EncodedPair, Sequence
 from .engine import Engine
 from .gradient_checkpointing import gradient_checkpointing
 from .losses import Sides
 from .objectives import Example, Objective
-from .pairs import EncodedPair, Sequence
 from .sampling import Answer, Batch, batch_seed, batches, sample_batch
 
 Item = TypeVar("Item")

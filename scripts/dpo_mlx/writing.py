@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 
 from .config import GenerationConfig
+from .encoding import Encoder, Sequence
 from .fluency import distinct_bigrams, longest_loop
-from .pairs import STOP, Encoder, Pair, Sequence
+from .pairs import STOP, Pair
 from .sampling import EVALUATED_AT_ONCE, Answer, batches
 from .voice import VoiceClassifier
 from .worker import Worker

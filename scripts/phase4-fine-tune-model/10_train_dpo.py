@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train LoRA adapters with a preference loss against the frozen base model."""
+"""Train LoRA adapters: supervised fine-tuning, then DPO against a frozen reference."""
 
 import argparse
 import sys
@@ -10,25 +10,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dpo_mlx import cli
 from dpo_mlx.config import Config
 
-STOPPED = 3  # by a guard: a finding, with the best adapters kept
+STOPPED = 3  # exit code when a guard stopped training; the best adapters are kept
+
+# The values of the old option --stage, and what they are called now.
+OLD_STAGES = {"precompute": "reference", "train": "training", "all": None}
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
     from dpo_mlx.job import prepare
-    from dpo_mlx.train_dpo import preflight, train_dpo
+    from dpo_mlx.preflight import preflight
+    from dpo_mlx.train_dpo import train_dpo
 
     cli.warn_without_blas()
+    only = options.only
+    if options.stage:
+        only = OLD_STAGES[options.stage]
+        new = f"--only {only}" if only else "no option"
+        print(f"10: --stage {options.stage} is now called {new}", file=sys.stderr)
     if options.check:
         preflight(prepare(config))
         return 0
-    return 0 if train_dpo(config, options.stage) else STOPPED
+    return 0 if train_dpo(config, only) else STOPPED
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    stages = ("precompute", "train", "all")
-    parser.add_argument("--stage", choices=stages, default="all", help="default: all")
-    parser.add_argument("--check", action="store_true", help="say what a run would do, and stop")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
+        "--only",
+        choices=("reference", "training"),
+        help="do only this part: compute the reference (and SFT before it), or train with it",
+    )
+    part.add_argument("--stage", choices=OLD_STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="print what a run would do, and stop")
     cli.main(stage, parser)
 
 

@@ -36,9 +36,10 @@ import ours
 from dpo_mlx import fusing
 from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import NEAREST, STOCHASTIC, GenerationConfig, LoraConfig
+from dpo_mlx.encoding import EncodedPair, Encoder
 from dpo_mlx.engine import Engine
 from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import EncodedPair, Encoder, Pair
+from dpo_mlx.pairs import Pair
 from dpo_mlx.worker import Worker, answer_all
 from mlx.utils import tree_flatten, tree_unflatten
 

@@ -275,8 +275,9 @@ def run_peer(task: common.Values) -> common.Values:
 def pair_rows(task: common.Values) -> list[common.Values]:
     """Pairs of each length as text and as ids, shortest first; both sides have that many tokens."""
     from bench_train import as_values
+    from dpo_mlx.encoding import Encoder
     from dpo_mlx.loading import load_model
-    from dpo_mlx.pairs import Encoder, Pair
+    from dpo_mlx.pairs import Pair
 
     encoder = Encoder(load_model(task["folder"], lazy=True).tokenizer)
     letters = random.Random(0)

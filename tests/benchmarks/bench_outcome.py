@@ -41,21 +41,23 @@ from pathlib import Path
 import common
 import mlx.optimizers as optim
 import yaml
-from dpo_mlx import checkpoint, jsonl, make_pairs, ownership, pairs
+from dpo_mlx import checkpoint, encoding, jsonl, make_pairs, ownership, pairs
 from dpo_mlx import config as configs
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, GenerationConfig
+from dpo_mlx.encoding import Encoder
 from dpo_mlx.errors import UserError
 from dpo_mlx.guard import crossed_limits
 from dpo_mlx.job import prepare
 from dpo_mlx.loading import LoadedModel, load_model
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, SFT, Example
-from dpo_mlx.pairs import LENGTH, STOP, Encoder, Pair
+from dpo_mlx.pairs import LENGTH, STOP, Pair
+from dpo_mlx.preflight import preflight
 from dpo_mlx.run_folder import TRAIN, VALID
 from dpo_mlx.sampling import Answer, limited
 from dpo_mlx.schedule import groups
-from dpo_mlx.train_dpo import ALL, Phases, preflight, train_dpo
+from dpo_mlx.train_dpo import Phases, train_dpo
 from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.voice import fit_classifier
 from dpo_mlx.worker import Worker, answer_all
@@ -210,7 +212,7 @@ def copy_run(previous: Path, run: Path) -> None:
 def by_recipe(config: Config, asked: Asked) -> common.Values:
     """The whole of stage 10, and what the kept adapters write."""
     started = time.perf_counter()
-    train_dpo(config, ALL)
+    train_dpo(config)
     minutes = (time.perf_counter() - started) / 60
     outcome = jsonl.read_json(config.run.path / "outcome.json")
     return {
@@ -257,7 +259,7 @@ class Asked:
         self.encoder = Encoder.of(self.loaded.tokenizer, config)
         real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
         self.decodings = decodings(
-            pairs.chosen_lengths([*train, *valid], self.encoder, config.data.max_length)
+            encoding.chosen_lengths([*train, *valid], self.encoder, config.data.max_length)
         )
         base = {
             SAMPLED: [self.as_sampled(p.rejected, p.rejected_finish) for p in valid],
@@ -386,7 +388,7 @@ def collapse(changes: list[str], asked: Asked) -> common.Values:
     job = prepare(config)
     encoder = RawEncoder(job.encoder.tokenizer)
     encoded = {
-        split: pairs.encode_all(raw, encoder, config.data.max_length)[0]
+        split: encoding.encode_all(raw, encoder, config.data.max_length)[0]
         for split, raw in job.raw.items()
     }
     job = replace(job, encoder=encoder, pairs=encoded)
@@ -440,7 +442,7 @@ def raw_pairs(config: Config) -> Config:
     files = {split: config.run.path / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
     for split, file in files.items():
         rows = pairs.read(config.pairs.splits[split])
-        lengths = pairs.chosen_lengths(rows, encoder, config.data.max_length)
+        lengths = encoding.chosen_lengths(rows, encoder, config.data.max_length)
         limits = limited(config.generation, lengths)
         answers = answer(loaded, encoder, rows, limits, config.seed)
         made = [

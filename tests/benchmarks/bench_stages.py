@@ -41,7 +41,7 @@ from bench_memory import BFLOAT16, FLOAT32, LAYERS, head_s_casts
 from dpo_mlx import config as configs
 from dpo_mlx import fusing, memory
 from dpo_mlx.adapters import attach_lora
-from dpo_mlx.pairs import EncodedPair, Sequence
+from dpo_mlx.encoding import EncodedPair, Sequence
 from dpo_mlx.sampling import EVALUATED_AT_ONCE, Batch
 from dpo_mlx.worker import Worker, log_probs
 from mlx.optimizers import AdamW

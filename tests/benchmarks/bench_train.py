@@ -34,9 +34,10 @@ import common
 import hf
 import ours
 from dpo_mlx import pairs, questions, reference
+from dpo_mlx.encoding import EncodedPair, Encoder, Sequence
 from dpo_mlx.loading import load_model
 from dpo_mlx.objectives import Example
-from dpo_mlx.pairs import EncodedPair, Encoder, Pair, Sequence
+from dpo_mlx.pairs import Pair
 from dpo_mlx.worker import Worker
 
 TORCH, TRL, PEFT, MLX_LM_LORA = "2.13.0", "1.16.0", "0.21.2", "5.10.2"

@@ -36,8 +36,8 @@ from dpo_mlx import config as configs
 from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
 from dpo_mlx.checkpoint import SaveClock
+from dpo_mlx.encoding import Sequence
 from dpo_mlx.objectives import Dpo, Sft
-from dpo_mlx.pairs import Sequence
 from dpo_mlx.sampling import limited
 from dpo_mlx.schedule import count_updates
 

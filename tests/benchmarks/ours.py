@@ -20,13 +20,13 @@ from dpo_mlx import memory, scan, tiny_granite
 from dpo_mlx.adapters import attach_lora
 from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
+from dpo_mlx.encoding import EncodedPair, Sequence
 from dpo_mlx.engine import Engine
 from dpo_mlx.gradient_checkpointing import gradient_checkpointing
 from dpo_mlx.loading import load_model
 from dpo_mlx.losses import Sides
 from dpo_mlx.metrics import MetricsFile
 from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.pairs import EncodedPair, Sequence
 from dpo_mlx.schedule import groups
 from dpo_mlx.trainer import Examples, Trainer
 from dpo_mlx.worker import Worker

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dpo_mlx import jsonl
+from dpo_mlx import findings, jsonl
 from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, SftConfig, TrainConfig
-from dpo_mlx.diagnose import Facts, Probe, findings, gather, probe
+from dpo_mlx.encoding import EncodedPair, Sequence
 from dpo_mlx.engine import Engine
+from dpo_mlx.findings import Facts, Probe, gather, probe
 from dpo_mlx.losses import LOSSES, Sides
 from dpo_mlx.objectives import SFT, Example
-from dpo_mlx.pairs import LENGTH, STOP, EncodedPair, Pair, Sequence
+from dpo_mlx.pairs import LENGTH, STOP, Pair
 from dpo_mlx.voice import FEATURES, VoiceClassifier
 from runs import Run, exit_code, wrote
 
@@ -53,7 +54,7 @@ SLOW = TrainConfig(learning_rate=1e-6)
 
 def test_a_sound_run_has_no_finding() -> None:
     """Nobody reads warnings that are always there."""
-    assert list(findings(SOUND, config())) == []
+    assert list(findings.of(SOUND, config())) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_each_finding(
     facts: dict[str, Any], sections: dict[str, Any], text: str, fatal: bool
 ) -> None:
     """One departure from a sound run gives one finding, with its number and the right weight."""
-    (found,) = findings(replace(SOUND, **facts), config(**sections))
+    (found,) = findings.of(replace(SOUND, **facts), config(**sections))
     assert text in found.text
     assert found.fatal is fatal
 
@@ -109,7 +110,7 @@ def test_each_finding(
 )
 def test_at_the_limit_nothing_is_said(facts: dict[str, Any], sections: dict[str, Any]) -> None:
     """Each finding has data that do not trigger it, up to its limit."""
-    assert list(findings(replace(SOUND, **facts), config(**sections))) == []
+    assert list(findings.of(replace(SOUND, **facts), config(**sections))) == []
 
 
 def test_facts_by_hand() -> None:
@@ -160,7 +161,7 @@ def test_facts_by_hand() -> None:
         },
         rel=1e-5,
     )
-    assert any("right on 50%" in finding.text for finding in findings(found, config()))
+    assert any("right on 50%" in finding.text for finding in findings.of(found, config()))
 
 
 # Pairs whose sides differ in length from one to the next, so that a wrong weight of a side shows.
@@ -234,7 +235,7 @@ def trained(run: Path) -> bool:
     return any((run / name).exists() for name in ("metrics.jsonl", "checkpoints", "adapters"))
 
 
-@pytest.mark.parametrize("more", [(), ("--check",), ("--stage", "precompute")], ids=" ".join)
+@pytest.mark.parametrize("more", [(), ("--check",), ("--only", "reference")], ids=" ".join)
 def test_what_is_sure_to_fail_is_not_begun(more: tuple[str, ...], job: Any, capfd: Any) -> None:
     """Exit code 1, the finding among the facts, one line on stderr with the way round it."""
     run, path = job([wrote()], dpo=WEAK)

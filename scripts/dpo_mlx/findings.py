@@ -12,10 +12,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from .config import Config, TrainConfig
+from .encoding import EncodedPair, Sequence
 from .engine import Engine, combine, lengths, objective_slopes
 from .losses import Sides
 from .objectives import Dpo, Sft
-from .pairs import LENGTH, EncodedPair, Pair, Sequence
+from .pairs import LENGTH, Pair
 from .schedule import count_updates, learning_rate
 from .voice import LEAST_ACCURACY, VoiceClassifier
 
@@ -178,7 +179,7 @@ def _gain(signs: Any, gradient: Any, side: Sequence) -> float:
     return -sum(float(value) for value in products.values()) / side.answer_length
 
 
-def findings(facts: Facts, config: Config) -> Iterator[Finding]:
+def of(facts: Facts, config: Config) -> Iterator[Finding]:
     """What these facts and settings will lead to. Nothing for a sound run."""
     yield from _data_findings(facts, config)
     yield from _length_findings(facts)
