@@ -193,8 +193,8 @@ def in_parts(config: Config, *parts: str | None) -> Path:
 
 @pytest.mark.parametrize(("epochs", "watch"), [(0, Norm), (1, Norm), (1, Shy)])
 def test_parts_are_one_run(epochs, watch, warmed):
-    """`--only reference` and then `--only training` give the adapters, the outcome and the metrics
-    of a whole run, to the last bit, whether the best evaluation is DPO's last or SFT's first.
+    """`--only reference` and then `--only training` give the adapters, outcome and metrics of a
+    whole run, to the last bit, whether the best evaluation is DPO's last or SFT's first.
     """
     config = warmed(watch, epochs=epochs)
     whole, apart = in_parts(config, None), in_parts(config, ONLY_REFERENCE, ONLY_TRAINING)
@@ -320,9 +320,12 @@ def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
 def test_the_old_option_still_works(stage, only, note, warmed, monkeypatch, capsys):
     """A command from an older README does the same, and one line says its new name."""
     parts: list[str | None] = []
-    monkeypatch.setattr(
-        "dpo_mlx.train_dpo.train_dpo", lambda config, only: parts.append(only) or True
-    )
+
+    def record(config: Config, only: str | None) -> bool:
+        parts.append(only)
+        return True
+
+    monkeypatch.setattr("dpo_mlx.train_dpo.train_dpo", record)
     options = Namespace(stage=stage, only=None, check=False)
     assert runpy.run_path(str(SCRIPT))["stage"](warmed(), options) == 0
     assert parts == [only] and note in capsys.readouterr().err

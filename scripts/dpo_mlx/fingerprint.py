@@ -98,6 +98,7 @@ TABLE = {
             "dpo.*",
             "fuse.min_margin_kept",
         ),
+        ("generation.restart",),
     ),
     EXPORT: Dependencies(("fused", "model files", "card")),
 }
