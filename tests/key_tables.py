@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write the tables of config/README.md anew, from the comments of the shipped config.
 
     .venv/bin/python tests/key_tables.py
@@ -91,35 +90,27 @@ def _default(key: Field[Any]) -> str:
 
 def tables() -> str:
     """Markdown: a heading and a table of key, default and meaning for each section."""
-    return "\n".join(_table(section) for section in read_sections(CONFIG))
+    lines = (line for section in read_sections(CONFIG) for line in _lines(section, defaults()))
+    return "\n".join(lines)
 
 
-def _table(section: Section) -> str:
-    return "\n".join([*_heading(section), "| key | default | meaning |", "|---|---|---|"]) + "".join(
-        f"\n{row}" for row in _rows(section)
-    ) + "\n"
-
-
-def _heading(section: Section) -> Iterator[str]:
-    yield f"## `{section.name}`" if section.name else "## Outside of any section"
-    yield ""
+def _lines(section: Section, shown: dict[str, str]) -> Iterator[str]:
+    yield from (f"## `{section.name}`" if section.name else "## Outside of any section", "")
     if section.comment:
         yield from (section.comment, "")
-
-
-def _rows(section: Section) -> Iterator[str]:
-    shown = defaults()
+    yield from ("| key | default | meaning |", "|---|---|---|")
     for row in section.rows:
         meaning = row.comment.removeprefix(REQUIRED).replace("|", "\\|")
         meaning = re.sub(r"\{.*?\}|\[.*?\]", lambda match: f"`{match[0]}`", meaning)
         keys = ", ".join(f"`{key}`" for key in row.keys)
         yield f"| {keys} | {', '.join(shown[key] for key in row.keys)} | {meaning} |"
+    yield ""
 
 
 def write() -> None:
     """Replace what follows MARK in config/README.md."""
     text, _, _ = README.read_text(encoding="utf-8").partition(MARK)
-    README.write_text(f"{text}{MARK}\n{tables()}", encoding="utf-8")
+    README.write_text(text + MARK + "\n" + tables(), encoding="utf-8")
 
 
 if __name__ == "__main__":
