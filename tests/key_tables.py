@@ -70,7 +70,7 @@ def read_sections(path: Path) -> list[Section]:
 
 def defaults(section: Any = Config, prefix: str = "") -> dict[str, str]:
     """The default of every key as the tables show it."""
-    shown = {}
+    shown: dict[str, str] = {}
     hints = typing.get_type_hints(section)
     for key in fields(section):
         if is_dataclass(hints[key.name]):
@@ -81,9 +81,12 @@ def defaults(section: Any = Config, prefix: str = "") -> dict[str, str]:
 
 
 def _default(key: Field[Any]) -> str:
-    if key.default is MISSING and key.default_factory is MISSING:
+    if key.default_factory is not MISSING:
+        value = key.default_factory()
+    elif key.default is not MISSING:
+        value = key.default
+    else:
         return "required"
-    value = key.default_factory() if key.default is MISSING else key.default
     text = value if isinstance(value, str) and value else json.dumps(value)
     return f"`{text}`"
 
