@@ -220,7 +220,7 @@ def test_evaluations_look_at_a_few_valid_pairs(job):
 
 
 def test_only_reference_trains_no_dpo(warmed):
-    """It ends with the adapters of SFT and both references; the rest is left to `--only training`."""
+    """It ends with the adapters of SFT and both references; `--only training` does the rest."""
     config = warmed()
     assert train_dpo(config, ONLY_REFERENCE)
     assert not (config.run.path / "adapters").exists() and of_phase(config, "dpo") == []
