@@ -50,7 +50,7 @@ stage() {
   local code=0
   in_stage=yes
   [ -z "$signalled" ] || exit "$signalled"
-  PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" python -m dpo_mlx.supervisor \
+  PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" python -m dpo_mlx.process.supervisor \
     --launch="$1" --retries "$retries" --runner $$ "$2" ${options[@]+"${options[@]}"} & child=$!
   # The signal may have come before the child had a number.
   [ -z "$signalled" ] || kill -TERM "$child" 2> /dev/null || true

@@ -15,7 +15,7 @@ import runs
 import tiny
 import yaml
 from dpo_mlx import config as configs
-from dpo_mlx import demo_model
+from dpo_mlx.model import demo_model
 from filelock import FileLock
 
 pytest_plugins = ["virtual_mac"]  # its fixture, for every test module
@@ -197,7 +197,7 @@ def job(
         runs.write_pairs(Path(files["train_pairs"]), 7)
         runs.write_pairs(Path(files["valid_pairs"]), 2, first=100)
         evaluator = script if isinstance(script, type) else lambda *_: runs.Scripted(script)
-        monkeypatch.setattr("dpo_mlx.train_dpo.AnswerEvaluator", evaluator)
+        monkeypatch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", evaluator)
         path = write_config(values)
         return configs.load(path), path
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mlx import export
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.pairs import Pair
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.export import hugging_face
 
 
 def folder(source: Path, path: Path) -> Path:
     """A folder as the hub has it, of the MLX folder `source`; all but the weights as it stands."""
-    export.write(source, source, path)
+    hugging_face.write(source, source, path)
     return path
 
 

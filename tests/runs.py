@@ -12,21 +12,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from dpo_mlx import digest, jsonl, ownership, results
-from dpo_mlx.adapters import attach_lora, save_adapters
-from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.engine import Engine
-from dpo_mlx.loading import load_model
-from dpo_mlx.losses import Sides
-from dpo_mlx.metrics import MEASURED, MetricsFile
-from dpo_mlx.model_files import ADAPTERS
-from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.pairs import Pair
-from dpo_mlx.trainer import Examples, Trainer
-from dpo_mlx.worker import Worker
-from dpo_mlx.writing import GREEDY, Measures
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.files import digest, jsonl, ownership, results
+from dpo_mlx.files.model_files import ADAPTERS
+from dpo_mlx.model.adapters import attach_lora, save_adapters
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring.losses import Sides
+from dpo_mlx.scoring.objectives import DPO, Example
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.training.checkpoint import Checkpoints, State
+from dpo_mlx.training.metrics import MEASURED, MetricsFile
+from dpo_mlx.training.trainer import Examples, Trainer
+from dpo_mlx.voice.answers import GREEDY, Measures
 from mlx.utils import tree_flatten
 
 TRAIN = [

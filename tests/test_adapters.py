@@ -8,14 +8,20 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx.adapters import adapters_off, attach_lora, copy_adapters, load_adapters, save_adapters
 from dpo_mlx.config import LoraConfig
-from dpo_mlx.encoding import Sequence
-from dpo_mlx.engine import Engine
-from dpo_mlx.errors import UserError
-from dpo_mlx.loading import load_model
-from dpo_mlx.model_files import ADAPTER_CONFIG, ADAPTERS
-from dpo_mlx.ownership import MANIFEST, new_folder
+from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.model_files import ADAPTER_CONFIG, ADAPTERS
+from dpo_mlx.files.ownership import MANIFEST, new_folder
+from dpo_mlx.model.adapters import (
+    adapters_off,
+    attach_lora,
+    copy_adapters,
+    load_adapters,
+    save_adapters,
+)
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.scoring.scorer import Engine
 from mlx.utils import tree_flatten
 from runs import differences, saved
 from test_engine import perturb

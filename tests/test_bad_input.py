@@ -20,14 +20,15 @@ import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, digest, jsonl, ownership
-from dpo_mlx.errors import UserError
-from dpo_mlx.fuse_adapters import fuse_adapters
-from dpo_mlx.loading import load_model
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.ownership import MANIFEST
-from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import train_dpo
+from dpo_mlx import config
+from dpo_mlx.files import digest, jsonl, ownership
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.fuse_adapters import fuse_adapters
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import train_dpo
 from runs import IN_FOLDER, exit_code
 
 CONFIG = Path("c.yaml")

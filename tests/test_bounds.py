@@ -22,21 +22,13 @@ import pytest
 import runs
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import (
-    bounded,
-    check_pairs,
-    config,
-    encoding,
-    jsonl,
-    pairs,
-    path_conflicts,
-    questions,
-    strict_yaml,
-)
-from dpo_mlx.errors import UserError
-from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import Pair
-from dpo_mlx.run_folder import LOCK, PairFiles
+from dpo_mlx import config
+from dpo_mlx.data import check_pairs, encoding, pairs, questions
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.files import bounded, jsonl, path_conflicts, strict_yaml
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.run_folder import LOCK, PairFiles
+from dpo_mlx.model.loading import load_model
 from test_config import MINIMAL
 
 # No case here may take long; most take a millisecond.
@@ -270,7 +262,7 @@ def test_a_long_pair_is_not_tokenised(llama, here):
         def __getattr__(self, name: str) -> Any:
             return getattr(self.tokenizer, name)
 
-    from dpo_mlx.make_pairs import usable_rows
+    from dpo_mlx.stages.make_pairs import usable_rows
 
     tokenizer = Counting(load_model(str(llama)).tokenizer)
     encoder = encoding.Encoder(tokenizer)
@@ -293,7 +285,7 @@ def test_a_long_pair_is_not_tokenised(llama, here):
 
 def test_few_answers_are_enough_to_see_how_long_they_are(llama, here, monkeypatch):
     """20,000 rows with data.limit of 20 would all be tokenised for one percentile."""
-    from dpo_mlx import make_pairs
+    from dpo_mlx.stages import make_pairs
 
     encoder = encoding.Encoder(load_model(str(llama)).tokenizer)
     loaded = config.of_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
@@ -671,7 +663,7 @@ def test_a_few_odd_pairs_are_a_note():
 
 def test_pairs_are_looked_at_before_a_model_is_loaded(here, settings, write_config):
     """Stage 10 with one file for both splits under two names fails in no time."""
-    from dpo_mlx.job import prepare
+    from dpo_mlx.training.setup import prepare
 
     settings["model"] = "no/such-model"
     for name in ("train_pairs", "valid_pairs"):

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from dpo_mlx import card, config, pages
-from dpo_mlx.text import one_line
+from dpo_mlx import config
+from dpo_mlx.files.text import one_line
+from dpo_mlx.report import card, templates
 
 FUSE = {
     "pairs": 4,
@@ -84,7 +85,7 @@ def test_names_and_texts_stay_what_they_are(value, rendered):
     [call] = [c for c in calls if getattr(c.func, "attr", "") == "apply_chat_template"]
     keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     assert {key: keywords[key] for key in arguments} == arguments
-    shown = pages.fenced(value)
+    shown = templates.fenced(value)
     fence = shown.split("text\n")[0]
     assert f"\n{shown}\n" in text and fence not in shown[len(fence) : -len(fence)]
 
@@ -109,10 +110,10 @@ def test_arguments_that_are_no_python_names(rendered):
 )
 def test_markdown_shows_text_as_it_is(text, shown):
     """Names of models and runs are left as they are."""
-    assert pages.markdown(text) == shown
+    assert templates.markdown(text) == shown
 
 
 def test_code_within_a_line():
     """More backticks around than any inside; a newline would end the paragraph."""
-    assert pages.code("a b") == "`a b`"
-    assert pages.code("a``b\n") == "``` a``b ```"
+    assert templates.code("a b") == "`a b`"
+    assert templates.code("a``b\n") == "``` a``b ```"

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import REPOSITORY
-from dpo_mlx import jsonl
+from dpo_mlx.files import jsonl
 
 CONFIG = REPOSITORY / "config" / "mlx_granite-4.0-h-micro_dpo.yaml"
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from chaos import run as chaos
 from conftest import REPOSITORY
-from dpo_mlx import config, durable, lock, ownership
-from dpo_mlx.fuse_adapters import fuse_adapters
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.run_folder import LOCK
-from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import train_dpo
+from dpo_mlx import config
+from dpo_mlx.files import atomic, lock, ownership
+from dpo_mlx.files.run_folder import LOCK
+from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.fuse_adapters import fuse_adapters
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import train_dpo
 from runs import determined
 
 TRAIN = REPOSITORY / "scripts/phase4-fine-tune-model/10_train_dpo.py"
@@ -50,7 +51,7 @@ def watched(patch: pytest.MonkeyPatch, before_each: Callable[[], None]) -> None:
 
         return call
 
-    patch.setattr(durable, "sync_file", watch(durable.sync_file))
+    patch.setattr(atomic, "sync_file", watch(atomic.sync_file))
     patch.setattr(ownership, "_delete", watch(ownership._delete))
 
 
@@ -129,7 +130,7 @@ def test_training_that_the_system_kills_is_started_again_to_the_same_end(tmp_pat
             if folder == calm:
                 assert train_dpo(config.load(Path("c.yaml")))
     with subprocess.Popen(
-        [sys.executable, "-m", "dpo_mlx.supervisor", str(TRAIN), "--config", "c.yaml"],
+        [sys.executable, "-m", "dpo_mlx.process.supervisor", str(TRAIN), "--config", "c.yaml"],
         cwd=killed,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts")},
         stdout=subprocess.DEVNULL,

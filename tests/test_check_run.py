@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from dpo_mlx import check_run as checks
 from dpo_mlx import config as configs
-from dpo_mlx import device, jsonl
-from dpo_mlx.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
-from dpo_mlx.encoding import Sequence
-from dpo_mlx.errors import UserError
+from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import device
+from dpo_mlx.stages import check_run as checks
+from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
 from runs import exit_code
 
 CHECK = REPOSITORY / "scripts/phase1-check-machine/02_check_run.py"

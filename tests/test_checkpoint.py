@@ -12,13 +12,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import checkpoint, jsonl, signals
-from dpo_mlx.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
 from dpo_mlx.config import Config, LoraConfig
-from dpo_mlx.errors import UserError
-from dpo_mlx.guard import Evaluation
-from dpo_mlx.model_files import ADAPTERS
-from dpo_mlx.train_dpo import ONLY_TRAINING, train_dpo
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.model_files import ADAPTERS
+from dpo_mlx.process import signals
+from dpo_mlx.stages.train_dpo import ONLY_TRAINING, train_dpo
+from dpo_mlx.training import checkpoint
+from dpo_mlx.training.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
+from dpo_mlx.training.guard import Evaluation
 from mlx import nn
 from mlx import optimizers as optim
 from runs import determined, differences, saved, wrote

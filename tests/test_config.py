@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import config, losses
-from dpo_mlx.errors import UserError
+from dpo_mlx import config
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.scoring import losses
 
 FOLDER = REPOSITORY / "config"
 GRANITE = FOLDER / "mlx_granite-4.0-h-micro_dpo.yaml"

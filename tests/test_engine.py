@@ -7,18 +7,19 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from dpo_mlx import engine as engine_module
-from dpo_mlx import fusing, model_files
-from dpo_mlx.adapters import attach_lora, save_adapters
 from dpo_mlx.config import NEAREST, DpoConfig, LoraConfig
-from dpo_mlx.encoding import Encoder, Sequence
-from dpo_mlx.engine import Engine, PairScore, summarise
-from dpo_mlx.errors import UserError
-from dpo_mlx.gradient_checkpointing import gradient_checkpointing
-from dpo_mlx.loading import load_model
-from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss
-from dpo_mlx.pairs import Pair
-from dpo_mlx.saving import save_model_folder
+from dpo_mlx.data.encoding import Encoder, Sequence
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.files import model_files
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import fusing
+from dpo_mlx.model.adapters import attach_lora, save_adapters
+from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.saving import save_model_folder
+from dpo_mlx.scoring import scorer as engine_module
+from dpo_mlx.scoring.losses import LOSSES, Sides, objective, preference_loss
+from dpo_mlx.scoring.scorer import Engine, PairScore, summarise
 from mlx.utils import tree_flatten, tree_map_with_path
 
 KINDS = ["granite", "llama"]

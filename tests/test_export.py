@@ -11,12 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp
-from dpo_mlx.adapters import save_adapters
 from dpo_mlx.config import NEAREST, STOCHASTIC, LoraConfig
-from dpo_mlx.errors import UserError
-from dpo_mlx.loading import load_model
-from dpo_mlx.saving import INDEX, config_for, save_model_folder
+from dpo_mlx.export import hugging_face, llama_cpp
+from dpo_mlx.export import peft as peft_export
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import fusing
+from dpo_mlx.model.adapters import save_adapters
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.saving import INDEX, config_for, save_model_folder
 from mlx.utils import tree_flatten
 from runs import differences
 from test_adapters import adapted
@@ -76,7 +79,7 @@ def test_granite_answers_alike_in_transformers(name, tmp_path):
     """No key missing, unexpected or mismatched; logits of the fused MLX model to 1e-4."""
     base = granite_folder(tmp_path / "base", **GRANITES[name])
     fused = fused_folder(base, tmp_path / "fused")
-    export.write(fused, base, tmp_path / "hf")
+    hugging_face.write(fused, base, tmp_path / "hf")
     found = mlx_logits(load_model(str(fused)).model)
     assert difference(found, mlx_logits(load_model(str(base)).model)) > 0.01
     assert difference(their_logits(hf.load(tmp_path / "hf")), found) < 1e-4
@@ -86,7 +89,7 @@ def test_granite_answers_alike_in_transformers(name, tmp_path):
 def test_smollm2_answers_alike_in_transformers(smollm2, tmp_path):
     """A real model with adapters in all of its layers, fused and exported: the same to 1e-4."""
     fused = fused_folder(smollm2, tmp_path / "fused")
-    export.write(fused, smollm2, tmp_path / "hf")
+    hugging_face.write(fused, smollm2, tmp_path / "hf")
     found = mlx_logits(load_model(str(fused)).model)
     assert difference(their_logits(hf.load(tmp_path / "hf")), found) < 1e-4
     assert llama_cpp.faults(tmp_path / "hf") == []
@@ -122,7 +125,7 @@ def test_llama_like_models_keep_their_layout(kind, tied, llama, tmp_path):
     (base / "config.json").write_text(json.dumps(about | {"rope_theta": 10000.0}))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / file, base / file)
-    export.write(base, base, tmp_path / "hf")
+    hugging_face.write(base, base, tmp_path / "hf")
     expected, found = weights_of(base), weights_of(tmp_path / "hf")
     assert differences(found, expected) == 0
     assert (tmp_path / "hf/config.json").read_bytes() == (base / "config.json").read_bytes()
@@ -143,7 +146,7 @@ def test_settings_are_the_base_model_s_to_the_byte(tmp_path):
     (base / "chat_template.jinja").write_text(tiny.GRANITE_TEMPLATE)
     fused = fused_folder(base, tmp_path / "fused")
     assert jsonl.read_json(fused / "config.json") != jsonl.read_json(base / "config.json")
-    export.write(fused, base, tmp_path / "hf")
+    hugging_face.write(fused, base, tmp_path / "hf")
     kept = [path.name for path in base.iterdir() if path.suffix != ".safetensors"]
     for name in kept:
         assert (tmp_path / "hf" / name).read_bytes() == (base / name).read_bytes(), name
@@ -154,7 +157,7 @@ def test_settings_are_the_base_model_s_to_the_byte(tmp_path):
 def test_dtype_is_said_where_it_changed(granite, tmp_path):
     """bfloat16 weights of a float32 base: config.json says so, and nothing else differs."""
     fused = fused_folder(granite, tmp_path / "fused", mx.bfloat16, STOCHASTIC)
-    export.write(fused, granite, tmp_path / "hf")
+    hugging_face.write(fused, granite, tmp_path / "hf")
     about, own = (jsonl.read_json(p / "config.json") for p in (tmp_path / "hf", granite))
     assert about == own | {"torch_dtype": "bfloat16"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
@@ -167,8 +170,8 @@ def test_dtype_is_said_where_it_changed(granite, tmp_path):
 
 def test_large_models_are_split(granite, tmp_path, monkeypatch):
     """Files of at most SHARD_GB, an index that names each tensor's, metadata of PyTorch's."""
-    monkeypatch.setattr(export, "SHARD_GB", 0)  # a file for each tensor
-    export.write(granite, granite, tmp_path / "hf")
+    monkeypatch.setattr(hugging_face, "SHARD_GB", 0)  # a file for each tensor
+    hugging_face.write(granite, granite, tmp_path / "hf")
     files = list((tmp_path / "hf").glob("*.safetensors"))
     index = jsonl.read_json(tmp_path / "hf" / INDEX)
     assert len(files) == len(index["weight_map"]) > 10
@@ -187,7 +190,7 @@ def test_unknown_layouts_are_refused_by_name(change, named):
     """Rather than written in a layout that transformers reads as random weights."""
     config = {**tiny.config("granite"), **change}
     with pytest.raises(UserError, match=f"architecture {named}.*run in mlx-lm as they are"):
-        export.hugging_face_layout(config, {})
+        hugging_face.hugging_face_layout(config, {})
 
 
 def test_quantised_models_are_refused(granite, tmp_path):
@@ -196,7 +199,7 @@ def test_quantised_models_are_refused(granite, tmp_path):
     about = fusing.quantize(model, jsonl.read_json(granite / "config.json"), 4)
     save_model_folder(model, granite, tmp_path / "fused", about)
     with pytest.raises(UserError, match="fuse.quantize: null"):
-        export.write(tmp_path / "fused", granite, tmp_path / "hf")
+        hugging_face.write(tmp_path / "fused", granite, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -207,7 +210,7 @@ def in_peft(base: Path, lora: LoraConfig, path: Path, scale: float | None = None
     """(MLX's logits with adapters, the PEFT model of the same on the exported base)."""
     model = adapted(base, lora)
     save_adapters(model, lora, path / "adapters")
-    export_peft.write(path / "adapters", base, "a/name", path / "peft")
+    peft_export.write(path / "adapters", base, "a/name", path / "peft")
     theirs = hf.load(hf.folder(base, path / "hf"))
     return mlx_logits(model), peft.PeftModel.from_pretrained(theirs, path / "peft").eval()
 
@@ -236,9 +239,9 @@ def test_merged_layers_are_one_block_of_twice_the_rank(granite, tmp_path):
     elsewhere, and alpha grows with the rank, so that the scale stays.
     """
     save_adapters(adapted(granite, LORA), LORA, tmp_path / "adapters")
-    export_peft.write(tmp_path / "adapters", granite, "a/name", tmp_path / "peft")
+    peft_export.write(tmp_path / "adapters", granite, "a/name", tmp_path / "peft")
     own: Any = mx.load(str(tmp_path / "adapters/adapters.safetensors"))
-    peft_weights: Any = mx.load(str(tmp_path / "peft" / export_peft.PEFT_WEIGHTS))
+    peft_weights: Any = mx.load(str(tmp_path / "peft" / peft_export.PEFT_WEIGHTS))
     mlp = "model.layers.1.mlp"
     gate, up = (
         (own[f"{mlp}.{x}_proj.lora_a"], own[f"{mlp}.{x}_proj.lora_b"]) for x in ("gate", "up")

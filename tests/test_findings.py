@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dpo_mlx import findings, jsonl
 from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, SftConfig, TrainConfig
-from dpo_mlx.encoding import EncodedPair, Sequence
-from dpo_mlx.engine import Engine
-from dpo_mlx.findings import Facts, Probe, gather, probe
-from dpo_mlx.losses import LOSSES, Sides
-from dpo_mlx.objectives import SFT, Example
-from dpo_mlx.pairs import LENGTH, STOP, Pair
-from dpo_mlx.voice import FEATURES, VoiceClassifier
+from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.data.pairs import LENGTH, STOP, Pair
+from dpo_mlx.files import jsonl
+from dpo_mlx.scoring.losses import LOSSES, Sides
+from dpo_mlx.scoring.objectives import SFT, Example
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.training import findings
+from dpo_mlx.training.findings import Facts, Probe, gather, probe
+from dpo_mlx.voice.voice_classifier import FEATURES, VoiceClassifier
 from runs import Run, exit_code, wrote
 
 SOUND = Facts(

@@ -11,10 +11,10 @@ import foreign
 import pytest
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import durable, ownership
-from dpo_mlx.errors import UserError
-from dpo_mlx.ownership import MANIFEST, Status
-from dpo_mlx.run_folder import LOCK
+from dpo_mlx.files import atomic, ownership
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST, Status
+from dpo_mlx.files.run_folder import LOCK
 from foreign import Put, empty, folder, link, link_to_nothing, look, pipe, text
 from runs import IN_FOLDER, NO_LIMITS, exit_code
 
@@ -128,12 +128,12 @@ NAMES = {
     MANIFEST: "10",
     f"adapters/{MANIFEST}": "10",
     f"reference/base/{MANIFEST}": "10",
-    durable.temporary_name(Path("fused")).name: "11",
-    durable.temporary_name(Path(MANIFEST)).name: "10",
+    atomic.temporary_name(Path("fused")).name: "11",
+    atomic.temporary_name(Path(MANIFEST)).name: "10",
     "checkpoints/.sft-000004.dpo-mlx.tmp": "10",
 }
 # What a kill may have left: nobody's content.
-EMPTY = {LOCK, f"pairs/.train.samples.jsonl{LOCK}", durable.temporary_name(Path(MANIFEST)).name}
+EMPTY = {LOCK, f"pairs/.train.samples.jsonl{LOCK}", atomic.temporary_name(Path(MANIFEST)).name}
 # Folders that get our files beside what is in them.
 SHARED = {"checkpoints", "reference", "stamps", "reference/base"}
 # What no stage needs here, and leaves alone in silence.
@@ -381,7 +381,7 @@ def test_a_first_row_that_a_kill_prevented_may_become_another(tmp_path, monkeypa
     """Metrics hold the time: the row that is written again has other bytes."""
     path = tmp_path / "a"
     ownership.write(path, b"")
-    replace = durable.replace
+    replace = atomic.replace
 
     def killed(target: Path, content: bytes) -> None:
         if target == path:
@@ -389,7 +389,7 @@ def test_a_first_row_that_a_kill_prevented_may_become_another(tmp_path, monkeypa
         replace(target, content)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(durable, "replace", killed)
+        patch.setattr(atomic, "replace", killed)
         ownership.append(path, b"first, 1.25 s\n")
     ownership.append(path, b"")
     ownership.append(path, b"first, 9.75 s\n")

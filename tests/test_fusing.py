@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from dpo_mlx import fusing, jsonl, pairs
-from dpo_mlx.adapters import adapters_off, attach_lora
 from dpo_mlx.config import NEAREST, ROUNDINGS, STOCHASTIC, Config, LoraConfig
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.engine import Engine
-from dpo_mlx.errors import UserError
-from dpo_mlx.fuse_adapters import fuse_adapters, require_kept
-from dpo_mlx.loading import load_model
-from dpo_mlx.saving import QUANTIZATION, save_model_folder
-from dpo_mlx.train_dpo import train_dpo
+from dpo_mlx.data import pairs
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import fusing
+from dpo_mlx.model.adapters import adapters_off, attach_lora
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.saving import QUANTIZATION, save_model_folder
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.stages.fuse_adapters import fuse_adapters, require_kept
+from dpo_mlx.stages.train_dpo import train_dpo
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from test_engine import perturb
 

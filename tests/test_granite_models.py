@@ -14,19 +14,21 @@ import mlx_lm
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import export, export_peft, fusing, jsonl, llama_cpp, model_files, scan
-from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.config import Config, LoraConfig
-from dpo_mlx.errors import UserError
-from dpo_mlx.fuse_adapters import fuse_adapters
-from dpo_mlx.loading import load_model
-from dpo_mlx.logps import check_head, find_head, token_log_probs
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.rounding import NEAREST
-from dpo_mlx.saving import save_model_folder
-from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import train_dpo
-from dpo_mlx.writing import AnswerEvaluator, Measures
+from dpo_mlx.export import hugging_face, llama_cpp, peft
+from dpo_mlx.files import jsonl, model_files
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import fusing, scan
+from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.rounding import NEAREST
+from dpo_mlx.model.saving import save_model_folder
+from dpo_mlx.scoring.log_probs import check_head, find_head, token_log_probs
+from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.fuse_adapters import fuse_adapters
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import train_dpo
+from dpo_mlx.voice.answers import AnswerEvaluator, Measures
 from mlx.utils import tree_flatten
 from mlx_lm.models.granitemoehybrid import GraniteMoeHybridMamba2Mixer
 from runs import NO_LIMITS
@@ -187,7 +189,7 @@ def chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Config:
     """A run of all stages and exports, with both phases of the recipe."""
-    monkeypatch.setattr("dpo_mlx.train_dpo.AnswerEvaluator", Improving)
+    monkeypatch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", Improving)
     changes, overrides = CHAINS[request.param]
     settings |= {
         "model": str(tiny.folder(tmp_path / "m", **changes)),
@@ -203,8 +205,8 @@ def chain(
     train_dpo(run)
     fuse_adapters(run)
     assert smoke_test(run)
-    export.export(run)
-    export_peft.export_peft(run)
+    hugging_face.export(run)
+    peft.export_peft(run)
     return run
 
 

@@ -18,11 +18,9 @@ pytest.importorskip("transformers")
 
 import hf  # noqa: E402
 import torch  # noqa: E402
-from dpo_mlx import (
-    model_files,  # noqa: E402
-)
-from dpo_mlx.loading import load_model
-from dpo_mlx.saving import save_model_folder
+from dpo_mlx.files import model_files
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.saving import save_model_folder
 
 INFINITY = float("inf")
 IDS = np.random.default_rng(0).integers(4, 250, size=(1, 150))

@@ -9,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import digest, jsonl
 from dpo_mlx.config import Config, GuardConfig
-from dpo_mlx.engine import Engine
-from dpo_mlx.guard import Evaluation, better, crossed_limits
-from dpo_mlx.train_dpo import train_dpo
-from dpo_mlx.writing import Measures
+from dpo_mlx.files import digest, jsonl
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.stages.train_dpo import train_dpo
+from dpo_mlx.training.guard import Evaluation, better, crossed_limits
+from dpo_mlx.voice.answers import Measures
 from mlx.utils import tree_map
 from runs import differences, exit_code, saved, wrote
 

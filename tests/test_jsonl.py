@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from dpo_mlx import digest, jsonl
-from dpo_mlx.errors import UserError
-from dpo_mlx.ownership import MANIFEST
+from dpo_mlx.files import digest, jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST
 
 ROW = {"q": "Où? 日本 🙂", "n": 1}
 

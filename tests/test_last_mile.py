@@ -24,15 +24,19 @@ import runs
 import tiny
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import card, export, fusing, jsonl, llama_cpp, pairs
 from dpo_mlx import config as configs
 from dpo_mlx.config import Config
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.errors import UserError
-from dpo_mlx.fuse_adapters import fuse_adapters
-from dpo_mlx.loading import load_model
-from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import train_dpo
+from dpo_mlx.data import pairs
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.export import hugging_face, llama_cpp
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import fusing
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.report import card
+from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.fuse_adapters import fuse_adapters
+from dpo_mlx.stages.train_dpo import train_dpo
 from test_granite_parity import granite_folder
 
 SCRIPT = REPOSITORY / "scripts/phase5-export/13_export_hf.py"
@@ -79,7 +83,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     config = configs.load(path)
     better = runs.Scripted([runs.wrote(voice=1.0)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_mlx.train_dpo.AnswerEvaluator", lambda *_: better)
+        patch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", lambda *_: better)
         train_dpo(config, "all")
     fuse_adapters(config)
     smoke_test(config)
@@ -401,7 +405,7 @@ def test_an_unknown_architecture_is_refused(finished, tmp_path):
     other = tiny.folder(tmp_path / "other", "llama")
     change(other / "config.json", model_type="seed_oss", head_dim=16)
     with pytest.raises(UserError, match="seed_oss"):
-        export.require_layout(jsonl.read_json(other / "config.json"))
+        hugging_face.require_layout(jsonl.read_json(other / "config.json"))
     config = replace(finished.config, model=str(other))
     with pytest.raises(UserError, match="seed_oss"):
-        export.export(replace(config, run_dir=str(finished.config.run.path)))
+        hugging_face.export(replace(config, run_dir=str(finished.config.run.path)))

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import cli, last_resort, terminal
+from dpo_mlx import cli
 from dpo_mlx import config as configs
-from dpo_mlx.errors import LostProcess, UserError, doing
-from dpo_mlx.text import CONTROL
+from dpo_mlx.files.errors import LostProcess, UserError, doing
+from dpo_mlx.files.text import CONTROL
+from dpo_mlx.process import last_resort, terminal
 from runs import exit_code
 
 SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
@@ -113,7 +114,11 @@ FAULTS: dict[str, tuple[Callable[[], Any], int, list[str]]] = {
         1,
         ["mlx_lm", "./train_dpo_run1.sh"],
     ),
-    "our own import": (raises(ImportError("cannot import x", name="dpo_mlx.pairs")), 1, [FAULT]),
+    "our own import": (
+        raises(ImportError("cannot import x", name="dpo_mlx.data.pairs")),
+        1,
+        [FAULT],
+    ),
     "no file named": (raises(OSError(errno.EBADF, "Bad file descriptor")), 1, ["Bad file", FAULT]),
     "too many files": (raises(OSError(errno.EMFILE, "Too many", "f")), 1, ["f: ", "ulimit -n"]),
     "folder": (raises(OSError(errno.EISDIR, "Is a directory", "f")), 1, ["f: Is a dir", "config"]),
@@ -206,15 +211,15 @@ def test_a_disk_that_is_full_for_the_log_is_no_second_fault(config, monkeypatch,
 
 @pytest.mark.parametrize("error", [KeyError("x"), Panic("x"), MemoryError(), RecursionError()])
 @pytest.mark.parametrize(("script", "module"), [
-    ("01", "selftest.run"),
-    ("02", "check_run.check_run"),
-    ("05", "demo_model.is_complete"),
-    ("06", "make_pairs.make_pairs"),
-    ("10", "train_dpo.train_dpo"),
-    ("11", "fuse_adapters.fuse_adapters"),
-    ("12", "smoke_test.smoke_test"),
-    ("13", "export.export"),
-    ("14", "sweep.combinations"),
+    ("01", "stages.selftest.run"),
+    ("02", "stages.check_run.check_run"),
+    ("05", "model.demo_model.is_complete"),
+    ("06", "stages.make_pairs.make_pairs"),
+    ("10", "stages.train_dpo.train_dpo"),
+    ("11", "stages.fuse_adapters.fuse_adapters"),
+    ("12", "stages.evaluate.smoke_test"),
+    ("13", "export.hugging_face.export"),
+    ("14", "stages.sweep.combinations"),
 ])  # fmt: skip
 def test_every_script_is_guarded(script, module, error, config, monkeypatch, capfd):
     """Also the one without a config."""
@@ -324,7 +329,7 @@ def test_a_bar_of_tqdm_s_is_drawn_as_before(monkeypatch):
 
 PROGRAM = """
 import sys
-from dpo_mlx.last_resort import guarded
+from dpo_mlx.process.last_resort import guarded
 
 def run():
     print("caf\\u00e9 \\u2019 \\udcff")

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from dpo_mlx import lock, signals
-from dpo_mlx.errors import UserError
-from dpo_mlx.run_folder import LOCK, RunFolder
+from dpo_mlx.files import lock
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.run_folder import LOCK, RunFolder
+from dpo_mlx.process import signals
 
 RUN = RunFolder(Path("."))
 FILES, FOLDERS = ([path.name for path in some] for some in (RUN.files, RUN.whole_folders))
@@ -21,8 +22,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from dpo_mlx import lock
-from dpo_mlx.run_folder import RunFolder
+from dpo_mlx.files import lock
+from dpo_mlx.files.run_folder import RunFolder
 with lock.hold_run(RunFolder(Path(sys.argv[2]))):
     print("held", flush=True)
     time.sleep(60)
@@ -33,7 +34,7 @@ def test_the_second_is_told_who_holds_it(tmp_path):
     """Another process holds the folder: its number is named. It is killed without warning: the
     folder is free.
     """
-    scripts = Path(lock.__file__).parents[1]
+    scripts = Path(lock.__file__).parents[2]
     run = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(scripts), str(run)], stdout=subprocess.PIPE

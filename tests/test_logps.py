@@ -8,16 +8,16 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from dpo_mlx import logps
-from dpo_mlx.engine import Engine
-from dpo_mlx.errors import UserError
-from dpo_mlx.logps import (
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.scoring import log_probs
+from dpo_mlx.scoring.log_probs import (
     Head,
     check_head,
     differentiable_log_probs,
     find_head,
     token_log_probs,
 )
+from dpo_mlx.scoring.scorer import Engine
 from mlx.utils import tree_map
 from mlx_lm.models import cohere, gemma2, granite, minicpm
 
@@ -107,7 +107,7 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_slopes_are_log_softmax_s(kind, scale, softcap, monkeypatch):
     """Every kind of head, scaled and capped or not: plain float64 numbers to 1e-5."""
-    monkeypatch.setattr(logps, "VOCABULARY_BLOCK", 16)
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", 16)
     head = Head(layer_of(kind), scale, softcap)
     hidden, targets = hidden_and_targets(scale=1 / scale)
     weights = np.linspace(-1.5, 2.0, POSITIONS).astype(np.float32)
@@ -122,9 +122,9 @@ def test_blocks_do_not_change_the_result(kind, block, monkeypatch):
     """A vocabulary that no block divides, or smaller than a block, gives the sums of one block."""
     head = Head(layer_of(kind), 0.5, 9.0)
     hidden, targets = hidden_and_targets()
-    monkeypatch.setattr(logps, "VOCABULARY_BLOCK", VOCABULARY)
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", VOCABULARY)
     whole = values_and_slopes(head, hidden, targets)
-    monkeypatch.setattr(logps, "VOCABULARY_BLOCK", block)
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", block)
     for found, expected in zip(values_and_slopes(head, hidden, targets), whole, strict=True):
         assert_close(found, expected, 1e-6)
 
@@ -171,7 +171,7 @@ def test_a_bfloat16_head_is_read_in_float32():
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 def test_large_logits_stay_finite(magnitude, monkeypatch):
     """Logits of +-10,000 neither overflow nor turn to NaN, whichever block holds the largest."""
-    monkeypatch.setattr(logps, "VOCABULARY_BLOCK", 7)
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", 7)
     layer = nn.Embedding(VOCABULARY, WIDTH)
     layer.weight = mx.linspace(0.5, 1.0, VOCABULARY)[:, None] * mx.ones((VOCABULARY, WIDTH)) / WIDTH
     head = Head(layer)

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from dpo_mlx.lora import OnceRoundedLoRA, round_once
+from dpo_mlx.model.lora import OnceRoundedLoRA, round_once
 from mlx_lm.tuner.lora import LoRALinear
 
 WIDTH, RANK = 128, 4

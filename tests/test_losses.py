@@ -12,7 +12,7 @@ import math
 import mlx.core as mx
 import pytest
 from dpo_mlx.config import DpoConfig
-from dpo_mlx.losses import LOSSES, Sides, objective, preference_loss, rewards
+from dpo_mlx.scoring.losses import LOSSES, Sides, objective, preference_loss, rewards
 
 PI, REF, LENGTH = (-8.0, -15.0), (-10.0, -12.0), (4.0, 6.0)
 

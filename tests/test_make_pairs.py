@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from dpo_mlx import config, durable, jsonl, make_pairs, worker
-from dpo_mlx.errors import UserError
-from dpo_mlx.ownership import MANIFEST
-from dpo_mlx.sampling import Answer
-from dpo_mlx.signals import Interrupted
+from dpo_mlx import config
+from dpo_mlx.files import atomic, jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST
+from dpo_mlx.model.sampling import Answer
+from dpo_mlx.parallel import worker
+from dpo_mlx.process.signals import Interrupted
+from dpo_mlx.stages import make_pairs
 
 Settings = dict[str, Any]
 
@@ -113,7 +116,7 @@ def tear_next_append(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             file.write(content[: len(content) // 2])
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "append", half)
+        patch.setattr(atomic, "append", half)
         jsonl.append(path, [{"batch": 1, "questions": ["Why?"] * 8, "answers": []}])
 
 

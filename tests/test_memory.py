@@ -11,23 +11,24 @@ import mlx.core as mx
 import pytest
 import tiny
 from dpo_mlx import config as configs
-from dpo_mlx import device, fusing, memory, scan
-from dpo_mlx.adapters import attach_lora
-from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
-from dpo_mlx.encoding import EncodedPair, Sequence
-from dpo_mlx.engine import Engine
-from dpo_mlx.errors import UserError
-from dpo_mlx.gradient_checkpointing import gradient_checkpointing
-from dpo_mlx.loading import load_model
-from dpo_mlx.losses import Sides
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.sampling import Batch, sample_batch
-from dpo_mlx.train_dpo import train_dpo
-from dpo_mlx.trainer import Examples, Trainer
-from dpo_mlx.worker import Worker
+from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model import device, fusing, scan
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.sampling import Batch, sample_batch
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring import memory
+from dpo_mlx.scoring.losses import Sides
+from dpo_mlx.scoring.objectives import DPO, Example
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import train_dpo
+from dpo_mlx.training.checkpoint import Checkpoints, State
+from dpo_mlx.training.metrics import MetricsFile
+from dpo_mlx.training.trainer import Examples, Trainer
 from mlx.utils import tree_map_with_path
 from runs import wrote
 

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from dpo_mlx import device, selftest
 from dpo_mlx.config import STOCHASTIC, Config
-from dpo_mlx.rounding import LEAST_EXPONENT, MANTISSA, rounded
+from dpo_mlx.model import device
+from dpo_mlx.model.rounding import LEAST_EXPONENT, MANTISSA, rounded
+from dpo_mlx.stages import selftest
 from test_rounding import weights
 from test_virtual_mac import (
     LENGTH,

@@ -17,14 +17,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import digest, model_files, model_folder, tokens, weights_file
-from dpo_mlx.adapters import attach_lora, save_adapters
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.errors import UserError
-from dpo_mlx.loading import load_model
-from dpo_mlx.ownership import MANIFEST
-from dpo_mlx.saving import INDEX, copy_settings, save_model_folder
-from dpo_mlx.tensors import load_tensors
+from dpo_mlx.data import tokens
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.files import digest, model_files, model_folder, weights_file
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST
+from dpo_mlx.model.adapters import attach_lora, save_adapters
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.saving import INDEX, copy_settings, save_model_folder
+from dpo_mlx.model.tensors import load_tensors
 from test_pairs import edit
 
 WEIGHTS = "model.safetensors"

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import tiny
-from dpo_mlx import encoding, jsonl, pairs
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.errors import UserError
-from dpo_mlx.job import prepare
-from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import LENGTH, STOP, Pair
+from dpo_mlx.data import encoding, pairs
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.data.pairs import LENGTH, STOP, Pair
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.training.setup import prepare
 
 # The rendered prompt of the question "Why?" and the end-of-turn token, written out by hand.
 RENDERED = {

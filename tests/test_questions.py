@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_mlx import questions
-from dpo_mlx.errors import UserError
+from dpo_mlx.data import questions
+from dpo_mlx.files.errors import UserError
 
 QUESTION = "Why is the sky blue?\n\nSay it in one line: 1 < 2."
 ANSWER = "**Scattering.** Blue bends most.\n\n  - indented\n\nAnswer: so it is.\nQuestion: no?"

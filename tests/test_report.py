@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_mlx import charts, jsonl, pages, report
-from dpo_mlx.ownership import MANIFEST
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.ownership import MANIFEST
+from dpo_mlx.report import charts, html_report, templates
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -164,7 +165,7 @@ def changed(**sections: Any) -> dict[str, Any]:
 
 def test_every_text_from_outside_is_shown_and_none_becomes_markup() -> None:
     """An answer must not be able to run a script or close an element of the page it stands in."""
-    page = Page(report.render(REPORT, METRICS))
+    page = Page(html_report.render(REPORT, METRICS))
     for text in HOSTILE:
         assert page.text.count(text) >= 4  # as question, base, tuned and chosen, whitespace kept
     tags = {tag for tag, _ in page.elements}
@@ -179,14 +180,14 @@ def test_hostile_text_does_not_change_the_structure() -> None:
     harmless["run"]["pairs"]["dropped"] = {"copy of another row": 3, "another reason": 1}
     harmless["run"]["config"]["system_prompt"] = "plain words"
     assert (
-        Page(report.render(REPORT, METRICS)).elements
-        == Page(report.render(harmless, METRICS)).elements
+        Page(html_report.render(REPORT, METRICS)).elements
+        == Page(html_report.render(harmless, METRICS)).elements
     )
 
 
 def test_page_loads_nothing_from_anywhere() -> None:
     """The report opens from disk without a network, and tells nobody that it was opened."""
-    page = Page(report.render(REPORT, METRICS))
+    page = Page(html_report.render(REPORT, METRICS))
     for tag, attrs in page.elements:
         assert tag not in {"link", "script", "iframe", "base"}
         assert not attrs.keys() & {"src", "srcset", "href", "xlink:href", "data", "action", "style"}
@@ -199,7 +200,9 @@ def test_page_loads_nothing_from_anywhere() -> None:
 def test_verdict_is_told_in_words(passed: bool) -> None:
     """Somebody who cannot tell the colours apart still reads whether it passed, and why not."""
     crossed = [] if passed else ["smoke.min_voice_share: 0.2 against a limit of 0.6"]
-    page = Page(report.render(changed(verdict={"passed": passed, "crossed": crossed}), METRICS))
+    page = Page(
+        html_report.render(changed(verdict={"passed": passed, "crossed": crossed}), METRICS)
+    )
     assert ("Not passed" in page.text) is not passed
     assert ("Passed" in page.text) is passed
     assert all(line in page.text for line in crossed)
@@ -220,15 +223,15 @@ def test_verdict_is_told_in_words(passed: bool) -> None:
 def test_heading(outcome: str, stopped: list[str], expected: str) -> None:
     """The largest words say what became of the model; a stop only where it is the cause."""
     made = changed(verdict={"outcome": outcome}, training={"stopped": stopped})
-    assert Page(report.render(made, METRICS)).heading == expected
+    assert Page(html_report.render(made, METRICS)).heading == expected
 
 
 def test_reasons_for_a_stop_are_told_and_escaped() -> None:
     """Each is on the page once more than without the stop, whatever is in it, beside when it was
     and what was kept.
     """
-    whole = Page(report.render(REPORT, METRICS))
-    page = Page(report.render(changed(training={"stopped": HOSTILE}), METRICS))
+    whole = Page(html_report.render(REPORT, METRICS))
+    page = Page(html_report.render(changed(training={"stopped": HOSTILE}), METRICS))
     for text in HOSTILE:
         assert page.text.count(text) == whole.text.count(text) + 1
     assert "at update 4. The adapters of update 2 are the ones kept." in page.text
@@ -237,53 +240,53 @@ def test_reasons_for_a_stop_are_told_and_escaped() -> None:
 
 def test_a_whole_run_was_not_stopped() -> None:
     """Nothing of guards stopping it at the top."""
-    assert "stopped by a guard" not in Page(report.render(REPORT, METRICS)).text
+    assert "stopped by a guard" not in Page(html_report.render(REPORT, METRICS)).text
 
 
 def test_untrained_adapters_are_called_so() -> None:
     """A run stopped before anything was better keeps update 0: a model that is the base model."""
     made = changed(training={"kept_update": 0, "stopped": ["a reason"]})
-    assert "change nothing" in Page(report.render(made, METRICS)).text
+    assert "change nothing" in Page(html_report.render(made, METRICS)).text
 
 
 def test_a_run_whose_training_is_unknown() -> None:
     """Adapters may come from elsewhere: no kept line, no stop, dashes, no `None`."""
-    page = Page(report.render({**REPORT, "training": None}, METRICS))
+    page = Page(html_report.render({**REPORT, "training": None}, METRICS))
     assert not page.with_class("kept")
     assert "dotted line" not in page.text
     assert "None" not in page.text
-    assert len(Page(report.render(REPORT, METRICS)).with_class("kept")) == len(charts.CURVES)
+    assert len(Page(html_report.render(REPORT, METRICS)).with_class("kept")) == len(charts.CURVES)
 
 
 def test_an_unknown_limit_is_still_shown() -> None:
     """A limit added to the smoke test later must not break the page or be left out of it."""
     crossed = ["smoke.new: 2 against a limit of 1"]
     made = changed(verdict={"passed": False, "crossed": crossed})
-    assert crossed[0] in Page(report.render(made, METRICS)).text
+    assert crossed[0] in Page(html_report.render(made, METRICS)).text
 
 
 def test_one_card_for_each_side_of_each_question() -> None:
     """No answer is left out: 5 questions have 5 answers of base, of tuned and of the user."""
-    page = Page(report.render(REPORT, METRICS))
+    page = Page(html_report.render(REPORT, METRICS))
     sides = [attrs["class"] for attrs in page.with_class("answer")]
     assert sides == ["answer base", "answer tuned", "answer chosen"] * len(HOSTILE)
 
 
 def test_share_is_counted_in_questions() -> None:
     """A share of 0.6 of 5 questions is told as 3 of 5."""
-    assert "3 of 5 questions" in " ".join(Page(report.render(REPORT, METRICS)).text.split())
+    assert "3 of 5 questions" in " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
 
 
 def test_pairs_brought_by_the_user() -> None:
     """Without stage 06 there is no pairs report; the section says so and draws no boxes."""
-    page = Page(report.render(changed(run={"pairs": None}), METRICS))
+    page = Page(html_report.render(changed(run={"pairs": None}), METRICS))
     assert "ready-made" in page.text
     assert not page.with_class("boxes")
 
 
 def test_no_margin_to_keep() -> None:
     """margin_kept is None when the adapters learned nothing; a dash stands for it."""
-    page = Page(report.render(changed(fuse={"margin_kept": None}), METRICS))
+    page = Page(html_report.render(changed(fuse={"margin_kept": None}), METRICS))
     assert "margin kept–" in page.text
     assert "None" not in page.text
 
@@ -292,7 +295,7 @@ def test_every_measure_of_fluency_has_all_three_sides() -> None:
     """Without the real answers beside it nobody can tell a measure of the tuned ones as good or
     bad; the row of the longest repetition is checked by hand.
     """
-    lines = " ".join(Page(report.render(REPORT, METRICS)).text.split())
+    lines = " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
     assert "0 never does. 1.5 3.2 0.0 Ended by itself" in lines
     assert "forgotten how. 75% 50% 100% Log-prob" in lines
 
@@ -306,7 +309,7 @@ def test_measures_that_are_no_numbers() -> None:
             "base_logprob_per_token": {"base": -0.6, "tuned": -math.inf, "chosen": -3.0},
         },
     )
-    page = Page(report.render(made, METRICS))
+    page = Page(html_report.render(made, METRICS))
     assert not [word for word in page.text.split() if word.strip("−%") in {"nan", "inf"}]
 
 
@@ -323,7 +326,7 @@ def test_measures_that_are_no_numbers() -> None:
 )
 def test_short_and_broken_runs_are_drawn(rows: list[dict[str, Any]]) -> None:
     """A run that stopped early or degenerated still gets a page, without a broken coordinate."""
-    page = Page(report.render(REPORT, rows))
+    page = Page(html_report.render(REPORT, rows))
     drawn = [v for _, attrs in page.elements for k, v in attrs.items() if k in {"d", "cx", "cy"}]
     assert drawn
     assert not [value for value in drawn if value and ("nan" in value or "inf" in value)]
@@ -334,7 +337,7 @@ def test_values_left_out_are_counted() -> None:
     rows = [train_row(1, loss=math.nan), train_row(2), train_row(3, loss=math.inf)]
     chart = charts.chart(rows, "loss", None)
     assert (chart.skipped, len(chart.curves[0].points)) == (2, 1)
-    assert "Not drawn: 2 values" in Page(report.render(REPORT, rows)).text
+    assert "Not drawn: 2 values" in Page(html_report.render(REPORT, rows)).text
 
 
 def test_places_of_a_curve() -> None:
@@ -385,7 +388,7 @@ def test_lines_of_the_phase_and_of_what_was_kept(name: str) -> None:
 
 def test_the_phase_is_named_in_every_chart() -> None:
     """The line alone says nothing."""
-    text = Page(report.render(REPORT, METRICS)).text
+    text = Page(html_report.render(REPORT, METRICS)).text
     assert text.count("DPO begins") == len(charts.CURVES)
     assert "4 updates: 2 of SFT, 2 of DPO." in text
 
@@ -393,7 +396,7 @@ def test_the_phase_is_named_in_every_chart() -> None:
 def test_a_run_without_sft() -> None:
     """No line of a phase and no word of SFT; loss and margin are drawn from update 0."""
     rows = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
-    page = Page(report.render(REPORT, rows))
+    page = Page(html_report.render(REPORT, rows))
     assert not page.with_class("phase")
     assert "SFT" not in page.text
     assert [x for x, _ in charts.chart(rows, "loss", None).curves[1].points] == [54, 348]
@@ -401,7 +404,7 @@ def test_a_run_without_sft() -> None:
 
 def test_a_run_stopped_in_sft() -> None:
     """DPO never began: no line says it did, and charts of DPO alone say that they are empty."""
-    page = Page(report.render(REPORT, METRICS[:4]))
+    page = Page(html_report.render(REPORT, METRICS[:4]))
     assert not page.with_class("phase")
     assert page.text.count("nothing measured") == len(charts.ONLY_DPO)
 
@@ -455,7 +458,7 @@ def test_tick_labels(low: float, high: float, expected: list[str]) -> None:
 def test_boxes_of_lengths() -> None:
     """By hand: 0..200 tokens fill 66..348, so 100 tokens lie at 66 + 282 / 2 = 207."""
     tokens = {"percentiles": [50, 100], "chosen": [100, 150], "rejected": [50, 200]}
-    boxes = report.lengths(tokens)["boxes"]
+    boxes = html_report.lengths(tokens)["boxes"]
     assert boxes == {"chosen": {50: 207, 100: 277.5}, "rejected": {50: 136.5, 100: 348}}
 
 
@@ -463,16 +466,16 @@ def test_speed_is_a_median_and_memory_a_maximum() -> None:
     """A slow first update does not count for the speed; memory counts at its height."""
     measured = ((1, 5, 2.0), (2, 90, 3.0), (3, 95, 2.5))
     rows = [train_row(i, tokens_per_second=s, peak_memory_gb=m) for i, s, m in measured]
-    made = report.cost(rows)
+    made = html_report.cost(rows)
     assert (made["tokens_per_second"], made["peak_memory_gb"], made["updates"]) == (90, 3, 3)
 
 
 def test_settings_read_like_the_config() -> None:
     """Every key is there, as in the YAML file: null, true and numbers; texts without quotes."""
-    sections = report.sections(REPORT["run"]["config"])
+    sections = html_report.sections(REPORT["run"]["config"])
     assert list(sections) == ["run", "train", "lora", "dpo"]
     values = [None, True, 1e-06, "cosine", "", ["q_proj"]]
-    assert [pages.setting(v) for v in values] == [
+    assert [templates.setting(v) for v in values] == [
         "null", "true", "1e-06", "cosine", '""', '["q_proj"]'
     ]  # fmt: skip
 
@@ -481,8 +484,10 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
     """It comes from metrics.jsonl, and leaves no temporary file."""
     metrics = tmp_path / "metrics.jsonl"
     jsonl.append(metrics, METRICS)
-    report.write_html(tmp_path / "report.html", REPORT, metrics)
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == report.render(REPORT, METRICS)
+    html_report.write_html(tmp_path / "report.html", REPORT, metrics)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html_report.render(
+        REPORT, METRICS
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         MANIFEST,
         "metrics.jsonl",

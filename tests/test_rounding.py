@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dpo_mlx.config import NEAREST, ROUNDINGS, STOCHASTIC
-from dpo_mlx.rounding import rounded
+from dpo_mlx.model.rounding import rounded
 
 TYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
 DRAWS = 4000

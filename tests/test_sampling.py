@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from dpo_mlx.config import GenerationConfig
-from dpo_mlx.sampling import limited, sampler
+from dpo_mlx.model.sampling import limited, sampler
 from mlx_lm.sample_utils import make_sampler
 
 DRAWS = 40_000

@@ -11,12 +11,12 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from dpo_mlx import scan
-from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import LoraConfig
-from dpo_mlx.encoding import Sequence
-from dpo_mlx.engine import Engine
-from dpo_mlx.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.model import scan
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.scoring.scorer import Engine
 from mlx.utils import tree_flatten
 
 

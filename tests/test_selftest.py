@@ -16,12 +16,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
-from dpo_mlx import checkpoint, jsonl, memory, selftest
-from dpo_mlx.adapters import load_adapters
 from dpo_mlx.config import Config
-from dpo_mlx.errors import UserError
-from dpo_mlx.ownership import MANIFEST
-from dpo_mlx.worker import Worker
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.ownership import MANIFEST
+from dpo_mlx.model.adapters import load_adapters
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring import memory
+from dpo_mlx.stages import selftest
+from dpo_mlx.training import checkpoint
 from mlx_lm.models import granitemoehybrid
 from virtual_mac import VirtualMac
 

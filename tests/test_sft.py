@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx import jsonl
 from dpo_mlx.config import Config
-from dpo_mlx.engine import Engine
-from dpo_mlx.errors import UserError
-from dpo_mlx.objectives import SFT, Sft
-from dpo_mlx.schedule import groups
-from dpo_mlx.train_dpo import ONLY_REFERENCE, ONLY_TRAINING, train_dpo
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.scoring.objectives import SFT, Sft
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.stages.train_dpo import ONLY_REFERENCE, ONLY_TRAINING, train_dpo
+from dpo_mlx.training.schedule import groups
 from mlx.utils import tree_flatten, tree_map
 from runs import SCRIPT, Scripted, determined, differences, saved, wrote
 
@@ -325,7 +325,7 @@ def test_the_old_option_still_works(stage, only, note, warmed, monkeypatch, caps
         parts.append(only)
         return True
 
-    monkeypatch.setattr("dpo_mlx.train_dpo.train_dpo", record)
+    monkeypatch.setattr("dpo_mlx.stages.train_dpo.train_dpo", record)
     options = Namespace(stage=stage, only=None, check=False)
     assert runpy.run_path(str(SCRIPT))["stage"](warmed(), options) == 0
     assert parts == [only] and note in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from dpo_mlx.config import FuseConfig, SmokeConfig
-from dpo_mlx.smoke_test import verdict, voice_gain
+from dpo_mlx.stages.evaluate import verdict, voice_gain
 
 LIMITS = SmokeConfig(
     min_voice_share=0.5,

@@ -18,8 +18,9 @@ import pytest
 import rings
 import yaml
 from conftest import REPOSITORY
-from dpo_mlx import aborts, awake, cli, signals, supervisor
+from dpo_mlx import cli
 from dpo_mlx import config as configs
+from dpo_mlx.process import aborts, awake, signals, supervisor
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -86,7 +87,7 @@ for word in (here / "todo.txt").read_text().splitlines()[start].split():
         note("waiting.txt", f"{os.getppid()} {os.getpid()}")
         time.sleep(60)
     elif word == "checks":
-        from dpo_mlx import signals
+        from dpo_mlx.process import signals
         with signals.caught():
             note("waiting.txt", str(os.getpid()))
             try:
@@ -123,7 +124,7 @@ class Staged:
     def command(self, todo: list[str]) -> list[str]:
         """That of a supervisor whose stage does what `todo` says."""
         (self.folder / "todo.txt").write_text("\n".join(todo))
-        supervise = [sys.executable, "-m", "dpo_mlx.supervisor", str(self.script)]
+        supervise = [sys.executable, "-m", "dpo_mlx.process.supervisor", str(self.script)]
         return [*supervise, "--config", str(self.config)]
 
     def start(self, todo: list[str], *options: str, **more: Any) -> subprocess.Popen[str]:
@@ -479,7 +480,10 @@ def test_without_a_plan_nothing_is_told(text, staged):
 
 def test_the_supervisor_starts_without_mlx():
     """It starts fast and does not hold the GPU."""
-    program = "import sys, dpo_mlx.supervisor; print(any(m.startswith('mlx') for m in sys.modules))"
+    program = (
+        "import sys, dpo_mlx.process.supervisor; "
+        "print(any(m.startswith('mlx') for m in sys.modules))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     assert subprocess.check_output([sys.executable, "-c", program], env=environment) == b"False\n"
 

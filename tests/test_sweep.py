@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from dpo_mlx import config as configs
-from dpo_mlx import jsonl, sweep, train_dpo
-from dpo_mlx.errors import UserError
-from dpo_mlx.reference import load_or_compute
-from dpo_mlx.signals import Interrupted
-from dpo_mlx.trainer import Trainer
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.process.signals import Interrupted
+from dpo_mlx.scoring.reference import load_or_compute
+from dpo_mlx.stages import sweep, train_dpo
+from dpo_mlx.training.trainer import Trainer
 from runs import exit_code
 
 SCRIPT = REPOSITORY / "scripts/phase4-fine-tune-model/14_sweep.py"
@@ -51,7 +52,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return load(folder, name, pairs, inputs, count, *more)
 
     monkeypatch.setattr(Trainer, "run", runs)
-    monkeypatch.setattr("dpo_mlx.reference.load_or_compute", loads)
+    monkeypatch.setattr("dpo_mlx.scoring.reference.load_or_compute", loads)
     return counts
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import rings
 from conftest import REPOSITORY
-from dpo_mlx import aborts, config, jsonl
+from dpo_mlx import config
 from dpo_mlx.config import Config
-from dpo_mlx.link import LOST
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.team import shares
-from dpo_mlx.train_dpo import train_dpo
+from dpo_mlx.files import jsonl
+from dpo_mlx.parallel.channel import LOST
+from dpo_mlx.parallel.distributed import shares
+from dpo_mlx.process import aborts
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import train_dpo
 from runs import determined
 
 MAKE_PAIRS = "scripts/phase3-prepare-data-mlx/06_generate_dpo_pairs.py"

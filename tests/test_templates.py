@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import tiny
 from conftest import REPOSITORY
-from dpo_mlx import chat_template, config, jsonl, make_pairs, pairs, time_limit
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.errors import UserError
-from dpo_mlx.job import prepare
-from dpo_mlx.loading import load_model
+from dpo_mlx import config
+from dpo_mlx.data import chat_template, pairs
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.process import time_limit
+from dpo_mlx.stages import make_pairs
+from dpo_mlx.training.setup import prepare
 from test_pairs import by_hand, edit, encoder_of
 
 OFF = {"enable_thinking": False}

@@ -8,23 +8,23 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from dpo_mlx import jsonl
 from dpo_mlx.config import TrainConfig
-from dpo_mlx.engine import (
+from dpo_mlx.files import jsonl
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.parallel.worker import Worker, log_probs
+from dpo_mlx.scoring.losses import Sides
+from dpo_mlx.scoring.objectives import Example
+from dpo_mlx.scoring.scorer import (
     LEAST_DIFFERENCE,
     Engine,
     rounding_limit,
     score_against,
     summarise,
 )
-from dpo_mlx.errors import UserError
-from dpo_mlx.guard import Evaluation
-from dpo_mlx.losses import Sides
-from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.objectives import Example
-from dpo_mlx.schedule import count_updates, groups, learning_rate
-from dpo_mlx.trainer import Stopped
-from dpo_mlx.worker import Worker, log_probs
+from dpo_mlx.training.guard import Evaluation
+from dpo_mlx.training.metrics import MetricsFile
+from dpo_mlx.training.schedule import count_updates, groups, learning_rate
+from dpo_mlx.training.trainer import Stopped
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 from runs import VALID, Adapters, differences, saved, swapped, wrote

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import tiny
 from dpo_mlx import config as config_module
-from dpo_mlx import jsonl
-from dpo_mlx.adapters import attach_lora
-from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import DpoConfig, LoraConfig
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.engine import Engine, score_against, summarise
-from dpo_mlx.loading import load_model
-from dpo_mlx.losses import Sides, objective
-from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.pairs import Pair
-from dpo_mlx.schedule import groups
-from dpo_mlx.trainer import Examples, Trainer
-from dpo_mlx.worker import Worker, log_probs
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.files import jsonl
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel.worker import Worker, log_probs
+from dpo_mlx.scoring.losses import Sides, objective
+from dpo_mlx.scoring.objectives import DPO, Example
+from dpo_mlx.scoring.scorer import Engine, score_against, summarise
+from dpo_mlx.training.checkpoint import Checkpoints, State
+from dpo_mlx.training.metrics import MetricsFile
+from dpo_mlx.training.schedule import groups
+from dpo_mlx.training.trainer import Examples, Trainer
 from mlx.utils import tree_flatten, tree_map_with_path
 from runs import wrote
 

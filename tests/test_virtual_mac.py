@@ -14,14 +14,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from dpo_mlx import config as configs
-from dpo_mlx import device, fusing, jsonl, tiny_granite
 from dpo_mlx.config import Config
-from dpo_mlx.fuse_adapters import fuse_adapters
-from dpo_mlx.loading import load_model
-from dpo_mlx.make_pairs import make_pairs
-from dpo_mlx.saving import save_model_folder
-from dpo_mlx.smoke_test import smoke_test
-from dpo_mlx.train_dpo import train_dpo
+from dpo_mlx.files import jsonl
+from dpo_mlx.model import device, fusing, tiny_granite
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.model.saving import save_model_folder
+from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.fuse_adapters import fuse_adapters
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.stages.train_dpo import train_dpo
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.ssm import ssm_update
 from virtual_mac import VirtualMac, in_bfloat16, ssm_step, stand_ins

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from dpo_mlx import voice
-from dpo_mlx.fluency import LONGEST_UNIT, distinct_bigrams, longest_loop
+from dpo_mlx.voice import voice_classifier
+from dpo_mlx.voice.fluency import LONGEST_UNIT, distinct_bigrams, longest_loop
 
 NOUNS = ["sky", "sea", "salt", "moon", "bread", "rust", "echo", "frost", "wheel", "spring"]
 VERBS = ["bends", "pulls", "warms", "keeps", "moves", "splits", "holds", "feeds"]
@@ -36,8 +36,8 @@ def many(make, count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def classifier() -> voice.VoiceClassifier:
-    return voice.fit_classifier(many(teacher, 60, 0), many(plain, 60, 1))
+def classifier() -> voice_classifier.VoiceClassifier:
+    return voice_classifier.fit_classifier(many(teacher, 60, 0), many(plain, 60, 1))
 
 
 def test_two_voices_are_told_apart(classifier):
@@ -47,7 +47,7 @@ def test_two_voices_are_told_apart(classifier):
 
 def test_one_voice_is_at_chance():
     """Where there is no difference none is found: the measure does not flatter."""
-    classifier = voice.fit_classifier(many(plain, 60, 0), many(plain, 60, 1))
+    classifier = voice_classifier.fit_classifier(many(plain, 60, 0), many(plain, 60, 1))
     assert 0.3 < classifier.accuracy(many(plain, 200, 2), many(plain, 200, 3)) < 0.7
 
 
@@ -62,9 +62,11 @@ def test_probability_is_the_sigmoid_of_the_score(classifier):
 
 def test_extreme_scores_stay_numbers():
     """No overflow: log-odds of a million are certainty."""
-    sure = voice.VoiceClassifier(np.zeros(voice.FEATURES), 1e6)
+    sure = voice_classifier.VoiceClassifier(np.zeros(voice_classifier.FEATURES), 1e6)
     assert sure.probability(["x"]) == [1.0]
-    assert voice.VoiceClassifier(np.zeros(voice.FEATURES), -1e6).probability(["x"]) == [0.0]
+    assert voice_classifier.VoiceClassifier(np.zeros(voice_classifier.FEATURES), -1e6).probability(
+        ["x"]
+    ) == [0.0]
 
 
 def test_length_does_not_count(classifier):
@@ -77,31 +79,33 @@ def test_length_does_not_count(classifier):
 def test_fit_is_the_minimum():
     """300 steps are enough: the gradient of the penalised loss is nearly zero."""
     chosen, rejected = many(teacher, 20, 0), many(plain, 20, 1)
-    fitted = voice.fit_classifier(chosen, rejected)
-    x = voice.features([*chosen, *rejected])
+    fitted = voice_classifier.fit_classifier(chosen, rejected)
+    x = voice_classifier.features([*chosen, *rejected])
     error = (fitted.probability([*chosen, *rejected]) - np.repeat([1, 0], 20)) / 40
-    assert np.abs(x.T @ error + voice.RIDGE * fitted.weight).max() < 1e-3
+    assert np.abs(x.T @ error + voice_classifier.RIDGE * fitted.weight).max() < 1e-3
     assert abs(error.sum()) < 1e-3
 
 
 def test_accuracy_weighs_both_sides_the_same():
     """Nine rejected answers do not outvote one chosen: calling all rejected is right by half."""
-    never = voice.VoiceClassifier(np.zeros(voice.FEATURES), -1.0)
+    never = voice_classifier.VoiceClassifier(np.zeros(voice_classifier.FEATURES), -1.0)
     assert never.accuracy(["a"], ["b"] * 9) == 0.5
 
 
 @pytest.mark.parametrize("text", ["abc", "é🙂日本", "a b " * 500, "ab"])
 def test_rows_have_length_one(text):
     """A row's length does not depend on the text's."""
-    assert voice.features([text]).shape == (1, voice.FEATURES)
-    assert np.linalg.norm(voice.features([text])) == pytest.approx(1.0)
+    assert voice_classifier.features([text]).shape == (1, voice_classifier.FEATURES)
+    assert np.linalg.norm(voice_classifier.features([text])) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("text", ["", "x"])
 def test_text_without_ngrams_is_zero(text):
     """Too short to tell: a row of zeros, no division by zero, the score is the bias."""
-    assert not voice.features([text]).any()
-    assert voice.VoiceClassifier(np.ones(voice.FEATURES), 0.25).score([text]) == [0.25]
+    assert not voice_classifier.features([text]).any()
+    assert voice_classifier.VoiceClassifier(np.ones(voice_classifier.FEATURES), 0.25).score(
+        [text]
+    ) == [0.25]
 
 
 def slot(ngram: str) -> int:
@@ -114,16 +118,16 @@ def slot(ngram: str) -> int:
 
 def test_features_by_hand():
     """In aaab: aa twice, ab, aaa, aab, aaab; roots of the counts, scaled to length one."""
-    expected = np.zeros(voice.FEATURES)
+    expected = np.zeros(voice_classifier.FEATURES)
     for ngram, count in {"aa": 2, "ab": 1, "aaa": 1, "aab": 1, "aaab": 1}.items():
         expected[slot(ngram)] = np.sqrt(count / 6)
-    np.testing.assert_allclose(voice.features(["aaab"])[0], expected, atol=1e-12)
+    np.testing.assert_allclose(voice_classifier.features(["aaab"])[0], expected, atol=1e-12)
 
 
 PROGRAM = """
 import hashlib
-from dpo_mlx import voice
-slots = voice.features(["abc"])[0].nonzero()[0].tolist()
+from dpo_mlx.voice import voice_classifier
+slots = voice_classifier.features(["abc"])[0].nonzero()[0].tolist()
 print(hashlib.sha256(repr(slots).encode()).hexdigest())
 """
 

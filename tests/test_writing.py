@@ -7,16 +7,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dpo_mlx.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.config import GenerationConfig, LoraConfig
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.engine import Engine
-from dpo_mlx.loading import LoadedModel, load_model
-from dpo_mlx.pairs import LENGTH, STOP, Pair
-from dpo_mlx.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
-from dpo_mlx.voice import fit_classifier
-from dpo_mlx.worker import Worker
-from dpo_mlx.writing import GREEDY, AnswerEvaluator, measure
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.data.pairs import LENGTH, STOP, Pair
+from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
+from dpo_mlx.model.loading import LoadedModel, load_model
+from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.voice.answers import GREEDY, AnswerEvaluator, measure
+from dpo_mlx.voice.voice_classifier import fit_classifier
 from runs import differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]

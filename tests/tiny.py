@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from dpo_mlx import tiny_granite
+from dpo_mlx.model import tiny_granite
 from mlx_lm.models import granite, granitemoehybrid, llama
 from tokenizers import Tokenizer
 

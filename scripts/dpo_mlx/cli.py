@@ -12,16 +12,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from . import awake, last_resort, lock, signals
+from .files import lock
+from .process import awake, last_resort, signals
 
 try:
     from . import config as configs
     from .config import Config
 except ImportError as error:  # no PyYAML: not the Python that the packages are installed in
     sys.exit(f"error: {last_resort.explain(error)[1]}")
-from .errors import UserError, doing
-from .supervisor import RANK_0
-from .text import cut
+from .files.errors import UserError, doing
+from .files.text import cut
+from .process.supervisor import RANK_0
 
 Stage = Callable[[Config, argparse.Namespace], int | None]
 
@@ -61,7 +62,7 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> NoReturn:
 
 def _main(stage: Stage, options: argparse.Namespace) -> int:
     # Loading what computes takes seconds, in which ^C may come, and the packages may be missing.
-    from .link import dismiss, link
+    from .parallel.channel import dismiss, link
 
     require_own_libraries()
     awake.keep()
@@ -78,7 +79,7 @@ def _main(stage: Stage, options: argparse.Namespace) -> int:
 
 
 def _help() -> None:
-    from .team import serve  # with all that computes, which not every stage needs
+    from .parallel.distributed import serve
 
     serve()
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
-from . import bounded, path_conflicts, strict_yaml
-from .errors import UserError
-from .path_conflicts import RunPaths
-from .run_folder import PairFiles, RunFolder
-from .text import shown
+from .files import bounded, path_conflicts, strict_yaml
+from .files.errors import UserError
+from .files.path_conflicts import RunPaths
+from .files.run_folder import PairFiles, RunFolder
+from .files.text import shown
 
 # losses.py and rounding.py implement these names. They are listed here so that reading a config
 # does not import MLX.

@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_mlx import cli, signals
-from dpo_mlx.last_resort import guarded
+from dpo_mlx import cli
+from dpo_mlx.process import signals
+from dpo_mlx.process.last_resort import guarded
 
 # Says which machine was tested and when; train_dpo_run1.sh looks for this file.
 MARK = Path(__file__).resolve().parents[2] / "data" / ".selftest.json"
@@ -19,7 +20,7 @@ MARK = Path(__file__).resolve().parents[2] / "data" / ".selftest.json"
 
 def main() -> int:
     cli.Parser(description=__doc__).parse_args()
-    from dpo_mlx import selftest
+    from dpo_mlx.stages import selftest
 
     cli.require_own_libraries()
     cli.warn_without_blas()

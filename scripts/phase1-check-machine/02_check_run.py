@@ -16,7 +16,7 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
-    from dpo_mlx.check_run import check_run
+    from dpo_mlx.stages.check_run import check_run
 
     cli.warn_without_blas()
     check_run(config)

@@ -12,7 +12,7 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
-    from dpo_mlx import demo_model
+    from dpo_mlx.model import demo_model
 
     folder = Path(config.model)
     if not config.demo_model:

@@ -12,7 +12,7 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
-    from dpo_mlx.make_pairs import make_pairs
+    from dpo_mlx.stages.make_pairs import make_pairs
 
     cli.warn_without_blas()
     make_pairs(config)

@@ -17,9 +17,9 @@ OLD_STAGES = {"precompute": "reference", "train": "training", "all": None}
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
-    from dpo_mlx.job import prepare
-    from dpo_mlx.preflight import preflight
-    from dpo_mlx.train_dpo import train_dpo
+    from dpo_mlx.stages.train_dpo import train_dpo
+    from dpo_mlx.training.preflight import preflight
+    from dpo_mlx.training.setup import prepare
 
     cli.warn_without_blas()
     only = options.only

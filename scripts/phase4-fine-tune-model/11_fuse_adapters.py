@@ -12,7 +12,7 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
-    from dpo_mlx.fuse_adapters import fuse_adapters
+    from dpo_mlx.stages.fuse_adapters import fuse_adapters
 
     cli.warn_without_blas()
     fuse_adapters(config)

@@ -15,7 +15,7 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
-    from dpo_mlx.smoke_test import smoke_test
+    from dpo_mlx.stages.evaluate import smoke_test
 
     cli.warn_without_blas()
     return 0 if smoke_test(config) else 1

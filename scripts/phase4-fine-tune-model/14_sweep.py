@@ -16,7 +16,7 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
-    from dpo_mlx.sweep import combinations, command, sweep, winner
+    from dpo_mlx.stages.sweep import combinations, command, sweep, winner
 
     cli.warn_without_blas()
     runs = combinations(options.config, options.overrides, options.grid)

@@ -12,9 +12,9 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> None:
-    from dpo_mlx import llama_cpp
-    from dpo_mlx.export import export
-    from dpo_mlx.export_peft import export_peft
+    from dpo_mlx.export import llama_cpp
+    from dpo_mlx.export.hugging_face import export
+    from dpo_mlx.export.peft import export_peft
 
     if options.peft:
         export_peft(config)

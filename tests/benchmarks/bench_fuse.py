@@ -33,14 +33,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import ours
-from dpo_mlx import fusing
-from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import NEAREST, STOCHASTIC, GenerationConfig, LoraConfig
-from dpo_mlx.encoding import EncodedPair, Encoder
-from dpo_mlx.engine import Engine
-from dpo_mlx.loading import load_model
-from dpo_mlx.pairs import Pair
-from dpo_mlx.worker import Worker, answer_all
+from dpo_mlx.data.encoding import EncodedPair, Encoder
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.model import fusing
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel.worker import Worker, answer_all
+from dpo_mlx.scoring.scorer import Engine
 from mlx.utils import tree_flatten, tree_unflatten
 
 LORA = LoraConfig(rank=16, scale=20.0)  # the shipped Granite config's

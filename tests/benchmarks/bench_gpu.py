@@ -16,8 +16,8 @@ a time limit, parts are skipped once the budget is used up, and the JSON file is
 
 `s/update` is the median over --steps updates after a warm-up for each length; both sides of a pair
 have that many tokens. Peaks are the process's highest so far, as MLX or PyTorch counts them, and
-lengths rise. The plan is what `dpo_mlx.memory.training` estimates for that length. The peers must
-be installed in this environment already, as it may have no network.
+lengths rise. The plan is what `dpo_mlx.scoring.memory.training` estimates for that length. The
+peers must be installed in this environment already, as it may have no network.
 
 Rehearse it on a CPU: --width tiny --layers 3 --lengths 64,128.
 """
@@ -185,7 +185,7 @@ def make_model(task: common.Values) -> common.Values:
 def run_stage(task: common.Values) -> common.Values:
     """Run a stage's script in this process. A stage that fails raises SystemExit."""
     import mlx.core as mx
-    from dpo_mlx import jsonl
+    from dpo_mlx.files import jsonl
 
     chain = Path(task["chain"])
     source = chain / "source.jsonl"
@@ -214,7 +214,7 @@ def run_stage(task: common.Values) -> common.Values:
 
 def questions() -> list[dict[str, str]]:
     """Rows that split into TRAIN_PAIRS and VALID_PAIRS."""
-    from dpo_mlx.questions import is_held_out
+    from dpo_mlx.data.questions import is_held_out
 
     rows: dict[bool, list[dict[str, str]]] = {False: [], True: []}
     for number in range(1000):
@@ -275,9 +275,9 @@ def run_peer(task: common.Values) -> common.Values:
 def pair_rows(task: common.Values) -> list[common.Values]:
     """Pairs of each length as text and as ids, shortest first; both sides have that many tokens."""
     from bench_train import as_values
-    from dpo_mlx.encoding import Encoder
-    from dpo_mlx.loading import load_model
-    from dpo_mlx.pairs import Pair
+    from dpo_mlx.data.encoding import Encoder
+    from dpo_mlx.data.pairs import Pair
+    from dpo_mlx.model.loading import load_model
 
     encoder = Encoder(load_model(task["folder"], lazy=True).tokenizer)
     letters = random.Random(0)

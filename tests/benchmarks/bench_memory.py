@@ -4,8 +4,8 @@
 
 Each row is a fresh process with random weights: an update of the real trainer (a pair whose sides
 both have that many tokens, the optimizer's step) with gradient checkpointing, and
-`dpo_mlx.memory.training` for the same model and length before it. Read `plan / peak` as the plan's
-error; RSS is what the operating system counted, more than MLX's own peak.
+`dpo_mlx.scoring.memory.training` for the same model and length before it. Read `plan / peak` as
+the plan's error; RSS is what the operating system counted, more than MLX's own peak.
 
 The figure for all 40 layers comes from a line through the rows: peak - weights - adapters and
 their two moments (known by their bytes) = a + b layers + c length + d layers length. `fit / peak`
@@ -32,9 +32,9 @@ import common
 import mlx.core as mx
 import numpy as np
 import ours
-from dpo_mlx import memory
-from dpo_mlx.adapters import attach_lora
-from dpo_mlx.logps import differentiable_log_probs, find_head
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.scoring import memory
+from dpo_mlx.scoring.log_probs import differentiable_log_probs, find_head
 from mlx.utils import tree_flatten
 
 LAYERS = 40  # of the whole model

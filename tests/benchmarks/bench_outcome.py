@@ -41,27 +41,30 @@ from pathlib import Path
 import common
 import mlx.optimizers as optim
 import yaml
-from dpo_mlx import checkpoint, encoding, jsonl, make_pairs, ownership, pairs
 from dpo_mlx import config as configs
-from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, GenerationConfig
-from dpo_mlx.encoding import Encoder
-from dpo_mlx.errors import UserError
-from dpo_mlx.guard import crossed_limits
-from dpo_mlx.job import prepare
-from dpo_mlx.loading import LoadedModel, load_model
-from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.objectives import DPO, SFT, Example
-from dpo_mlx.pairs import LENGTH, STOP, Pair
-from dpo_mlx.preflight import preflight
-from dpo_mlx.run_folder import TRAIN, VALID
-from dpo_mlx.sampling import Answer, limited
-from dpo_mlx.schedule import groups
-from dpo_mlx.train_dpo import Phases, train_dpo
-from dpo_mlx.trainer import Examples, Trainer
-from dpo_mlx.voice import fit_classifier
-from dpo_mlx.worker import Worker, answer_all
-from dpo_mlx.writing import Measures, measure
+from dpo_mlx.data import encoding, pairs
+from dpo_mlx.data.encoding import Encoder
+from dpo_mlx.data.pairs import LENGTH, STOP, Pair
+from dpo_mlx.files import jsonl, ownership
+from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.run_folder import TRAIN, VALID
+from dpo_mlx.model.loading import LoadedModel, load_model
+from dpo_mlx.model.sampling import Answer, limited
+from dpo_mlx.parallel.worker import Worker, answer_all
+from dpo_mlx.scoring.objectives import DPO, SFT, Example
+from dpo_mlx.stages import make_pairs
+from dpo_mlx.stages.train_dpo import Phases, train_dpo
+from dpo_mlx.training import checkpoint
+from dpo_mlx.training.checkpoint import Checkpoints, State
+from dpo_mlx.training.guard import crossed_limits
+from dpo_mlx.training.metrics import MetricsFile
+from dpo_mlx.training.preflight import preflight
+from dpo_mlx.training.schedule import groups
+from dpo_mlx.training.setup import prepare
+from dpo_mlx.training.trainer import Examples, Trainer
+from dpo_mlx.voice.answers import Measures, measure
+from dpo_mlx.voice.voice_classifier import fit_classifier
 
 DEMO = common.ROOT / "config/smollm2-135m_demo.yaml"
 CONTROL = Path(__file__).with_name("control.yaml")

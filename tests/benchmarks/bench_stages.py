@@ -16,8 +16,8 @@ than ten the peak rises faster, because MLX allocates for up to some ten blocks 
             and is measured with bfloat16 weights
   casts     the extra memory of a bfloat16 head, which is cast to float32 block by block. Measured
             on the head alone, with its gradient, and added to the plan too
-  plan      the need that dpo_mlx.memory plans for the 40-layer model. Its weights are lazy, and
-            only the first blocks are run
+  plan      the need that dpo_mlx.scoring.memory plans for the 40-layer model. Its weights are
+            lazy, and only the first blocks are run
   plan / measured    compares both totals
 
 Prompts have up to 100 tokens, answers 320, the longest sequence 1024 (data.max_length). Sampling
@@ -39,11 +39,12 @@ import numpy as np
 import ours
 from bench_memory import BFLOAT16, FLOAT32, LAYERS, head_s_casts
 from dpo_mlx import config as configs
-from dpo_mlx import fusing, memory
-from dpo_mlx.adapters import attach_lora
-from dpo_mlx.encoding import EncodedPair, Sequence
-from dpo_mlx.sampling import EVALUATED_AT_ONCE, Batch
-from dpo_mlx.worker import Worker, log_probs
+from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.model import fusing
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Batch
+from dpo_mlx.parallel.worker import Worker, log_probs
+from dpo_mlx.scoring import memory
 from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache

@@ -31,13 +31,14 @@ import mlx.optimizers as optim
 import numpy as np
 import ours
 import rings
-from dpo_mlx import memory, team
-from dpo_mlx.adapters import attach_lora
 from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
-from dpo_mlx.link import dismiss, link
-from dpo_mlx.loading import load_model
-from dpo_mlx.losses import Sides
-from dpo_mlx.objectives import Dpo, Example
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel import distributed
+from dpo_mlx.parallel.channel import dismiss, link
+from dpo_mlx.scoring import memory
+from dpo_mlx.scoring.losses import Sides
+from dpo_mlx.scoring.objectives import Dpo, Example
 from mlx.utils import tree_flatten
 
 LINKS = {"1 Gbit Ethernet": 0.125e9, "10 Gbit Ethernet": 1.25e9, "Thunderbolt, 20 Gbit": 2.5e9}
@@ -121,7 +122,7 @@ def adapters_bytes() -> list[int]:
 
 def worker(task: common.Values) -> common.Values:
     if link().rank:
-        team.serve()
+        distributed.serve()
         return {}
     config = Config(
         model=task["model"],
@@ -130,7 +131,7 @@ def worker(task: common.Values) -> common.Values:
         train=TrainConfig(learning_rate=common.LEARNING_RATE, grad_checkpoint=False),
         lora=ours.LORA,
     )
-    loaded, shared = team.load(config, train=True)
+    loaded, shared = distributed.load(config, train=True)
     lengths = np.random.default_rng(0).integers(task["answer"] // 2, 3 * task["answer"] // 2, 99)
     pairs = [ours.random_pair(loaded.model, int(lengths[i]), seed=i) for i in range(task["pairs"])]
     examples = [Example(pair, Sides(0.0, 0.0)) for pair in pairs]

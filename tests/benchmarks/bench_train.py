@@ -33,12 +33,13 @@ from statistics import median
 import common
 import hf
 import ours
-from dpo_mlx import pairs, questions, reference
-from dpo_mlx.encoding import EncodedPair, Encoder, Sequence
-from dpo_mlx.loading import load_model
-from dpo_mlx.objectives import Example
-from dpo_mlx.pairs import Pair
-from dpo_mlx.worker import Worker
+from dpo_mlx.data import pairs, questions
+from dpo_mlx.data.encoding import EncodedPair, Encoder, Sequence
+from dpo_mlx.data.pairs import Pair
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring import reference
+from dpo_mlx.scoring.objectives import Example
 
 TORCH, TRL, PEFT, MLX_LM_LORA = "2.13.0", "1.16.0", "0.21.2", "5.10.2"
 OURS, LORA, LORA_ALONE, TRL_PEFT = "ours", "mlx-lm-lora", "mlx-lm-lora alone", "TRL+PEFT"

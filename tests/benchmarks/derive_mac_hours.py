@@ -2,9 +2,9 @@
 
     python tests/benchmarks/derive_mac_hours.py [--rows 100,1300] [--prompt 40] [--answer 260]
 
-`dpo_mlx.check_run.minutes_of`, the formula behind `--check`, counts what each stage does; here the
-cost of each thing comes from a machine's figures instead of a probe. With P parameters in bfloat16
-(2 P bytes), S bytes of recurrent state a sequence, B answers at once, on a machine of R bytes/s and
+`dpo_mlx.stages.check_run.minutes_of`, the formula behind `--check`, counts what each stage does;
+here the cost of each thing comes from a machine's figures instead of a probe. With P parameters in
+bfloat16 (2 P bytes), S bytes of recurrent state a sequence, B answers at once, on a machine of R bytes/s and
 F FLOP/s:
 
   a token of each answer of a batch    the slower of (2 P + 2 B S) / R and 2 P B / F: the weights
@@ -31,15 +31,17 @@ from dataclasses import dataclass, replace
 
 import common
 import ours
-from dpo_mlx import checkpoint, fusing, memory
 from dpo_mlx import config as configs
-from dpo_mlx.adapters import LORA_LAYERS, attach_lora
-from dpo_mlx.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
-from dpo_mlx.checkpoint import SaveClock
-from dpo_mlx.encoding import Sequence
-from dpo_mlx.objectives import Dpo, Sft
-from dpo_mlx.sampling import limited
-from dpo_mlx.schedule import count_updates
+from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.model import fusing
+from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
+from dpo_mlx.model.sampling import limited
+from dpo_mlx.scoring import memory
+from dpo_mlx.scoring.objectives import Dpo, Sft
+from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
+from dpo_mlx.training import checkpoint
+from dpo_mlx.training.checkpoint import SaveClock
+from dpo_mlx.training.schedule import count_updates
 
 CONFIG = common.ROOT / "config/mlx_granite-4.0-h-micro_dpo.yaml"
 LAYERS = 40

@@ -16,21 +16,22 @@ import common
 import mlx.core as mx
 import numpy as np
 import tiny
-from dpo_mlx import memory, scan, tiny_granite
-from dpo_mlx.adapters import attach_lora
-from dpo_mlx.checkpoint import Checkpoints, State
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
-from dpo_mlx.encoding import EncodedPair, Sequence
-from dpo_mlx.engine import Engine
-from dpo_mlx.gradient_checkpointing import gradient_checkpointing
-from dpo_mlx.loading import load_model
-from dpo_mlx.losses import Sides
-from dpo_mlx.metrics import MetricsFile
-from dpo_mlx.objectives import DPO, Example
-from dpo_mlx.schedule import groups
-from dpo_mlx.trainer import Examples, Trainer
-from dpo_mlx.worker import Worker
-from dpo_mlx.writing import GREEDY, NAMES
+from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.model import scan, tiny_granite
+from dpo_mlx.model.adapters import attach_lora
+from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring import memory
+from dpo_mlx.scoring.losses import Sides
+from dpo_mlx.scoring.objectives import DPO, Example
+from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.training.checkpoint import Checkpoints, State
+from dpo_mlx.training.metrics import MetricsFile
+from dpo_mlx.training.schedule import groups
+from dpo_mlx.training.trainer import Examples, Trainer
+from dpo_mlx.voice.answers import GREEDY, NAMES
 from mlx.utils import tree_flatten
 from mlx_lm.models import granitemoehybrid
 from mlx_lm.tuner.callbacks import TrainingCallback

@@ -32,10 +32,10 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts")]
 import foreign  # noqa: E402
 import tiny  # noqa: E402
 import yaml  # noqa: E402
-from dpo_mlx import jsonl  # noqa: E402
-from dpo_mlx.lock import HEADER  # noqa: E402
-from dpo_mlx.ownership import MANIFEST  # noqa: E402
-from dpo_mlx.run_folder import LOCK  # noqa: E402
+from dpo_mlx.files import jsonl  # noqa: E402
+from dpo_mlx.files.lock import HEADER  # noqa: E402
+from dpo_mlx.files.ownership import MANIFEST  # noqa: E402
+from dpo_mlx.files.run_folder import LOCK  # noqa: E402
 from runs import IN_FOLDER, NO_LIMITS, determined  # noqa: E402
 
 SCRIPTS = {

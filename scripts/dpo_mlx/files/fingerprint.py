@@ -1,0 +1,176 @@
+"""What each output depends on. A stage runs again when one of these files or config keys changes.
+
+A fingerprint maps the name of each dependency ("dpo.beta", "train pairs") to its value, or to the
+digest of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from . import digest, jsonl, model_files, ownership, records
+from .model_files import ADAPTERS, CARD
+from .run_folder import SPLITS, TRAIN, VALID
+from .text import shown
+
+Fingerprint = dict[str, Any]
+
+# The stages, as their stamps are called.
+TRAINING, FUSING = "10_train_dpo", "11_fuse_adapters"
+EVALUATION, EXPORT = "12_smoke_test", "13_export_hf"
+# Other outputs that are kept: the pairs and the samples behind them; a reference; the adapters of a
+# phase; the judgement which adapters are best.
+PAIRS, SAMPLES = "pairs", "samples"
+REFERENCE = {split: f"reference of {split}" for split in SPLITS}
+SFT_ADAPTERS, DPO_ADAPTERS, JUDGEMENT = "SFT's adapters", "DPO's adapters", "judgement"
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Files by their names in FILES, and config keys; "dpo.*" stands for all keys of a section.
+    `except_keys` have no effect on the output.
+    """
+
+    files: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    except_keys: tuple[str, ...] = ()
+
+
+PROMPT = ("system_prompt", "chat_template_args.*")
+OF_DPO_ALONE = ("dpo.*", "train.learning_rate", "train.epochs")
+OF_JUDGEMENT = ("train.eval_every", "train.eval_questions")
+# These change neither the adapters nor which of them are best.
+WITHOUT_EFFECT = ("train.force", "train.restart", "train.save_every")
+ADAPTER_FILES = ("train pairs", "valid pairs", "model files")
+ADAPTER_KEYS = (*PROMPT, "data.max_length", "seed", "lora.*", "sft.*", "dpo.*", "train.*")
+JUDGEMENT_KEYS = ("guard.*", "generation.*", *OF_JUDGEMENT)
+JUDGEMENT_EXCEPT = ("generation.restart", "generation.batch_size")
+
+TABLE = {
+    PAIRS: Dependencies(
+        ("source", "model files"),
+        (
+            *PROMPT,
+            "seed",
+            "data.limit",
+            "data.valid_fraction",
+            "data.max_length",
+            "generation.*",
+        ),
+        ("generation.restart",),
+    ),
+    SAMPLES: Dependencies(
+        ("model files",), (*PROMPT, "seed", "generation.*"), ("generation.restart",)
+    ),
+    **{
+        REFERENCE[split]: Dependencies(
+            (f"{split} pairs", "model files"), (*PROMPT, "data.max_length", "train.scan_chunk")
+        )
+        for split in SPLITS
+    },
+    SFT_ADAPTERS: Dependencies(
+        ADAPTER_FILES, ADAPTER_KEYS, (*WITHOUT_EFFECT, *OF_JUDGEMENT, *OF_DPO_ALONE)
+    ),
+    DPO_ADAPTERS: Dependencies(ADAPTER_FILES, ADAPTER_KEYS, (*WITHOUT_EFFECT, *OF_JUDGEMENT)),
+    JUDGEMENT: Dependencies((), JUDGEMENT_KEYS, JUDGEMENT_EXCEPT),
+    TRAINING: Dependencies(
+        ADAPTER_FILES, (*ADAPTER_KEYS, *JUDGEMENT_KEYS), (*WITHOUT_EFFECT, *JUDGEMENT_EXCEPT)
+    ),
+    FUSING: Dependencies(
+        ("adapters", "model files", "valid pairs"),
+        (*PROMPT, "seed", "data.max_length", "fuse.*"),
+        ("fuse.min_margin_kept",),
+    ),
+    EVALUATION: Dependencies(
+        ("fused", "model files", "train pairs", "valid pairs", "metrics", "outcome"),
+        (
+            *PROMPT,
+            "seed",
+            "data.max_length",
+            "generation.*",
+            "smoke.*",
+            "dpo.*",
+            "fuse.min_margin_kept",
+        ),
+        ("generation.restart",),
+    ),
+    EXPORT: Dependencies(("fused", "model files", "card")),
+}
+
+FILES: dict[str, Callable[[Config], Any]] = {
+    "source": lambda config: _digest(Path(config.data.source)),
+    "model files": lambda config: model_files.fingerprint(config.model),
+    "train pairs": lambda config: _digest(config.pairs.splits[TRAIN]),
+    "valid pairs": lambda config: _digest(config.pairs.splits[VALID]),
+    "adapters": lambda config: _digest(config.run.adapters / ADAPTERS),
+    "metrics": lambda config: _digest(config.run.metrics),
+    "outcome": lambda config: _digest(config.run.outcome),
+    "fused": lambda config: model_files.fingerprint(str(config.run.fused)),
+    "card": lambda config: _digest(config.run.fused / CARD),
+}
+
+
+def of(output: str, config: Config, digests: Fingerprint | None = None) -> Fingerprint:
+    """The fingerprint of an output of TABLE as this run would make it now.
+
+    Files whose digests `digests`, an earlier fingerprint, has are not read again.
+    """
+    dependencies, known = TABLE[output], digests or {}
+    files = {
+        name: known[name] if name in known else FILES[name](config) for name in dependencies.files
+    }
+    keys = {key: value for key, value in config.flat.items() if _depends(dependencies, key)}
+    return {**files, **keys}
+
+
+def _depends(dependencies: Dependencies, key: str) -> bool:
+    return _matches(key, dependencies.keys) and not _matches(key, dependencies.except_keys)
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, None when there is none."""
+    return digest.of_file(path) if path.is_file() else None
+
+
+def read(path: Path) -> Fingerprint | None:
+    """A stored fingerprint, None when there is none. Raises UserError for one that is damaged or
+    not ours.
+    """
+    return records.read_if_there(path, Fingerprint)
+
+
+def write(path: Path, fingerprint: Fingerprint) -> None:
+    jsonl.write_json(path, fingerprint)
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """What differs: `name: old -> new` for short values, the name alone for long ones."""
+    new = json.loads(json.dumps(new))  # tuples and the like as they come back from a file
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [_difference(name, old.get(name), new.get(name)) for name in names]
+
+
+def is_current(path: Path, fingerprint: Fingerprint, outputs: list[Path]) -> bool:
+    """Whether the fingerprint stored at `path` is this one, and every output is still complete."""
+    old = read(path)
+    return old is not None and not differences(old, fingerprint) and all(map(_exists, outputs))
+
+
+def _exists(output: Path) -> bool:
+    return ownership.is_complete(output) if output.is_dir() else output.exists()
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if any(isinstance(value, dict | list) or len(str(value)) > 60 for value in (old, new)):
+        return shown(name)
+    return shown(f"{name}: {old} -> {new}")

@@ -1,0 +1,55 @@
+"""The model card: what a folder holds, what it was made of, how good it is, how to run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, Scalar
+from ..files import jsonl
+from ..files.model_files import CARD
+from ..files.results import read_pairs_report
+from . import templates
+
+TEMPLATE = "card.md.j2"
+
+
+def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
+    """Put the card into a model folder.
+
+    `report` holds `training`, how that ended, `fuse`, what stage 11 measured, and `voice` and
+    `fluency` once stage 12 has.
+    """
+    jsonl.write_text(folder / CARD, render(config, report))
+
+
+def render(config: Config, report: Mapping[str, Any]) -> str:
+    return templates.render(
+        TEMPLATE,
+        config=config,
+        template_args=_template_args(config.chat_template_args),
+        name=config.run.path.name,
+        base=Path(config.model).name if os.path.isdir(config.model) else config.model,
+        counts=read_pairs_report(config.pairs),
+        training=report["training"],
+        fuse=report["fuse"],
+        voice=report.get("voice"),
+        fluency=report.get("fluency"),
+    )
+
+
+def _template_args(arguments: Mapping[str, Scalar]) -> dict[str, str] | None:
+    """The chat template's arguments as a shell word and as Python keywords; None without any."""
+    if not arguments:
+        return None
+    are_names = all(name.isidentifier() and not iskeyword(name) for name in arguments)
+    keywords = ", ".join(f"{name}={value!a}" for name, value in arguments.items())
+    return {
+        "shell": shlex.quote(json.dumps(arguments)),
+        "python": keywords if are_names else f"**{ascii(dict(arguments))}",
+    }

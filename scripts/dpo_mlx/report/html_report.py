@@ -1,0 +1,67 @@
+"""What happened, in one HTML file: no network, no script, every text from outside escaped."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import jsonl
+from ..files.results import read_metrics
+from . import templates
+from .charts import CURVES, FRAME, Row, Scale, chart, last_update, of_sft, series, ticks
+
+TEMPLATE = "report.html.j2"
+
+
+def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
+    """Replace `path` by the page, atomically."""
+    jsonl.write_text(path, render(report, read_metrics(metrics_path)))
+
+
+def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
+    """The page, from what the smoke test found and the rows of metrics.jsonl."""
+    training, pairs = report["training"], report["run"]["pairs"]
+    kept = None if training is None else training["kept_update"]
+    return templates.render(
+        TEMPLATE,
+        **report,
+        charts={name: chart(metrics_rows, name, kept) for name in CURVES},
+        cost=cost(metrics_rows),
+        frame=FRAME,
+        lengths=None if pairs is None else lengths(pairs["tokens"]),
+        settings=sections(report["run"]["config"]),
+    )
+
+
+def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """A box a side, from the percentiles of answer lengths: the x of each percentile."""
+    sides = {
+        side: dict(zip(tokens["percentiles"], tokens[side], strict=True))
+        for side in ("chosen", "rejected")
+    }
+    longest = max([1, *(n for side in sides.values() for n in side.values())])
+    scale = Scale(0, longest, 66, FRAME["right"])
+    boxes = {side: {p: scale(n) for p, n in values.items()} for side, values in sides.items()}
+    return {"values": sides, "boxes": boxes, "ticks": ticks(scale, least_step=1)}
+
+
+def cost(rows: Sequence[Row]) -> dict[str, Any]:
+    """Updates of the run and of its SFT phase, speed and memory over them; None where nothing was
+    measured.
+    """
+    memory = [value for _, value in series(rows, "peak_memory_gb")]
+    speed = [value for _, value in series(rows, "tokens_per_second")]
+    return {
+        "updates": last_update(rows),
+        "sft_updates": last_update(of_sft(rows)),
+        "peak_memory_gb": max(memory, default=None),
+        "tokens_per_second": statistics.median(speed) if speed else None,
+    }
+
+
+def sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The config as {section: {key: value}}, keys outside any section under "run"."""
+    top = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    return {"run": top, **{key: value for key, value in config.items() if isinstance(value, dict)}}

@@ -1,0 +1,179 @@
+"""Log-probs of a sequence's answer; the vocabulary's logits never fill memory.
+
+The head is frozen, so all that training needs of it is log p and d(log p)/d(hidden) for each answer
+position. Both come out of one pass over blocks of the vocabulary, in float32 whatever the model's
+own dtype (a bfloat16 logit of 20 is off by up to 0.06, and hundreds of them are summed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..files.errors import UserError
+
+# Rows of the head in float32 at a time: 8192 x 2048 x 4 bytes = 64 MiB for Granite's width.
+VOCABULARY_BLOCK = 8192
+
+# Share of the largest logit by which the model's own logits may differ from the head's.
+HEAD_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: softcap(scale * (hidden @ weight.T + bias)).
+
+    `layer` is the linear layer, or the embedding it is tied to, plain or quantised.
+    """
+
+    layer: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.layer.weight.shape[0]
+
+    def weight(self, rows: slice | mx.array, after: mx.array | None = None) -> mx.array:
+        """Rows of the weight, [rows, D] float32; not before `after` is computed."""
+        weight = self.layer.weight[rows]
+        if after is not None:
+            weight = mx.depends(weight, after)
+        if "scales" in self.layer:
+            biases = self.layer.get("biases")
+            weight = mx.dequantize(
+                weight,
+                self.layer.scales[rows],
+                None if biases is None else biases[rows],
+                group_size=self.layer.group_size,
+                bits=self.layer.bits,
+                mode=self.layer.mode,
+            )
+        return weight.astype(mx.float32)
+
+    def logits(self, raw: mx.array, rows: slice | mx.array) -> mx.array:
+        """The logits of raw products hidden @ weight.T with these rows (last axis)."""
+        if "bias" in self.layer:
+            raw = raw + self.layer.bias[rows]
+        logits = self.scale * raw
+        return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
+
+    def slope(self, logits: mx.array) -> mx.array | float:
+        """d(logits)/d(raw), of the shape of `logits` or one number for all."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - mx.square(logits / self.softcap))
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
+    """(the backbone, ids [B, L] -> hidden states [B, L, D]; the head) of an mlx-lm model.
+
+    Raises UserError for a model without these two parts.
+    """
+    backbone = getattr(model, "model", None)
+    args: Any = getattr(model, "args", None)
+    if backbone is None or args is None:
+        raise _unknown_head(model)
+    layer = model["lm_head"] if "lm_head" in model else getattr(backbone, "embed_tokens", None)
+    if layer is None or not hasattr(layer, "weight"):
+        raise _unknown_head(model)
+    scale = getattr(args, "logit_scale", None) or 1 / getattr(args, "logits_scaling", 1.0)
+    return backbone, Head(layer, scale, getattr(args, "final_logit_softcapping", None))
+
+
+def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
+    """Raises UserError when the model's own logits are not the head's: its final scaling is none
+    of those known here; and when they are not finite.
+    """
+    ids = mx.arange(1, 9)[None] % head.vocabulary
+    expected = model(ids)[0].astype(mx.float32)
+    if not mx.isfinite(expected).all():
+        raise UserError(
+            "model: its logits are NaN or infinite, though its weights are finite; correct the "
+            "numbers in the model's config.json (multipliers, epsilons), lower lora.scale, or use "
+            "another model"
+        )
+    hidden = backbone(ids)[0].astype(mx.float32)
+    blocks: list[mx.array] = []
+    for rows in _blocks(head.vocabulary):
+        blocks.append(head.logits(hidden @ head.weight(rows).T, rows))
+        mx.eval(blocks)  # otherwise the whole head would be in memory in float32
+    own_logits = mx.concatenate(blocks, axis=-1)
+    # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%.
+    # An unknown scaling is off by far more.
+    if own_logits.shape != expected.shape or not (
+        mx.abs(own_logits - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
+    ):
+        raise _unknown_head(model)
+
+
+def _blocks(vocabulary: int) -> Iterator[slice]:
+    """The rows of the head, VOCABULARY_BLOCK at a time."""
+    for start in range(0, vocabulary, VOCABULARY_BLOCK):
+        yield slice(start, min(start + VOCABULARY_BLOCK, vocabulary))
+
+
+def _unknown_head(model: nn.Module) -> UserError:
+    kind = getattr(model, "model_type", type(model).__name__)
+    return UserError(
+        f"model: the output layer of architecture {kind} is not one that can be trained here; "
+        "use a granitemoehybrid, granite, llama, qwen or mistral model"
+    )
+
+
+def token_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
+    """log p(target) at each position, [T] float32, of hidden [T, D] and targets [T]."""
+    return _scores_and_slopes(hidden, targets, head, slopes=False)[0]
+
+
+def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
+    """The same, with a gradient; the slopes are computed too, whether they are used or not.
+
+    Differentiable in `hidden` alone; the head is frozen. The backward pass only scales what the
+    forward pass kept, [T, D].
+    """
+
+    @mx.custom_function
+    def scores(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        return _scores_and_slopes(hidden, targets, head, slopes=True)
+
+    @scores.vjp
+    def scores_vjp(hidden: Any, cotangents: Any, outputs: Any) -> mx.array:
+        return (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
+
+    outputs: Any = scores(hidden)
+    return outputs[0]
+
+
+def _scores_and_slopes(
+    hidden: mx.array, targets: mx.array, head: Head, slopes: bool
+) -> tuple[mx.array, mx.array]:
+    """(log p(target) [T], d(log p)/d(hidden) [T, D]), float32, in blocks of the vocabulary.
+
+    Without `slopes` the second is not to be used.
+
+    With z the raw products and l(z) the logits, log p = l_target - log sum exp l, and
+    d(log p)/d(hidden) = W^T (l'(z) (onehot - softmax(l))). The softmax's part is summed up block
+    by block against the largest logit so far, and rescaled when a larger one turns up.
+    """
+    x = hidden.astype(mx.float32)
+    top = mx.full((x.shape[0], 1), -mx.inf)  # largest logit so far
+    total = mx.zeros((x.shape[0], 1))  # sum of exp(l - top)
+    pull = mx.zeros_like(x)  # sum of exp(l - top) l' W
+    for rows in _blocks(head.vocabulary):
+        # Block after block, or all of them would stand in memory in float32 at once.
+        weight = head.weight(rows, after=pull if slopes else total)
+        logits = head.logits(x @ weight.T, rows)
+        new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
+        shrink, share = mx.exp(top - new_top), mx.exp(logits - new_top)
+        total = total * shrink + share.sum(axis=-1, keepdims=True)
+        pull = pull * shrink + (share * head.slope(logits)) @ weight
+        top = new_top
+    weight = head.weight(targets)
+    logits = head.logits((x * weight).sum(axis=-1), targets)[:, None]
+    log_probs = logits - top - mx.log(total)
+    return log_probs[:, 0], head.slope(logits) * weight - pull / total

@@ -1,0 +1,93 @@
+"""The preflight: what a run will do, how long it takes, and what is wrong with its settings."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..config import Config
+from ..files.errors import UserError
+from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
+from ..model import device
+from ..model.gradient_checkpointing import gradient_checkpointing
+from . import findings
+from .schedule import pairs_per_update
+from .setup import Job, load_reference
+
+
+class Refused(UserError):
+    """The preflight found settings that are sure to waste the run."""
+
+
+def preflight(job: Job, only_read: bool = False) -> list[findings.Finding]:
+    """Print what the run will do and what is wrong with it.
+
+    This needs the pairs, the base model's log-probs of the valid ones, and the gradients of a few.
+    Raises Refused for settings that are sure to waste the run, unless `train.force` is set, and
+    UserError with `only_read` when those log-probs are not stored yet.
+    """
+    config, encoded = job.config, job.preferences
+    base = load_reference(job, BASE, VALID, only_read=only_read)
+    with gradient_checkpointing(job.model, config.train.grad_checkpoint):
+        probe = findings.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
+    facts = findings.gather(config, job.raw, encoded, base, job.classifier, probe)
+    _describe(job, facts, probe)
+    all_findings = list(findings.of(facts, config))
+    for finding in all_findings:
+        print(f"10: {'sure to fail: ' if finding.fatal else 'note: '}{finding.text}")
+    if any(finding.fatal for finding in all_findings) and not config.train.force:
+        raise Refused(
+            "the preflight found settings that are sure to waste the run, see above; change them, "
+            "or --set train.force=true to train all the same"
+        )
+    return all_findings
+
+
+def _describe(job: Job, facts: findings.Facts, probe: findings.Probe) -> None:
+    """Print the data, the two phases, the time and the memory of a run."""
+    for split in SPLITS:
+        lengths = [pair.length for pair in job.pairs[split]]
+        print(
+            f"10: {len(lengths)} {split} pairs; the longer answer with its prompt has "
+            f"{np.median(lengths):.0f} tokens in the median and {max(lengths)} at most"
+        )
+    print(
+        f"10: the base model gives chosen answers {facts.chosen_per_token:.2f} nats a token, "
+        f"rejected ones {facts.rejected_per_token:.2f}; median lengths "
+        f"{facts.chosen_tokens:.0f} and {facts.rejected_tokens:.0f} tokens"
+    )
+    print(
+        f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
+    )
+    _describe_phases(job.config, facts)
+    print(
+        f"10: about {_seconds(job, probe) / 60:.0f} minutes, plus the answers of each evaluation; "
+        f"peak memory {job.need}; {device.available() / 1e9:.2f} GB available"
+    )
+
+
+def _describe_phases(config: Config, facts: findings.Facts) -> None:
+    size = pairs_per_update(config.train)
+    if facts.sft_updates:
+        print(
+            f"10: SFT: {facts.sft_updates} updates of {size} chosen answers, learning rate "
+            f"{config.sft.learning_rate:g}; at first order it moves unseen answers by about "
+            f"{facts.sft_change:+.2g} nats a token"
+        )
+    print(
+        f"10: DPO: {facts.dpo_updates} updates of {size} pairs, learning rate "
+        f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}; at "
+        f"first order it moves unseen chosen and rejected answers apart by about "
+        f"{facts.dpo_change:+.2g} nats a token"
+    )
+
+
+def _seconds(job: Job, probe: findings.Probe) -> float:
+    """The time of both phases and of the reference.
+
+    Scoring the reference takes a third of the time of a gradient.
+    """
+    config, train = job.config, job.preferences[TRAIN]
+    chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
+    pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
+    tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
+    return tokens * probe.seconds

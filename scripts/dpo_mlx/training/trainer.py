@@ -1,0 +1,289 @@
+"""The training loop of a phase: updates and evaluations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.optimizers import clip_grad_norm
+
+from ..config import Config
+from ..data.encoding import EncodedPair, Sequence
+from ..files.errors import UserError
+from ..model import device
+from ..model.fusing import dtype_of
+from ..model.sampling import batch_seed
+from ..parallel.worker import Worker, log_probs
+from ..process import signals
+from ..scoring import objectives
+from ..scoring.objectives import Example
+from ..scoring.scorer import LEAST_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
+from ..voice.answers import Measures
+from . import checkpoint
+from .checkpoint import Checkpoints, SaveClock, State
+from .guard import Evaluation, better, crossed_limits
+from .metrics import MetricsFile
+from .schedule import count_updates, groups, learning_rate
+
+# Default: at most 3 evaluations per phase, at least 10 updates apart. Answering an evaluation's
+# questions takes about as long as five updates.
+EVALUATIONS, UPDATES_APART = 3, 10
+
+# Updates in a row that give NaN or an infinity before the run stops.
+MOST_SKIPPED = 3
+
+
+def updates_between_evaluations(updates: int) -> int:
+    """The default of `train.eval_every` for a phase of so many updates."""
+    return math.ceil(updates / min(max(updates // UPDATES_APART, 1), EVALUATIONS))
+
+
+class Stopped(Exception):
+    """Training must not go on after this update, for these reasons."""
+
+    def __init__(self, update: int, reasons: list[str]) -> None:
+        super().__init__(*reasons)
+        self.update = update
+        self.reasons = reasons
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a phase trains on, and what its evaluations score."""
+
+    train: list[Example]
+    valid: list[Example]
+
+
+class Trainer:
+    """Trains one phase of a run, the one that `state.phase` names.
+
+    `worker` holds the model with its adapters. `measure_answers` asks that model the evaluations'
+    questions. `state` says where the run is; to resume from a checkpoint, also restore its tensors
+    into the model and `optimizer`. Checkpoints go to `checkpoints`, metrics to `metrics`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: Config,
+        examples: Examples,
+        measure_answers: Callable[[], Measures],
+        metrics: MetricsFile,
+        checkpoints: Checkpoints,
+        state: State,
+    ) -> None:
+        self.worker = worker
+        self.model = worker.model
+        self.config = config
+        self.examples = examples
+        self.measure_answers = measure_answers
+        self.metrics = metrics
+        self.checkpoints = checkpoints
+        self.state = state
+        self.objective = objectives.of_phase(state.phase, config)
+        self.save_clock = SaveClock()
+        settings = self.objective.settings
+        self.updates = count_updates(settings, len(examples.train))
+        # MLX's AdamW leaves the bias correction out by default: its first steps are then several
+        # times larger than Adam's.
+        self.optimizer = optim.AdamW(
+            learning_rate=learning_rate(settings, self.updates),
+            weight_decay=settings.weight_decay,
+            bias_correction=True,
+        )
+        self.optimizer.init(self.model.trainable_parameters())
+
+    def run(self) -> None:
+        """Train to the end of the phase.
+
+        Raises Stopped when the guard (unless it is off) or NaN and infinities end the phase,
+        Interrupted on a signal after saving a checkpoint, and UserError when the policy does not
+        start at the reference.
+        """
+        try:
+            self._raise_if_stopped()
+            if self._is_evaluation_due():
+                self._evaluate()
+            for epoch, indices in self._remaining_groups():
+                self._update(epoch, [self.examples.train[i] for i in indices])
+                if self._is_evaluation_due():
+                    self._evaluate()
+        except signals.Interrupted:
+            self._save()
+            raise
+
+    def _remaining_groups(self) -> Iterator[tuple[int, list[int]]]:
+        all_groups = groups(self.objective.settings, len(self.examples.train), self.config.seed)
+        return itertools.islice(all_groups, self.state.updates_of_phase, None)
+
+    def _update(self, epoch: int, examples: list[Example]) -> None:
+        """One training step: gradient, clipping, optimizer, report."""
+        update = self.state.update + 1
+        started = time.perf_counter()
+        mx.reset_peak_memory()
+        # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
+        seed = batch_seed(self.config.seed, update)
+        scores, gradient, broken_lines = self.worker.gradient(self.objective, examples, seed)
+        if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
+            self._check_start(examples, scores)  # the reference has no dropout
+        gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
+        phase = self.state.phase
+        row = {"iteration": update, "phase": phase, "epoch": epoch + 1, "pairs": len(examples)}
+        if broken_lines or not math.isfinite(float(norm)):
+            self._skip(row, broken_lines or [example.pair.line for example in examples])
+            return
+        self.optimizer.update(self.model, gradient)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        seconds = time.perf_counter() - started
+        row |= {
+            **self.objective.summary(scores),
+            "grad_norm": float(norm),
+            "learning_rate": float(self.optimizer.learning_rate),
+            "tokens_per_second": sum(map(self.objective.tokens, examples)) / seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        self.state.skipped_in_a_row = 0
+        self._end_update(row)
+
+    def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
+        """End an update without touching the adapters, because of these lines of the train pairs.
+
+        Raises Stopped when it is one too many in a row.
+        """
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row == MOST_SKIPPED:
+            state.stopped = [
+                f"{self.config.data.train_pairs}: {MOST_SKIPPED} updates in a row gave NaN or an "
+                f"infinity, the last one from the pairs on lines {lines}; look at these pairs, or "
+                "lower train.learning_rate"
+            ]
+        self._end_update({**row, "skipped_updates": state.skipped, "skipped_lines": lines})
+        self._raise_if_stopped()
+
+    def _end_update(self, row: dict[str, Any]) -> None:
+        """Report an update, and save a checkpoint when one is due."""
+        self.metrics.on_train_loss_report(row)
+        self.state.update += 1
+        self.state.evaluated, self.state.measures = False, {}
+        if self._is_save_due() or self._is_evaluation_due() or self.state.stopped:
+            self._save()
+
+    def _evaluate(self) -> None:
+        """One evaluation: the answers, the valid pairs, report, guard, checkpoint."""
+        state = self.state
+        measures = state.measures = state.measures or self.measure_answers()
+        scores = self._score_valid()
+        if state.updates_of_phase == 0:
+            self._check_start(self.examples.valid, scores)
+        metrics = summarise(scores, self.config.dpo.beta)
+        self.metrics.on_val_loss_report(
+            {
+                "iteration": state.update,
+                "phase": state.phase,
+                **{f"eval_{name}": value for name, value in metrics.items()},
+                **{f"eval_text/{name}": value for name, value in measures.items()},
+            }
+        )
+        change = metrics["logps/chosen_change_per_token"]
+        crossed = crossed_limits(self.config.guard, state.base, measures, change)
+        state.best = better(state.best, Evaluation.of(state.update, measures), crossed)
+        state.evaluated = True
+        if self.config.guard.enabled:
+            state.stopped = crossed
+        self._save()
+        self._raise_if_stopped()
+
+    def _score_valid(self) -> list[PairScore]:
+        examples = self.examples.valid
+        policy = log_probs(self.worker, [example.pair for example in examples])
+        return [
+            score_against(pi, example.pair, example.reference, self.config.dpo)
+            for pi, example in zip(policy, examples, strict=True)
+        ]
+
+    def _is_evaluation_due(self) -> bool:
+        """Whether an evaluation comes before the next update."""
+        done = self.state.updates_of_phase
+        every = self.config.train.eval_every or updates_between_evaluations(self.updates)
+        return (done % every == 0 or done == self.updates) and not self.state.evaluated
+
+    def _is_save_due(self) -> bool:
+        every = self.config.train.save_every
+        if every is None:
+            return self.save_clock.is_due()
+        return self.state.updates_of_phase % every == 0
+
+    def _save(self) -> None:
+        """Save a checkpoint, unless the run had no evaluation yet: there is no best one then."""
+        if self.state.best is None:
+            return
+        self.state.rows = self.metrics.rows
+        with self.save_clock.saving(checkpoint.size(self.model)):
+            self.checkpoints.save(self.state, self.model, self.config.lora, self.optimizer)
+
+    def _raise_if_stopped(self) -> None:
+        if self.state.stopped:
+            raise Stopped(self.state.update, self.state.stopped)
+
+    def _check_start(self, examples: list[Example], scores: list[Any]) -> None:
+        """Check that the policy starts at the reference: the margin is 0, DPO's loss ln 2.
+
+        On one machine the same kernels compute both, so they are equal. Several machines may round
+        differently. Raises UserError for a difference that rounding does not explain, and prints a
+        line for a smaller one that one machine should not have.
+        """
+        largest = 0.0
+        for example, score in zip(examples, scores, strict=True):
+            if isinstance(score, PairScore):  # SFT's train pairs have no reference
+                largest = max(largest, self._start_difference(example.pair, score))
+        if largest > LEAST_DIFFERENCE:
+            reason = (
+                "different machines round differently, which is harmless"
+                if self.worker.size > self.worker.local_processes
+                else "rounding can explain that, so training goes on. On one machine they should "
+                "be equal; please report it with the output of ./train_dpo_run1.sh --selftest"
+            )
+            print(
+                f"10: before the first update the policy's log-probs are up to {largest:.2g} nats "
+                f"off the reference's: {reason}"
+            )
+
+    def _start_difference(self, pair: EncodedPair, score: PairScore) -> float:
+        """The larger difference of a pair's two sides from the reference, in nats."""
+        largest, dtype = 0.0, dtype_of(self.model)
+        for side, pi, ref in zip(pair.sides, score.pi, score.ref, strict=True):
+            if not math.isfinite(pi):
+                continue  # the update will be skipped and name this pair
+            difference = abs(float(pi) - float(ref))
+            limit = rounding_limit(side.answer_length, dtype)
+            if not difference <= limit:
+                raise UserError(self._start_fault(pair, side, float(pi), difference, limit))
+            largest = max(largest, difference)
+        return largest
+
+    def _start_fault(
+        self, pair: EncodedPair, side: Sequence, pi: float, difference: float, limit: float
+    ) -> str:
+        """Why the policy does not start at the reference: a wrong file or a wrong computation."""
+        where = f"{self.config.run.references}: pair on line {pair.line}: "
+        gap = f"{difference:.3g} nats off, and rounding explains only {limit:.2g}"
+        without_gradient = self.worker.log_probs([side])[0]
+        if abs(without_gradient - pi) <= limit:
+            return (
+                f"{where}the stored log-prob is {gap}: the file is damaged or belongs to another "
+                "model; delete that folder and run 10_train_dpo.py again"
+            )
+        return (
+            f"{where}the model scores one answer {without_gradient:.2f} without and {pi:.2f} with "
+            f"a gradient ({gap}). This is a bug in the pipeline or in MLX on {device.name()}, not "
+            "in your data; please report it with the output of ./train_dpo_run1.sh --selftest"
+        )
