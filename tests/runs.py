@@ -22,7 +22,7 @@ from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring.losses import Sides
 from dpo_mlx.scoring.objectives import DPO, Example
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.training.checkpoint import Checkpoints, State
 from dpo_mlx.training.metrics import MEASURED, MetricsFile
 from dpo_mlx.training.trainer import Examples, Trainer
@@ -120,11 +120,11 @@ class Run:
         self.config = config
         loaded = load_model(config.model)
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
-        engine = Engine(self.model)
+        scorer = Scorer(self.model)
 
         def example(pair: Pair) -> Example:
             encoded = self.encoder.pair(pair)
-            chosen, rejected = (engine.log_prob(side) for side in encoded.sides)
+            chosen, rejected = (scorer.log_prob(side) for side in encoded.sides)
             return Example(encoded, Sides(chosen + off, rejected))
 
         self.train, self.valid = [example(p) for p in train], [example(p) for p in valid]

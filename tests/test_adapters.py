@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from dpo_mlx.config import LoraConfig
-from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.data.encoding import EncodedAnswer
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.files.model_files import ADAPTER_CONFIG, ADAPTERS
 from dpo_mlx.files.ownership import MANIFEST, new_folder
@@ -21,13 +21,13 @@ from dpo_mlx.model.adapters import (
     save_adapters,
 )
 from dpo_mlx.model.loading import load_model
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from mlx.utils import tree_flatten
 from runs import differences, saved
 from test_engine import perturb
 
 LORA = LoraConfig(rank=4)
-SEQUENCE = Sequence((5, 9, 20, 33, 8, 100, 61, 7), 3)
+SEQUENCE = EncodedAnswer((5, 9, 20, 33, 8, 100, 61, 7), 3)
 
 
 def adapted(folder: Path, lora: LoraConfig = LORA, size: float | None = None) -> Any:
@@ -52,27 +52,27 @@ def test_without_adapters_it_is_the_base_model(kind, request):
     outside of the block those of before.
     """
     folder = request.getfixturevalue(kind)
-    expected = Engine(load_model(str(folder)).model).log_prob(SEQUENCE)
+    expected = Scorer(load_model(str(folder)).model).log_prob(SEQUENCE)
     model = adapted(folder, LoraConfig(rank=4, dropout=0.5))
-    engine = Engine(model)
-    before = engine.log_prob(SEQUENCE)
+    scorer = Scorer(model)
+    before = scorer.log_prob(SEQUENCE)
     assert abs(before - expected) > 0.1, "the adapters do nothing here"
     with adapters_off(model):
-        assert engine.log_prob(SEQUENCE) == expected
+        assert scorer.log_prob(SEQUENCE) == expected
         model.train()
-        assert engine.log_prob(SEQUENCE) == expected
+        assert scorer.log_prob(SEQUENCE) == expected
     model.eval()
-    assert engine.log_prob(SEQUENCE) == before
+    assert scorer.log_prob(SEQUENCE) == before
 
 
 def test_adapters_come_back_after_an_error(llama):
     """Sampling that fails leaves the model as it was; within itself the block is harmless."""
     model = adapted(llama)
-    engine = Engine(model)
-    before = engine.log_prob(SEQUENCE)
+    scorer = Scorer(model)
+    before = scorer.log_prob(SEQUENCE)
     with pytest.raises(KeyError), adapters_off(model), adapters_off(model):
         raise KeyError
-    assert engine.log_prob(SEQUENCE) == before
+    assert scorer.log_prob(SEQUENCE) == before
 
 
 # Taken up ---------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_what_is_saved_is_taken_up(kind, request, tmp_path):
     save_adapters(trained, LORA, tmp_path / "a")
     load_adapters(fresh, tmp_path / "a")
     assert differences(adapters(fresh), adapters(trained)) == 0
-    assert Engine(fresh).log_prob(SEQUENCE) == Engine(trained).log_prob(SEQUENCE)
+    assert Scorer(fresh).log_prob(SEQUENCE) == Scorer(trained).log_prob(SEQUENCE)
 
 
 def test_what_is_taken_up_does_not_hang_on_the_file(llama, tmp_path):

@@ -25,7 +25,7 @@ from dpo_mlx.files import digest, jsonl, ownership
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.files.ownership import MANIFEST
 from dpo_mlx.model.loading import load_model
-from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.evaluate import evaluate
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import train_dpo
@@ -59,7 +59,7 @@ def finished(granite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_pairs(loaded)
         train_dpo(loaded, "all")
         fuse_adapters(loaded)
-        smoke_test(loaded)
+        evaluate(loaded)
     return folder
 
 

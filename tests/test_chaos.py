@@ -19,8 +19,8 @@ from chaos import run as chaos
 from conftest import REPOSITORY
 from dpo_mlx import config
 from dpo_mlx.files import atomic, lock, ownership
-from dpo_mlx.files.run_folder import LOCK
-from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.files.run_folder import LOCK, RunFolder
+from dpo_mlx.stages.evaluate import evaluate
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import train_dpo
@@ -38,7 +38,7 @@ def run_chain(folder: Path) -> None:
         make_pairs(loaded)
         assert train_dpo(loaded)
         fuse_adapters(loaded)
-        assert smoke_test(loaded)
+        assert evaluate(loaded)
 
 
 def watched(patch: pytest.MonkeyPatch, before_each: Callable[[], None]) -> None:
@@ -111,7 +111,7 @@ def test_sigterm_to_the_runner_ends_its_stage_which_goes_on_later(tmp_path, sett
         _, said = runner.communicate()
     assert runner.returncode == 143, said
     assert "stopped by SIGTERM; the same command goes on from here" in said
-    with lock.hold_run(tmp_path / "run"):
+    with lock.hold_run(RunFolder(tmp_path / "run")):
         kept = samples.read_bytes()
     assert 0 < kept.count(b"\n") < 15 and kept.endswith(b"\n")
     make_pairs(config.load(path))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from dpo_mlx import config as configs
-from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.data.encoding import EncodedAnswer
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.model import device
@@ -19,9 +19,9 @@ from runs import exit_code
 CHECK = REPOSITORY / "scripts/phase1-check-machine/02_check_run.py"
 
 
-def sequences(count: int) -> list[Sequence]:
+def sequences(count: int) -> list[EncodedAnswer]:
     """Sequences of ten tokens each."""
-    return [Sequence((0,) * 10, 4)] * count
+    return [EncodedAnswer((0,) * 10, 4)] * count
 
 
 def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:

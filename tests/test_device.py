@@ -16,7 +16,7 @@ from dpo_mlx.config import Config
 from dpo_mlx.model import device
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.scoring import memory
-from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.evaluate import evaluate
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import ONLY_REFERENCE, train_dpo
@@ -26,7 +26,7 @@ STAGES = {
     "06": make_pairs,
     "10": lambda config: train_dpo(config),
     "11": fuse_adapters,
-    "12": smoke_test,
+    "12": evaluate,
 }
 
 
@@ -106,16 +106,16 @@ def test_every_stage_is_bounded_and_holds_one_model(
 
 
 def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) -> None:
-    """An engine is in no reference cycle, so its model is freed without the garbage collector."""
-    from dpo_mlx.scoring.scorer import Engine
+    """An scorer is in no reference cycle, so its model is freed without the garbage collector."""
+    from dpo_mlx.scoring.scorer import Scorer
     from test_adapters import SEQUENCE, adapted
 
     before = mx.get_active_memory()
-    engine = Engine(adapted(wide))
-    engine.log_prob(SEQUENCE)
-    engine.log_prob_and_gradient(SEQUENCE)
+    scorer = Scorer(adapted(wide))
+    scorer.log_prob(SEQUENCE)
+    scorer.log_prob_and_gradient(SEQUENCE)
     assert mx.get_active_memory() > before + 8_000_000
-    del engine
+    del scorer
     assert mx.get_active_memory() < before + 1_000_000
 
 

@@ -1,4 +1,4 @@
-"""The engine against the whole model's own logits, on tiny Granite and llama folders."""
+"""The scorer against the whole model's own logits, on tiny Granite and llama folders."""
 
 import json
 
@@ -8,7 +8,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from dpo_mlx.config import NEAREST, DpoConfig, LoraConfig
-from dpo_mlx.data.encoding import Encoder, Sequence
+from dpo_mlx.data.encoding import EncodedAnswer, Encoder
 from dpo_mlx.data.pairs import Pair
 from dpo_mlx.files import model_files
 from dpo_mlx.files.errors import UserError
@@ -17,9 +17,9 @@ from dpo_mlx.model.adapters import attach_lora, save_adapters
 from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.model.saving import save_model_folder
-from dpo_mlx.scoring import scorer as engine_module
+from dpo_mlx.scoring import scorer as scorer_module
 from dpo_mlx.scoring.losses import LOSSES, Sides, objective, preference_loss
-from dpo_mlx.scoring.scorer import Engine, PairScore, summarise
+from dpo_mlx.scoring.scorer import PairScore, Scorer, summarise
 from mlx.utils import tree_flatten, tree_map_with_path
 
 KINDS = ["granite", "llama"]
@@ -48,15 +48,15 @@ class Setting:
         loaded = load_model(str(folder))
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
         self.pair = self.encoder.pair(PAIR)
-        base = Engine(self.model)
+        base = Scorer(self.model)
         self.reference = Sides(base.log_prob(self.pair.chosen), base.log_prob(self.pair.rejected))
         mx.random.seed(0)
         attach_lora(self.model, lora)
         perturb(self.model)
-        self.engine = Engine(self.model)
+        self.scorer = Scorer(self.model)
 
     def log_probs(self):
-        return [self.engine.log_prob(s) for s in (self.pair.chosen, self.pair.rejected)]
+        return [self.scorer.log_prob(s) for s in (self.pair.chosen, self.pair.rejected)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -117,10 +117,10 @@ def largest_difference(found, expected):
 
 
 def test_log_prob_is_the_models_own(setting):
-    """The engine's log-prob is log_softmax of the model's own logits over the answer, to 1e-5."""
+    """The scorer's log-prob is log_softmax of the model's own logits over the answer, to 1e-5."""
     for sequence in (setting.pair.chosen, setting.pair.rejected):
         expected = in_float64(setting.model, sequence)
-        assert setting.engine.log_prob(sequence) == pytest.approx(expected, rel=1e-5)
+        assert setting.scorer.log_prob(sequence) == pytest.approx(expected, rel=1e-5)
 
 
 def test_log_prob_of_a_quantised_model(llama):
@@ -129,15 +129,17 @@ def test_log_prob_of_a_quantised_model(llama):
     nn.quantize(model, group_size=64, bits=4)
     attach_lora(model, LORA)
     perturb(model)
-    sequence = Sequence((5, 9, 20, 33, 8, 100), 3)
-    assert Engine(model).log_prob(sequence) == pytest.approx(in_float64(model, sequence), rel=1e-5)
+    sequence = EncodedAnswer((5, 9, 20, 33, 8, 100), 3)
+    assert Scorer(model).log_prob(sequence) == pytest.approx(in_float64(model, sequence), rel=1e-5)
 
 
-@pytest.mark.parametrize("sequence", [Sequence((7, 9), 1), Sequence((7, *range(20, 60)), 1)])
+@pytest.mark.parametrize(
+    "sequence", [EncodedAnswer((7, 9), 1), EncodedAnswer((7, *range(20, 60)), 1)]
+)
 def test_shortest_prompt_and_answer(setting, sequence):
     """One prompt token is enough, and so is one answer token."""
     expected = in_float64(setting.model, sequence)
-    assert setting.engine.log_prob(sequence) == pytest.approx(expected, rel=1e-5)
+    assert setting.scorer.log_prob(sequence) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("answer", ["plain", " blank first", "\nnewline first", "7 is a digit"])
@@ -150,9 +152,9 @@ def test_scored_ids_are_the_answer_s(setting, answer, finish, monkeypatch):
         scored.append((hidden.shape[0], targets.tolist()))
         return mx.zeros(len(targets))
 
-    monkeypatch.setattr(engine_module, "token_log_probs", record)
+    monkeypatch.setattr(scorer_module, "token_log_probs", record)
     sequence = setting.encoder.sequence("Why 7?", answer, finish)
-    Engine(setting.model).log_prob(sequence)
+    Scorer(setting.model).log_prob(sequence)
     tokenizer = setting.encoder.tokenizer
     expected = tokenizer.encode(answer, add_special_tokens=False)
     if finish == "stop":
@@ -165,9 +167,9 @@ def test_scored_ids_are_the_answer_s(setting, answer, finish, monkeypatch):
 def test_prompt_tokens_are_read_but_not_scored(setting):
     """Moving the boundary by one adds exactly one token's log-prob."""
     ids, start = setting.pair.chosen.ids, setting.pair.chosen.prompt_length
-    with_one_more = setting.engine.log_prob(Sequence(ids, start - 1))
-    gained = in_float64(setting.model, Sequence(ids[:start], start - 1))
-    assert with_one_more - setting.engine.log_prob(Sequence(ids, start)) == pytest.approx(
+    with_one_more = setting.scorer.log_prob(EncodedAnswer(ids, start - 1))
+    gained = in_float64(setting.model, EncodedAnswer(ids[:start], start - 1))
+    assert with_one_more - setting.scorer.log_prob(EncodedAnswer(ids, start)) == pytest.approx(
         gained, abs=1e-4
     )
 
@@ -181,7 +183,7 @@ def test_gradient_by_parts_is_that_of_the_joint_loss(setting, loss, checkpoint):
     """dL/dlc grad(lc) + dL/dlr grad(lr) is autodiff's gradient of the whole loss, to 1e-5."""
     settings = DpoConfig(loss=loss, beta=0.1, label_smoothing=0.1, nll_weight=0.0, dpop_lambda=5.0)
     with gradient_checkpointing(setting.model, checkpoint):
-        score, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
+        score, gradient = setting.scorer.pair_gradient(setting.pair, setting.reference, settings)
     value, expected = joint_gradient(setting, settings)
     assert score.loss == pytest.approx(value.item(), rel=1e-5)
     assert largest_difference(gradient, expected) <= 1e-5
@@ -193,7 +195,7 @@ def test_gradient_with_nll(setting, loss, checkpoint):
     """The added likelihood of the chosen answer is part of the gradient, and not of the loss."""
     settings = DpoConfig(loss=loss, beta=0.1, nll_weight=0.7)
     with gradient_checkpointing(setting.model, checkpoint):
-        score, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
+        score, gradient = setting.scorer.pair_gradient(setting.pair, setting.reference, settings)
     value, expected = joint_gradient(setting, settings)
     nll = -score.pi.chosen.item() / lengths(setting.pair)[0]
     assert score.loss + 0.7 * nll == pytest.approx(value.item(), rel=1e-5)
@@ -209,7 +211,7 @@ def test_gradient_of_the_likelihood_alone(setting, checkpoint):
         return -plain_log_prob(model, sequence) / sequence.answer_length
 
     with gradient_checkpointing(setting.model, checkpoint):
-        found, gradient = setting.engine.nll_gradient(sequence)
+        found, gradient = setting.scorer.nll_gradient(sequence)
     value, expected = nn.value_and_grad(setting.model, nll)(setting.model)
     assert found == pytest.approx(value.item(), rel=1e-5)
     assert largest_difference(gradient, expected) <= 1e-5
@@ -217,7 +219,7 @@ def test_gradient_of_the_likelihood_alone(setting, checkpoint):
 
 def test_gradient_is_of_adapters_alone(setting):
     """Every adapter gets a gradient, and nothing else does."""
-    _, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, DpoConfig())
+    _, gradient = setting.scorer.pair_gradient(setting.pair, setting.reference, DpoConfig())
     paths = dict(tree_flatten(gradient)).keys()
     assert paths and all(path.endswith(("lora_a", "lora_b")) for path in paths)
     assert len(paths) == len(tree_flatten(setting.model.trainable_parameters()))
@@ -231,8 +233,8 @@ def test_gradient_on_a_quantised_model(llama):
     nn.quantize(model, group_size=64, bits=4)
     attach_lora(model, LORA)
     perturb(model)
-    setting.model, setting.engine = model, Engine(model)
-    _, gradient = setting.engine.pair_gradient(setting.pair, setting.reference, DpoConfig())
+    setting.model, setting.scorer = model, Scorer(model)
+    _, gradient = setting.scorer.pair_gradient(setting.pair, setting.reference, DpoConfig())
     _, expected = joint_gradient(setting, DpoConfig())
     assert largest_difference(gradient, expected) <= 1e-5
 
@@ -241,8 +243,8 @@ def test_score_is_the_gradient_s(setting):
     """Evaluation, which takes no gradient, reports the numbers of training."""
     for settings in (DpoConfig(), DpoConfig(loss="ipo", nll_weight=0.3)):
         pi = Sides(*setting.log_probs())
-        alone = engine_module.score_against(pi, setting.pair, setting.reference, settings)
-        score, _ = setting.engine.pair_gradient(setting.pair, setting.reference, settings)
+        alone = scorer_module.score_against(pi, setting.pair, setting.reference, settings)
+        score, _ = setting.scorer.pair_gradient(setting.pair, setting.reference, settings)
         assert alone.loss == pytest.approx(score.loss, rel=1e-6)
         assert [p.item() for p in alone.pi] == pytest.approx([p.item() for p in score.pi], rel=1e-6)
 
@@ -308,9 +310,9 @@ def test_a_tie_is_no_win():
 
 
 def test_score_of_given_log_probs(setting):
-    """Log-probs measured elsewhere make the same score as the engine's own."""
+    """Log-probs measured elsewhere make the same score as the scorer's own."""
     pi = Sides(*setting.log_probs())
-    found = engine_module.score_against(pi, setting.pair, setting.reference, DpoConfig())
+    found = scorer_module.score_against(pi, setting.pair, setting.reference, DpoConfig())
     expected = preference_loss(found.pi, found.ref, found.length, DpoConfig()).item()
     assert found.loss == expected
     assert [n.item() for n in found.length] == list(lengths(setting.pair))
@@ -330,7 +332,7 @@ def test_mlx_lm_loads_saved_adapters(kind, change, request, tmp_path):
     expected = setting.log_probs()
     save_adapters(setting.model, lora, tmp_path / "adapters")
     loaded, *_ = mlx_lm.load(str(setting.folder), adapter_path=str(tmp_path / "adapters"))
-    setting.engine = Engine(loaded)
+    setting.scorer = Scorer(loaded)
     assert setting.log_probs() == pytest.approx(expected, rel=1e-6)
     config = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
@@ -342,13 +344,13 @@ def test_fused_and_saved_models_answer_alike(fresh, tmp_path):
     expected = fresh.log_probs()
     assert abs(expected[0] - base[0]) > 0.1, "the adapters do nothing here"
     fusing.fuse(fresh.model, NEAREST, mx.float32)
-    fresh.engine = Engine(fresh.model)
+    fresh.scorer = Scorer(fresh.model)
     assert fresh.log_probs() == pytest.approx(expected, rel=1e-4)
     assert not any("lora" in path for path in dict(tree_flatten(fresh.model.parameters())))
 
     save_model_folder(fresh.model, fresh.folder, tmp_path / "fused")
     loaded, tokenizer, *_ = mlx_lm.load(str(tmp_path / "fused"))
-    fresh.engine = Engine(loaded)
+    fresh.scorer = Scorer(loaded)
     assert fresh.log_probs() == pytest.approx(expected, rel=1e-4)
     assert Encoder(tokenizer).pair(PAIR) == fresh.pair
     config = json.loads((tmp_path / "fused/config.json").read_text())

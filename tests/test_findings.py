@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from dpo_mlx.config import Config, DataConfig, DpoConfig, LoraConfig, SftConfig, TrainConfig
-from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair
 from dpo_mlx.data.pairs import LENGTH, STOP, Pair
 from dpo_mlx.files import jsonl
 from dpo_mlx.scoring.losses import LOSSES, Sides
 from dpo_mlx.scoring.objectives import SFT, Example
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.training import findings
 from dpo_mlx.training.findings import Facts, Probe, gather, probe
 from dpo_mlx.voice.voice_classifier import FEATURES, VoiceClassifier
@@ -124,7 +124,7 @@ def test_facts_by_hand() -> None:
     """
 
     def encoded(chosen: int, rejected: int, line: int = 1) -> EncodedPair:
-        first, second = (Sequence(tuple(range(7 + n)), 7) for n in (chosen, rejected))
+        first, second = (EncodedAnswer(tuple(range(7 + n)), 7) for n in (chosen, rejected))
         return EncodedPair(first, second, line)
 
     steady: Any = {"schedule": "constant", "warmup_ratio": 0.0, "grad_accumulation": 1}
@@ -177,10 +177,10 @@ UNSEEN = [
 BETAS = {"sigmoid_norm": 5.0, "simpo": 5.0, "ipo": 0.5}
 
 
-def per_token(engine: Engine, examples: list[Example]) -> np.ndarray:
+def per_token(scorer: Scorer, examples: list[Example]) -> np.ndarray:
     """Log-probs a token [pairs, (chosen, rejected)]."""
     return np.array(
-        [[engine.log_prob(s) / s.answer_length for s in e.pair.sides] for e in examples]
+        [[scorer.log_prob(s) / s.answer_length for s in e.pair.sides] for e in examples]
     )
 
 
@@ -188,11 +188,11 @@ def first_update(run: Run) -> tuple[Probe, np.ndarray]:
     """What the probe says, and what the real first update at a small rate does to unseen pairs:
     the mean change a token of (chosen, rejected) over the rate.
     """
-    engine, (train, valid) = run.trainer.worker.engine, (run.train, run.valid)
-    foretold = probe(engine, run.config, [e.pair for e in train], [e.pair for e in valid])
-    before = per_token(engine, valid)
+    scorer, (train, valid) = run.trainer.worker.scorer, (run.train, run.valid)
+    foretold = probe(scorer, run.config, [e.pair for e in train], [e.pair for e in valid])
+    before = per_token(scorer, valid)
     assert len(run.run().updates) == 1
-    return foretold, (per_token(engine, valid) - before).mean(axis=0) / RATE
+    return foretold, (per_token(scorer, valid) - before).mean(axis=0) / RATE
 
 
 RATE = 3e-5

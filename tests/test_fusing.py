@@ -22,7 +22,7 @@ from dpo_mlx.model import fusing
 from dpo_mlx.model.adapters import adapters_off, attach_lora
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.model.saving import QUANTIZATION, save_model_folder
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.stages.fuse_adapters import fuse_adapters, require_kept
 from dpo_mlx.stages.train_dpo import train_dpo
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -299,7 +299,7 @@ def test_a_quantised_model_is_trained_and_fused(bits, quantized, job):
     encoder = Encoder(base.tokenizer)
     [first, *_] = pairs.read(Path(config.data.valid_pairs))
     reference = jsonl.read_whole_lines(config.run.path / "reference/base/valid.jsonl")[0]
-    own = Engine(base.model).log_prob(encoder.pair(first).chosen)
+    own = Scorer(base.model).log_prob(encoder.pair(first).chosen)
     assert reference["chosen"] == pytest.approx(own, rel=1e-5)
 
     fuse_adapters(config)

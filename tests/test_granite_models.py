@@ -24,7 +24,7 @@ from dpo_mlx.model.loading import load_model
 from dpo_mlx.model.rounding import NEAREST
 from dpo_mlx.model.saving import save_model_folder
 from dpo_mlx.scoring.log_probs import check_head, find_head, token_log_probs
-from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.evaluate import evaluate
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import train_dpo
@@ -204,7 +204,7 @@ def chain(
     make_pairs(run)
     train_dpo(run)
     fuse_adapters(run)
-    assert smoke_test(run)
+    assert evaluate(run)
     hugging_face.export(run)
     peft.export_peft(run)
     return run

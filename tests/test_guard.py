@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from dpo_mlx.config import Config, GuardConfig
 from dpo_mlx.files import digest, jsonl
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.stages.train_dpo import train_dpo
 from dpo_mlx.training.guard import Evaluation, better, crossed_limits
 from dpo_mlx.voice.answers import Measures
@@ -213,7 +213,7 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
     config, path = job(
         [wrote(voice=0.5), wrote(voice=0.75), wrote(voice=0.25)], guard={"enabled": False}
     )
-    original, calls = Engine.pair_gradient, []
+    original, calls = Scorer.pair_gradient, []
 
     def broken(self, pair, *arguments):
         calls.append(pair.line)
@@ -221,7 +221,7 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
         factor = 1 if len(calls) < 5 else mx.nan
         return score, tree_map(lambda g: g * factor, gradient)
 
-    monkeypatch.setattr(Engine, "pair_gradient", broken)
+    monkeypatch.setattr(Scorer, "pair_gradient", broken)
     assert exit_code(path) == 3
     outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")

@@ -34,7 +34,7 @@ from dpo_mlx.files.errors import UserError
 from dpo_mlx.model import fusing
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.report import card
-from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.evaluate import evaluate
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.train_dpo import train_dpo
 from test_granite_parity import granite_folder
@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", lambda *_: better)
         train_dpo(config, "all")
     fuse_adapters(config)
-    smoke_test(config)
+    evaluate(config)
     assert [exit_code(path), exit_code(path, "--peft")] == [0, 0]
     return Finished(config, path, base)
 

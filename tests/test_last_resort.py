@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_for_the_log_is_no_second_fault(config, monkeypatch,
     ("06", "stages.make_pairs.make_pairs"),
     ("10", "stages.train_dpo.train_dpo"),
     ("11", "stages.fuse_adapters.fuse_adapters"),
-    ("12", "stages.evaluate.smoke_test"),
+    ("12", "stages.evaluate.evaluate"),
     ("13", "export.hugging_face.export"),
     ("14", "stages.sweep.combinations"),
 ])  # fmt: skip

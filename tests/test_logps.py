@@ -17,7 +17,7 @@ from dpo_mlx.scoring.log_probs import (
     find_head,
     token_log_probs,
 )
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from mlx.utils import tree_map
 from mlx_lm.models import cohere, gemma2, granite, minicpm
 
@@ -271,7 +271,7 @@ def tiny_minicpm():
 
 
 def checked(model):
-    """Backbone and head, as the engine takes them."""
+    """Backbone and head, as the scorer takes them."""
     backbone, head = find_head(model)
     check_head(model, backbone, head)
     return backbone, head
@@ -356,10 +356,10 @@ def test_check_head_refuses_a_real_model_it_does_not_know():
 
 
 def test_the_engine_refuses_before_any_work():
-    """An engine is not made over a head that is not the model's, unless told not to look."""
+    """An scorer is not made over a head that is not the model's, unless told not to look."""
     with pytest.raises(UserError, match="architecture minicpm"):
-        Engine(tiny_minicpm())
-    Engine(tiny_minicpm(), check=False)
+        Scorer(tiny_minicpm())
+    Scorer(tiny_minicpm(), check=False)
 
 
 @pytest.mark.parametrize("missing", ["model", "args", "head"])

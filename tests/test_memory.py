@@ -12,7 +12,7 @@ import pytest
 import tiny
 from dpo_mlx import config as configs
 from dpo_mlx.config import Config, DataConfig, GenerationConfig, LoraConfig, TrainConfig
-from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.model import device, fusing, scan
 from dpo_mlx.model.adapters import attach_lora
@@ -23,7 +23,7 @@ from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring import memory
 from dpo_mlx.scoring.losses import Sides
 from dpo_mlx.scoring.objectives import DPO, Example
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import train_dpo
 from dpo_mlx.training.checkpoint import Checkpoints, State
@@ -64,8 +64,8 @@ def loaded(
     return model
 
 
-def sequence(length: int = 256) -> Sequence:
-    return Sequence(tuple(i * 37 % 250 for i in range(length)), 40)
+def sequence(length: int = 256) -> EncodedAnswer:
+    return EncodedAnswer(tuple(i * 37 % 250 for i in range(length)), 40)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
@@ -82,8 +82,8 @@ def test_need_is_within_15_percent(kind: str, checkpoint: bool, tmp_path: Path) 
     )
     with gradient_checkpointing(model, checkpoint):
         need = memory.training(model, pair.chosen)
-    engine = Engine(model)
-    reference = Sides(engine.log_prob(pair.chosen), engine.log_prob(pair.rejected))
+    scorer = Scorer(model)
+    reference = Sides(scorer.log_prob(pair.chosen), scorer.log_prob(pair.rejected))
     examples = [Example(pair, reference)] * 4
     trainer = Trainer(
         Worker(model),
@@ -119,7 +119,7 @@ def test_need_when_some_blocks_hold_no_adapters(lora: LoraConfig, checkpoint: bo
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        Engine(model, check=False).log_prob_and_gradient(sequence())
+        Scorer(model, check=False).log_prob_and_gradient(sequence())
     measured = mx.get_peak_memory() - before
     # Blocks below all adapters count like those of their kind above, which have a gradient.
     assert 0.85 * measured <= need.work <= 2 * measured
@@ -181,10 +181,10 @@ def test_stage_11_is_planned(kind: str) -> None:
     held_by_others = mx.get_active_memory() - memory.nbytes(model.parameters())
     mx.reset_peak_memory()
     with fusing.activations_in_float32(model):
-        Engine(model).log_prob(sequence(64))
+        Scorer(model).log_prob(sequence(64))
     fusing.fuse(model, "stochastic", mx.bfloat16)
     with fusing.activations_in_float32(model):
-        Engine(model).log_prob(sequence(64))
+        Scorer(model).log_prob(sequence(64))
     assert need.total == pytest.approx(mx.get_peak_memory() - held_by_others, rel=0.15)
 
 
@@ -222,7 +222,7 @@ def test_comparing_in_stage_11_is_planned(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     with fusing.activations_in_float32(model):
-        Engine(model).log_prob(sequence())
+        Scorer(model).log_prob(sequence())
     assert need.work == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tiny
 from dpo_mlx.config import LoraConfig
-from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.data.encoding import EncodedAnswer
 from dpo_mlx.model import scan
 from dpo_mlx.model.adapters import attach_lora
 from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from mlx.utils import tree_flatten
 
 
@@ -77,7 +77,7 @@ def test_block_gives_mlx_lm_s_values_and_gradients(
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_training_gradients_are_the_same(granite: Path, checkpoint: bool) -> None:
     """Log-prob and every adapter's gradient, with and without the short chunks."""
-    sequence = Sequence(tuple(i * 37 % 250 for i in range(90)), 20)
+    sequence = EncodedAnswer(tuple(i * 37 % 250 for i in range(90)), 20)
     results = []
     for chunk in (None, 16):
         model, *_ = mlx_lm.load(str(granite))
@@ -89,7 +89,7 @@ def test_training_gradients_are_the_same(granite: Path, checkpoint: bool) -> Non
         if chunk is not None:
             scan.use_chunks(model, chunk)
         with gradient_checkpointing(model, checkpoint):
-            value, gradient = Engine(model).log_prob_and_gradient(sequence)
+            value, gradient = Scorer(model).log_prob_and_gradient(sequence)
         results.append((float(value), dict(tree_flatten(gradient))))
     (plain, plain_gradient), (short, short_gradient) = results
     assert short == pytest.approx(plain, rel=1e-6)

@@ -16,7 +16,7 @@ from dpo_mlx.config import Config
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.scoring.objectives import SFT, Sft
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.stages.train_dpo import ONLY_REFERENCE, ONLY_TRAINING, train_dpo
 from dpo_mlx.training.schedule import groups
 from mlx.utils import tree_flatten, tree_map
@@ -106,10 +106,10 @@ def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
 def test_an_update_is_the_mean_of_its_answers(make):
     """The logged loss and norm are those of the mean over the group of each answer's own mean."""
     run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
-    engine = Engine(run.model)
+    scorer = Scorer(run.model)
     [(_, indices)] = groups(run.trainer.objective.settings, 7, run.config.seed)
     values, gradients = zip(
-        *(engine.nll_gradient(run.train[i].pair.chosen) for i in indices), strict=True
+        *(scorer.nll_gradient(run.train[i].pair.chosen) for i in indices), strict=True
     )
     total = dict(tree_flatten(tree_map(lambda *g: sum(g) / 7, *gradients)))
     norm = math.sqrt(sum(float(mx.square(g).sum()) for g in total.values()))

@@ -266,7 +266,7 @@ def test_a_model_that_may_think_gets_a_note(tmp_path):
 
 
 # The modules that the encoder is made of.
-KNOWING = ("chat_template.py", "pairs.py")
+KNOWING = ("chat_template.py", "encoding.py")
 
 
 def test_every_stage_makes_its_encoder_of_the_config():
@@ -276,7 +276,7 @@ def test_every_stage_makes_its_encoder_of_the_config():
     assert [name for name, text in source.items() if "Encoder(" in text] == []
     assert [name for name, text in source.items() if ".apply_chat_template(" in text] == []
     users = {name for name, text in source.items() if "Encoder.of(" in text}
-    stages = {"make_pairs.py", "job.py", "fuse_adapters.py", "smoke_test.py"}
+    stages = {"make_pairs.py", "setup.py", "fuse_adapters.py", "evaluate.py"}
     assert users == {*stages, "check_run.py", "selftest.py"}
 
 

@@ -16,7 +16,7 @@ from dpo_mlx.scoring.losses import Sides
 from dpo_mlx.scoring.objectives import Example
 from dpo_mlx.scoring.scorer import (
     LEAST_DIFFERENCE,
-    Engine,
+    Scorer,
     rounding_limit,
     score_against,
     summarise,
@@ -63,11 +63,11 @@ def test_a_smaller_group_is_averaged_over_its_true_size(make):
     """
     run = make(grad_accumulation=4, learning_rate=0, max_grad_norm=1e6).run()
     assert [row["pairs"] for row in run.updates] == [4, 3]
-    engine = Engine(run.model)
+    scorer = Scorer(run.model)
     orders = groups(run.config.train, 7, run.config.seed)
     for row, (_, indices) in zip(run.updates, orders, strict=True):
         gradients = [
-            engine.pair_gradient(e.pair, e.reference, run.config.dpo)[1]
+            scorer.pair_gradient(e.pair, e.reference, run.config.dpo)[1]
             for e in (run.train[i] for i in indices)
         ]
         total = tree_map(lambda *g: sum(g), *gradients)
@@ -79,13 +79,13 @@ def test_a_smaller_group_is_averaged_over_its_true_size(make):
 def test_every_pair_is_trained_on(make, monkeypatch):
     """Over two epochs each pair's gradient is taken twice, in the order of `groups`."""
     seen = []
-    original = Engine.pair_gradient
+    original = Scorer.pair_gradient
 
     def record(self, pair, *arguments):
         seen.append(pair.line)
         return original(self, pair, *arguments)
 
-    monkeypatch.setattr(Engine, "pair_gradient", record)
+    monkeypatch.setattr(Scorer, "pair_gradient", record)
     run = make(epochs=2, grad_accumulation=3).run()
     order = [i + 1 for _, indices in groups(run.config.train, 7, 0) for i in indices]
     assert seen == order and sorted(seen) == sorted(2 * [1, 2, 3, 4, 5, 6, 7])
@@ -197,13 +197,13 @@ def test_a_wrong_computation_is_told_from_a_wrong_file(make, monkeypatch):
     """If scoring with a gradient is wrong, deleting the reference would not help: the message says
     so, and what to report.
     """
-    right = Engine.log_prob_and_gradient
+    right = Scorer.log_prob_and_gradient
 
-    def wrong(engine, sequence):
-        value, gradient = right(engine, sequence)
+    def wrong(scorer, sequence):
+        value, gradient = right(scorer, sequence)
         return value + 5, gradient
 
-    monkeypatch.setattr(Engine, "log_prob_and_gradient", wrong)
+    monkeypatch.setattr(Scorer, "log_prob_and_gradient", wrong)
     with pytest.raises(UserError, match="without and .* with a gradient .*--selftest") as error:
         make().run()
     assert "delete" not in str(error.value)
@@ -215,10 +215,10 @@ def test_dropout_is_no_wrong_reference(make):
     """
     run = make(lora={"dropout": 0.5}, grad_accumulation=7)
     perturb(run.model)
-    engine = Engine(run.model)
+    scorer = Scorer(run.model)
     for examples in (run.trainer.examples.train, run.trainer.examples.valid):
         for i, example in enumerate(examples):
-            chosen, rejected = (engine.log_prob(side) for side in example.pair.sides)
+            chosen, rejected = (scorer.log_prob(side) for side in example.pair.sides)
             examples[i] = Example(example.pair, Sides(chosen, rejected))
     assert len(run.run().updates) == 1
 
@@ -271,14 +271,14 @@ def test_gradients_are_clipped(make):
 
 def break_gradients(monkeypatch, broken):
     """NaN in the gradient of every call of `pair_gradient` whose number, from 0, is in `broken`."""
-    original, calls = Engine.pair_gradient, itertools.count()
+    original, calls = Scorer.pair_gradient, itertools.count()
 
     def given(self, *arguments):
         score, gradient = original(self, *arguments)
         factor = mx.nan if next(calls) in broken else 1
         return score, tree_map(lambda g: g * factor, gradient)
 
-    monkeypatch.setattr(Engine, "pair_gradient", given)
+    monkeypatch.setattr(Scorer, "pair_gradient", given)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(make, monkeypatch):
@@ -320,13 +320,13 @@ def test_three_skipped_updates_in_a_row_end_the_run(make, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):
     """Though its gradient is sound."""
-    original = Engine.pair_gradient
+    original = Scorer.pair_gradient
 
     def broken(self, pair, *arguments):
         score, gradient = original(self, pair, *arguments)
         return (replace(score, loss=math.inf) if pair.line == 2 else score), gradient
 
-    monkeypatch.setattr(Engine, "pair_gradient", broken)
+    monkeypatch.setattr(Scorer, "pair_gradient", broken)
     run = make(grad_accumulation=7).run()
     assert run.updates == [] and run.metrics[1]["skipped_lines"] == [2]
     assert differences(run.adapters, run.start) == 0

@@ -21,7 +21,7 @@ from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker, log_probs
 from dpo_mlx.scoring.losses import Sides, objective
 from dpo_mlx.scoring.objectives import DPO, Example
-from dpo_mlx.scoring.scorer import Engine, score_against, summarise
+from dpo_mlx.scoring.scorer import Scorer, score_against, summarise
 from dpo_mlx.training.checkpoint import Checkpoints, State
 from dpo_mlx.training.metrics import MetricsFile
 from dpo_mlx.training.schedule import groups
@@ -131,12 +131,12 @@ class Ours:
     def __init__(self, folder, kind, size):
         loaded = load_model(str(folder))
         self.model, self.encoder = loaded.model, Encoder(loaded.tokenizer)
-        engine = Engine(self.model)
+        scorer = Scorer(self.model)
         self.lora = LoraConfig(rank=RANK, scale=SCALE, keys=KEYS[kind])
         self.examples = []
         for pair in PAIRS:
             encoded = self.encoder.pair(pair)
-            reference = Sides(engine.log_prob(encoded.chosen), engine.log_prob(encoded.rejected))
+            reference = Sides(scorer.log_prob(encoded.chosen), scorer.log_prob(encoded.rejected))
             self.examples.append(Example(encoded, reference))
         mx.random.seed(2)
         attach_lora(self.model, self.lora)
@@ -145,7 +145,7 @@ class Ours:
             return size * mx.random.normal(value.shape) if name.endswith("lora_b") else value
 
         self.model.update(tree_map_with_path(moved, self.model.trainable_parameters()))
-        self.engine = Engine(self.model)
+        self.scorer = Scorer(self.model)
 
     @property
     def adapters(self):
@@ -229,7 +229,7 @@ def test_gradients_are_trl_s(both):
     trainer.model.zero_grad()
     trainer._compute_loss(trainer.model, inputs).backward()
     example = ours.examples[0]
-    _, gradient = ours.engine.pair_gradient(example.pair, example.reference, settings)
+    _, gradient = ours.scorer.pair_gradient(example.pair, example.reference, settings)
     expected = {
         name: parameter.grad
         for name, parameter in trainer.model.named_parameters()

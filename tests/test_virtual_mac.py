@@ -19,7 +19,7 @@ from dpo_mlx.files import jsonl
 from dpo_mlx.model import device, fusing, tiny_granite
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.model.saving import save_model_folder
-from dpo_mlx.stages.evaluate import smoke_test
+from dpo_mlx.stages.evaluate import evaluate
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import train_dpo
@@ -277,7 +277,7 @@ def test_the_chain_passes(sft_epochs: int, virtual_mac: VirtualMac, write_run: A
     make_pairs(config)
     assert train_dpo(config)
     fuse_adapters(config)
-    assert smoke_test(config)
+    assert evaluate(config)
 
 
 def test_training_starts_at_the_reference_on_a_quantised_base(
@@ -305,7 +305,7 @@ def test_every_stage_bounds_its_memory(virtual_mac: VirtualMac, write_run: Any) 
     """Each stage that loads a model sets all three of MLX's limits."""
     config = write_run(0)
     unbounded = []
-    for stage in (make_pairs, train_dpo, fuse_adapters, smoke_test):
+    for stage in (make_pairs, train_dpo, fuse_adapters, evaluate):
         for calls in virtual_mac.limits.values():
             calls.clear()
         stage(config)

@@ -14,7 +14,7 @@ from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.model.loading import LoadedModel, load_model
 from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
 from dpo_mlx.parallel.worker import Worker
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.voice.answers import GREEDY, AnswerEvaluator, measure
 from dpo_mlx.voice.voice_classifier import fit_classifier
 from runs import differences
@@ -38,13 +38,13 @@ def tuned(llama: Path) -> Any:
 def test_measures_by_hand(llama: Path) -> None:
     """Means over the answers; the log-prob is each answer's own mean under the base model."""
     loaded = load_model(str(llama))
-    encoder, engine = Encoder(loaded.tokenizer), Engine(loaded.model)
+    encoder, scorer = Encoder(loaded.tokenizer), Scorer(loaded.model)
     answers = [Answer("a b a b", STOP, 4), Answer("c d", LENGTH, 8)]
     found = measure(answers, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder)
     sequences = [
         encoder.sequence(p.prompt, a.text, a.finish) for p, a in zip(ASKED, answers, strict=True)
     ]
-    own = [engine.log_prob(s) / s.answer_length for s in sequences]
+    own = [scorer.log_prob(s) / s.answer_length for s in sequences]
     assert found == {
         "voice": pytest.approx(CLASSIFIER.probability(["a b a b", "c d"]).mean()),
         "distinct2": pytest.approx((2 / 3 + 1) / 2),

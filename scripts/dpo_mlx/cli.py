@@ -62,14 +62,14 @@ def main(stage: Stage, arguments: argparse.ArgumentParser) -> NoReturn:
 
 def _main(stage: Stage, options: argparse.Namespace) -> int:
     # Loading what computes takes seconds, in which ^C may come, and the packages may be missing.
-    from .parallel.channel import dismiss, link
+    from .parallel.channel import dismiss, open_channel
 
     require_own_libraries()
     awake.keep()
-    if link().size > 1:
+    if open_channel().size > 1:
         # The launcher's threads never rest while a process could still read what is typed.
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if link().rank:
+    if open_channel().rank:
         return last_resort.code_of(_help)
     _tell_runner(os.getpid())
     code = last_resort.code_of(lambda: _run(stage, options))

@@ -15,10 +15,10 @@ from dpo_mlx.config import Config
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
-    from dpo_mlx.stages.evaluate import smoke_test
+    from dpo_mlx.stages.evaluate import evaluate
 
     cli.warn_without_blas()
-    return 0 if smoke_test(config) else 1
+    return 0 if evaluate(config) else 1
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from dpo_mlx.model import fusing
 from dpo_mlx.model.adapters import attach_lora
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker, answer_all
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from mlx.utils import tree_flatten, tree_unflatten
 
 LORA = LoraConfig(rank=16, scale=20.0)  # the shipped Granite config's
@@ -145,9 +145,9 @@ class Measured:
 
     def log_ratio(self, model: Any) -> float:
         """Mean of log p(chosen) - log p(rejected)."""
-        engine = Engine(model)
+        scorer = Scorer(model)
         return float(
-            np.mean([engine.log_prob(p.chosen) - engine.log_prob(p.rejected) for p in self.valid])
+            np.mean([scorer.log_prob(p.chosen) - scorer.log_prob(p.rejected) for p in self.valid])
         )
 
     def row(self, model: Any) -> common.Values:

@@ -39,7 +39,7 @@ import numpy as np
 import ours
 from bench_memory import BFLOAT16, FLOAT32, LAYERS, head_s_casts
 from dpo_mlx import config as configs
-from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair
 from dpo_mlx.model import fusing
 from dpo_mlx.model.adapters import attach_lora
 from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Batch
@@ -169,10 +169,10 @@ def shipped(batch: int) -> configs.Config:
     return replace(config, generation=generation)
 
 
-def longest() -> Sequence:
+def longest() -> EncodedAnswer:
     """A sequence of the config's data.max_length."""
     length = shipped(BATCHES[0]).data.max_length
-    return Sequence(tuple(range(length)), PROMPT)
+    return EncodedAnswer(tuple(range(length)), PROMPT)
 
 
 # In the measured process ---------------------------------------------------------------------

@@ -35,7 +35,7 @@ from dpo_mlx.config import Config, DataConfig, LoraConfig, TrainConfig
 from dpo_mlx.model.adapters import attach_lora
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel import distributed
-from dpo_mlx.parallel.channel import dismiss, link
+from dpo_mlx.parallel.channel import dismiss, open_channel
 from dpo_mlx.scoring import memory
 from dpo_mlx.scoring.losses import Sides
 from dpo_mlx.scoring.objectives import Dpo, Example
@@ -121,7 +121,7 @@ def adapters_bytes() -> list[int]:
 
 
 def worker(task: common.Values) -> common.Values:
-    if link().rank:
+    if open_channel().rank:
         distributed.serve()
         return {}
     config = Config(

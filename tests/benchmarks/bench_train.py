@@ -34,7 +34,7 @@ import common
 import hf
 import ours
 from dpo_mlx.data import pairs, questions
-from dpo_mlx.data.encoding import EncodedPair, Encoder, Sequence
+from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair, Encoder
 from dpo_mlx.data.pairs import Pair
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker
@@ -231,7 +231,7 @@ def worker(task: common.Values) -> common.Values:
 
 def encoded_pair(row: common.Values, line: int) -> EncodedPair:
     prompt = row["prompt_ids"]
-    chosen, rejected = (Sequence((*prompt, *row[f"{s}_ids"]), len(prompt)) for s in SIDES)
+    chosen, rejected = (EncodedAnswer((*prompt, *row[f"{s}_ids"]), len(prompt)) for s in SIDES)
     return EncodedPair(chosen, rejected, line)
 
 

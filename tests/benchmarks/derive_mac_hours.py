@@ -4,8 +4,8 @@
 
 `dpo_mlx.stages.check_run.minutes_of`, the formula behind `--check`, counts what each stage does;
 here the cost of each thing comes from a machine's figures instead of a probe. With P parameters in
-bfloat16 (2 P bytes), S bytes of recurrent state a sequence, B answers at once, on a machine of R bytes/s and
-F FLOP/s:
+bfloat16 (2 P bytes), S bytes of recurrent state a sequence, B answers at once, on a machine of
+R bytes/s and F FLOP/s:
 
   a token of each answer of a batch    the slower of (2 P + 2 B S) / R and 2 P B / F: the weights
                                        are read once, and each state is read and written
@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import common
 import ours
 from dpo_mlx import config as configs
-from dpo_mlx.data.encoding import Sequence
+from dpo_mlx.data.encoding import EncodedAnswer
 from dpo_mlx.model import fusing
 from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.model.sampling import limited
@@ -137,7 +137,7 @@ def granite() -> Model:
 
 def workload(rows: int, prompt: int, answer: int, model: Model, config: configs.Config) -> Workload:
     held_out = round(rows * config.data.valid_fraction)
-    sequence = Sequence((0,) * (prompt + answer), prompt)
+    sequence = EncodedAnswer((0,) * (prompt + answer), prompt)
     return Workload([sequence] * (rows - held_out), [sequence] * held_out, model.layers)
 
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import tiny
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
-from dpo_mlx.data.encoding import EncodedPair, Sequence
+from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair
 from dpo_mlx.model import scan, tiny_granite
 from dpo_mlx.model.adapters import attach_lora
 from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
@@ -26,7 +26,7 @@ from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring import memory
 from dpo_mlx.scoring.losses import Sides
 from dpo_mlx.scoring.objectives import DPO, Example
-from dpo_mlx.scoring.scorer import Engine
+from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.training.checkpoint import Checkpoints, State
 from dpo_mlx.training.metrics import MetricsFile
 from dpo_mlx.training.schedule import groups
@@ -111,7 +111,7 @@ def random_pair(model: Any, answer: int, seed: int = 0, prompt: int = PROMPT) ->
     """A pair of random ids whose answers both have `answer` tokens."""
     vocabulary = model.model.embed_tokens.weight.shape[0]
     ids = np.random.default_rng(seed).integers(vocabulary, size=(2, answer)).tolist()
-    chosen, rejected = (Sequence((*range(prompt), *side), prompt) for side in ids)
+    chosen, rejected = (EncodedAnswer((*range(prompt), *side), prompt) for side in ids)
     return EncodedPair(chosen, rejected, seed)
 
 
@@ -123,9 +123,9 @@ def planned(model: Any, pair: EncodedPair, checkpoint: bool) -> int:
 
 
 def examples(model: Any, pairs: list[EncodedPair]) -> list[Example]:
-    engine = Engine(model)
+    scorer = Scorer(model)
     return [
-        Example(p, Sides(engine.log_prob(p.chosen), engine.log_prob(p.rejected))) for p in pairs
+        Example(p, Sides(scorer.log_prob(p.chosen), scorer.log_prob(p.rejected))) for p in pairs
     ]
 
 

@@ -19,7 +19,7 @@ COUNTED = 2000
 
 
 @dataclass(frozen=True)
-class Sequence:
+class EncodedAnswer:
     """A prompt and one answer as token ids; `ids[prompt_length:]` are the scored ones."""
 
     ids: tuple[int, ...]
@@ -29,7 +29,7 @@ class Sequence:
     def answer_length(self) -> int:
         return len(self.ids) - self.prompt_length
 
-    def first(self, tokens: int) -> Sequence:
+    def first(self, tokens: int) -> EncodedAnswer:
         """With no more than so many tokens of the answer."""
         return replace(self, ids=self.ids[: self.prompt_length + tokens])
 
@@ -38,12 +38,12 @@ class Sequence:
 class EncodedPair:
     """The two sequences of a pair, and its line in the pair file."""
 
-    chosen: Sequence
-    rejected: Sequence
+    chosen: EncodedAnswer
+    rejected: EncodedAnswer
     line: int
 
     @property
-    def sides(self) -> tuple[Sequence, Sequence]:
+    def sides(self) -> tuple[EncodedAnswer, EncodedAnswer]:
         return self.chosen, self.rejected
 
     @property
@@ -98,9 +98,9 @@ class Encoder:
         ids = tokens.encode(self.tokenizer, text)
         return [*ids, self.end_of_turn] if finish == STOP else ids
 
-    def sequence(self, question: str, answer: str, finish: str = STOP) -> Sequence:
+    def sequence(self, question: str, answer: str, finish: str = STOP) -> EncodedAnswer:
         prompt = self.prompt(question)
-        return Sequence((*prompt, *self.answer(answer, finish)), len(prompt))
+        return EncodedAnswer((*prompt, *self.answer(answer, finish)), len(prompt))
 
     def pair(self, pair: Pair) -> EncodedPair:
         return EncodedPair(
@@ -158,7 +158,7 @@ def chosen_lengths(pairs: list[Pair], encoder: Encoder, max_length: int) -> list
     return [len(encoder.answer(chosen)) for chosen in short[:COUNTED]]
 
 
-def sequences(pairs: list[EncodedPair]) -> Iterator[Sequence]:
+def sequences(pairs: list[EncodedPair]) -> Iterator[EncodedAnswer]:
     """Both sides of every pair, chosen first."""
     for pair in pairs:
         yield from pair.sides

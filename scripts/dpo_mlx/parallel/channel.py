@@ -22,7 +22,7 @@ LOST = (
 )
 
 
-class Link:
+class Channel:
     """Messages between the processes, by MLX's collectives: JSON, in which floats are exact."""
 
     def __init__(self, group: mx.distributed.Group) -> None:
@@ -78,15 +78,15 @@ class Link:
 
 
 @cache
-def link() -> Link:
+def open_channel() -> Channel:
     """That of this process; alone when `mlx.launch` did not start it."""
-    return Link(mx.distributed.init())
+    return Channel(mx.distributed.init())
 
 
 def dismiss() -> None:
     """Rank 0 has ended: the others may, unless they wait for something else, and are left to find
     that it is gone.
     """
-    if link().size > 1 and not link().busy:
+    if open_channel().size > 1 and not open_channel().busy:
         with suppress(UserError):  # who is gone need not be told
-            link().send(None)
+            open_channel().send(None)

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import config as configs
 from ..config import Config, GenerationConfig
-from ..data.encoding import EncodedPair, Sequence
+from ..data.encoding import EncodedAnswer, EncodedPair
 from ..files import model_files
 from ..files.errors import UserError
 from ..model.adapters import attach_lora
@@ -28,13 +28,13 @@ from ..model.sampling import Answer, Batch
 from ..process import signals
 from ..scoring.losses import Sides
 from ..scoring.objectives import Example, Objective, of_phase
-from .channel import Link, link
+from .channel import Channel, open_channel
 from .worker import ExampleScore, Worker
 
 Row = dict[str, Any]  # an item or a result as JSON
 
 
-class Team(Worker):
+class DistributedWorker(Worker):
     """A Worker that uses all processes of a run.
 
     On rank 0 each method shares out its work and returns the results of all ranks. The other ranks
@@ -42,7 +42,7 @@ class Team(Worker):
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: Config, channel: Link, local_processes: int
+        self, loaded: LoadedModel, config: Config, channel: Channel, local_processes: int
     ) -> None:
         super().__init__(loaded.model, loaded.tokenizer)
         self.size, self.local_processes = channel.size, local_processes
@@ -51,7 +51,9 @@ class Team(Worker):
         self._sent_adapters: list[mx.array] = []  # all ranks have these
         self._gradient_sum: Any = None  # over all ranks, of the last gradient task
 
-    def log_probs(self, sequences: list[Sequence], without_adapters: bool = False) -> list[float]:
+    def log_probs(
+        self, sequences: list[EncodedAnswer], without_adapters: bool = False
+    ) -> list[float]:
         costs = [len(sequence.ids) for sequence in sequences]
         return self._share("log_probs", sequences, costs, without_adapters)
 
@@ -182,10 +184,10 @@ def shares(costs: list[int], size: int) -> list[list[int]]:
 def load(config: Config, train: bool) -> tuple[LoadedModel, Worker]:
     """(the run's model, with fresh adapters if it is to `train`; the Worker that computes with it).
 
-    The Worker is a Team when the run has several processes. Raises UserError for a model that
-    cannot be loaded, and when another rank has a different one.
+    The Worker is a DistributedWorker when the run has several processes. Raises UserError for a
+    model that cannot be loaded, and when another rank has a different one.
     """
-    channel = link()
+    channel = open_channel()
     if channel.size == 1:
         loaded = _load(config, train)
         return loaded, Worker(loaded.model, loaded.tokenizer)
@@ -198,7 +200,9 @@ def load(config: Config, train: bool) -> tuple[LoadedModel, Worker]:
     channel.busy = False
     if channel.rank == 0:
         _require_same_model(config, fingerprints)
-    return loaded, Team(loaded, config, channel, machines.count(machines[channel.rank]))
+    return loaded, DistributedWorker(
+        loaded, config, channel, machines.count(machines[channel.rank])
+    )
 
 
 def _require_same_model(config: Config, fingerprints: list[Any]) -> None:
@@ -227,20 +231,20 @@ def serve() -> None:
     """
     for number in signals.CAUGHT:
         signal.signal(number, signal.SIG_IGN)
-    channel, team = link(), None
+    channel, team = open_channel(), None
     try:
         while (task := channel.receive()) is not None:
             if "config" in task:
                 _, team = load(configs.of_values(task["config"]), task["train"])
             else:
-                assert isinstance(team, Team)
+                assert isinstance(team, DistributedWorker)
                 team.perform(task)
     except UserError as error:
         raise type(error)(f"rank {channel.rank} on {platform.node()}: {error}") from error
 
 
-def _sequence(row: Row) -> Sequence:
-    return Sequence(tuple(row["ids"]), row["prompt_length"])
+def _sequence(row: Row) -> EncodedAnswer:
+    return EncodedAnswer(tuple(row["ids"]), row["prompt_length"])
 
 
 def _example(row: Row) -> Example:

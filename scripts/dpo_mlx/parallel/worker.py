@@ -14,14 +14,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..config import GenerationConfig
-from ..data.encoding import EncodedPair, Sequence
+from ..data.encoding import EncodedAnswer, EncodedPair
 from ..model.adapters import adapters_off
 from ..model.gradient_checkpointing import gradient_checkpointing
 from ..model.sampling import Answer, Batch, batch_seed, batches, sample_batch
 from ..process import signals
 from ..scoring.losses import Sides
 from ..scoring.objectives import Example, Objective
-from ..scoring.scorer import Engine
+from ..scoring.scorer import Scorer
 
 Item = TypeVar("Item")
 
@@ -37,7 +37,7 @@ class ExampleScore:
 
 
 class Worker:
-    """Computes with a model in this process alone. `Team` does the same with several processes.
+    """Computes with a model in this process. `DistributedWorker` does the same in several.
 
     `tokenizer` is mlx-lm's wrapper; only `answers` needs it.
     """
@@ -49,13 +49,15 @@ class Worker:
         self.tokenizer = tokenizer
 
     @cached_property
-    def engine(self) -> Engine:
-        return Engine(self.model)
+    def scorer(self) -> Scorer:
+        return Scorer(self.model)
 
-    def log_probs(self, sequences: list[Sequence], without_adapters: bool = False) -> list[float]:
+    def log_probs(
+        self, sequences: list[EncodedAnswer], without_adapters: bool = False
+    ) -> list[float]:
         """log p(answer | prompt) of each sequence, summed over the answer's tokens, in nats."""
         with self._adapters(without_adapters):
-            return [self.engine.log_prob(sequence) for sequence in self._each(sequences)]
+            return [self.scorer.log_prob(sequence) for sequence in self._each(sequences)]
 
     def gradient(
         self, objective: Objective, examples: list[Example], seed: int
@@ -101,7 +103,7 @@ class Worker:
             for place, example in self._each(examples):
                 mx.random.seed(batch_seed(seed, place))
                 score: Any
-                score, gradient = objective.gradient(self.engine, example)
+                score, gradient = objective.gradient(self.scorer, example)
                 finite = math.isfinite(objective.loss(score)) and _is_finite(gradient)
                 scores.append(ExampleScore(objective.values(score), finite))
                 if total is not None:

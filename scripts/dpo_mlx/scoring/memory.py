@@ -22,7 +22,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import get_total_parameters
 
 from ..config import Config
-from ..data.encoding import Sequence
+from ..data.encoding import EncodedAnswer
 from ..files.errors import UserError
 from ..model import device, fusing
 from ..model.adapters import adapter_bytes
@@ -30,7 +30,7 @@ from ..model.gradient_checkpointing import gradient_checkpointing
 from ..model.sampling import EVALUATED_AT_ONCE
 from ..model.saving import dtype_name
 from .log_probs import find_head
-from .scorer import Engine
+from .scorer import Scorer
 
 # Copies of the adapters at the peak of training: parameters, AdamW's two moments, and two gradients
 # (the sum so far and the chosen side's). The rejected side's gradient is counted in the work.
@@ -87,19 +87,19 @@ def require(needs: List[Need], model: str) -> Need:
     return need
 
 
-def training(model: nn.Module, longest: Sequence, processes: int = 1) -> Need:
+def training(model: nn.Module, longest: EncodedAnswer, processes: int = 1) -> Need:
     """The need of one update with the longest sequence; the model carries adapters.
 
     Call it inside `models.gradient_checkpointing`, as training runs.
     """
-    adapters, engine = adapter_bytes(model), Engine(model, check=False)
+    adapters, scorer = adapter_bytes(model), Scorer(model, check=False)
     model.train()
     return Need(
         f"an update with sequences of {len(longest.ids)} tokens",
         "lower data.max_length, set train.grad_checkpoint: true",
         nbytes(model.parameters()) - adapters,
         TRAINED_COPIES * adapters,
-        _work(model, lambda: engine.log_prob_and_gradient(longest), _lowest_adapted(model)),
+        _work(model, lambda: scorer.log_prob_and_gradient(longest), _lowest_adapted(model)),
         processes,
     )
 
@@ -156,15 +156,15 @@ def short_of_memory() -> Iterator[None]:
         mx.set_memory_limit(limit)
 
 
-def scoring(model: nn.Module, longest: Sequence) -> Need:
+def scoring(model: nn.Module, longest: EncodedAnswer) -> Need:
     """The need of scoring the longest sequence."""
-    adapters, engine = adapter_bytes(model), Engine(model, check=False)
+    adapters, scorer = adapter_bytes(model), Scorer(model, check=False)
     return Need(
         f"scoring answers of {len(longest.ids)} tokens",
         "lower data.max_length",
         nbytes(model.parameters()) - adapters,
         adapters,
-        _work(model, lambda: engine.log_prob(longest), _lowest_adapted(model)),
+        _work(model, lambda: scorer.log_prob(longest), _lowest_adapted(model)),
     )
 
 
@@ -177,14 +177,14 @@ class Lengths:
     questions: int
     prompt: int
     answer: int
-    longest: Sequence
+    longest: EncodedAnswer
 
     @property
-    def scored(self) -> Sequence:
+    def scored(self) -> EncodedAnswer:
         """The longest sequence to score. Sampled answers are scored too."""
         return max(
             self.longest,
-            Sequence((0,) * (self.prompt + self.answer), self.prompt),
+            EncodedAnswer((0,) * (self.prompt + self.answer), self.prompt),
             key=lambda sequence: len(sequence.ids),
         )
 
@@ -209,7 +209,7 @@ def stage_10(model: nn.Module, config: Config, lengths: Lengths, processes: int 
     ]
 
 
-def stage_11(model: nn.Module, config: Config, longest: Sequence) -> list[Need]:
+def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[Need]:
     """Fusing a model that carries adapters, and comparing both by scoring in float32."""
     adapters = adapter_bytes(model)
     dtype = fusing.target_dtype(model, config.fuse.dtype)

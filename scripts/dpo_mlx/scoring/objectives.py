@@ -10,7 +10,7 @@ import numpy as np
 from ..config import Config
 from ..data.encoding import EncodedPair
 from .losses import Sides
-from .scorer import Engine, PairScore, score_against, summarise
+from .scorer import PairScore, Scorer, score_against, summarise
 
 SFT, DPO = "sft", "dpo"
 PHASES = (SFT, DPO)  # in the order of a run
@@ -35,9 +35,9 @@ class Sft:
     def __init__(self, config: Config) -> None:
         self.settings = replace(config.train, **asdict(config.sft))
 
-    def gradient(self, engine: Engine, example: Example) -> tuple[float, Any]:
+    def gradient(self, scorer: Scorer, example: Example) -> tuple[float, Any]:
         """(score, gradient in the trainable parameters) of an example."""
-        return engine.nll_gradient(example.pair.chosen)
+        return scorer.nll_gradient(example.pair.chosen)
 
     def values(self, score: float) -> list[float]:
         """The numbers from which `score` makes the same score in another process."""
@@ -67,9 +67,9 @@ class Dpo:
         self.settings = config.train
         self._dpo = config.dpo
 
-    def gradient(self, engine: Engine, example: Example) -> tuple[PairScore, Any]:
+    def gradient(self, scorer: Scorer, example: Example) -> tuple[PairScore, Any]:
         """(score, gradient in the trainable parameters) of an example."""
-        return engine.pair_gradient(example.pair, example.reference, self._dpo)
+        return scorer.pair_gradient(example.pair, example.reference, self._dpo)
 
     def values(self, score: PairScore) -> list[float]:
         """The numbers from which `score` makes the same score in another process."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
-from ..data.encoding import EncodedPair, Sequence
+from ..data.encoding import EncodedAnswer, EncodedPair
 from ..files import fingerprint, jsonl, ownership, records
 from ..files.errors import UserError
 from ..files.fingerprint import Fingerprint
@@ -27,7 +27,7 @@ def load_or_compute(
     name: str,
     pairs: list[EncodedPair],
     inputs: Fingerprint,
-    log_probs: Callable[[list[Sequence]], list[float]],
+    log_probs: Callable[[list[EncodedAnswer]], list[float]],
     at_once: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Sides[float]]:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..config import DpoConfig
-from ..data.encoding import EncodedPair, Sequence
+from ..data.encoding import EncodedAnswer, EncodedPair
 from .log_probs import Head, check_head, differentiable_log_probs, find_head, token_log_probs
 from .losses import Arrays, Sides, objective, preference_loss, rewards
 
@@ -39,7 +39,7 @@ class PairScore:
     loss: float
 
 
-class Engine:
+class Scorer:
     """Computes log-probs of answers under a model, and gradients in its trainable parameters.
 
     It runs one sequence at a time, without padding. Raises UserError for a model whose output layer
@@ -55,7 +55,7 @@ class Engine:
         self._caches = [None] * len(model.layers)
         self.model = model
 
-    def log_prob(self, sequence: Sequence) -> float:
+    def log_prob(self, sequence: EncodedAnswer) -> float:
         """log p(answer | prompt), summed over the answer's tokens, in nats.
 
         It rounds as training does.
@@ -65,7 +65,7 @@ class Engine:
         mx.synchronize()  # raises here if a GPU command failed, before the value is used
         return value
 
-    def nll_gradient(self, sequence: Sequence) -> tuple[float, Any]:
+    def nll_gradient(self, sequence: EncodedAnswer) -> tuple[float, Any]:
         """(an answer's negative log-likelihood in nats a token, its gradient (a tree))."""
         log_prob, gradient = self.log_prob_and_gradient(sequence)
         length = sequence.answer_length
@@ -93,7 +93,7 @@ class Engine:
         log_probs, gradients = zip(*map(self.log_prob_and_gradient, pair.sides), strict=True)
         return Sides(*log_probs), Sides(*gradients)
 
-    def log_prob_and_gradient(self, sequence: Sequence) -> tuple[mx.array, Any]:
+    def log_prob_and_gradient(self, sequence: EncodedAnswer) -> tuple[mx.array, Any]:
         """(log p(answer | prompt) in nats, its gradient in the trainable parameters (a tree)).
 
         Both are evaluated before this returns, so that no graph outlives its sequence.
@@ -103,7 +103,7 @@ class Engine:
         return result
 
     def _trace(
-        self, sequence: Sequence, score: Callable[[mx.array, mx.array, Head], mx.array]
+        self, sequence: EncodedAnswer, score: Callable[[mx.array, mx.array, Head], mx.array]
     ) -> tuple[mx.array, Any]:
         """(log p(answer | prompt), its gradient), neither evaluated yet.
 
@@ -116,14 +116,14 @@ class Engine:
             hidden, targets = self._answer(sequence)
             return score(hidden, targets, self._head).sum()
 
-        # A new function each time: a stored one would refer back to this engine, and Python would
+        # A new function each time: a stored one would refer back to this scorer, and Python would
         # free the model only when its garbage collector runs.
         parameters = self.model.trainable_parameters()
         result = nn.value_and_grad(self.model, log_prob)()
         self.model.update(parameters)  # tracing leaves traced arrays in the model
         return result
 
-    def _answer(self, sequence: Sequence) -> tuple[mx.array, mx.array]:
+    def _answer(self, sequence: EncodedAnswer) -> tuple[mx.array, mx.array]:
         """(hidden states [T, D], answer tokens [T] they predict).
 
         Position t predicts token t + 1: the answer's tokens ids[prompt_length:] are scored by the

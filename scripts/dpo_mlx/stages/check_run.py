@@ -23,7 +23,7 @@ from mlx_lm.utils import get_total_parameters
 from .. import config as configs
 from ..config import Config
 from ..data import questions
-from ..data.encoding import Encoder, Sequence
+from ..data.encoding import EncodedAnswer, Encoder
 from ..files import atomic, jsonl
 from ..files.errors import UserError
 from ..files.model_files import folder_of, is_hub_name
@@ -60,12 +60,12 @@ class Workload:
     size of the layers to fuse, divided by the size of the largest.
     """
 
-    train: list[Sequence]
-    valid: list[Sequence]
+    train: list[EncodedAnswer]
+    valid: list[EncodedAnswer]
     layers: float
 
     @property
-    def rows(self) -> list[Sequence]:
+    def rows(self) -> list[EncodedAnswer]:
         return self.train + self.valid
 
 
@@ -99,7 +99,7 @@ def check_run(config: Config) -> None:
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, Counter())
     sampled = replace(config, generation=generation_settings(rows, config, encoder))
-    splits: tuple[list[Sequence], list[Sequence]] = [], []
+    splits: tuple[list[EncodedAnswer], list[EncodedAnswer]] = [], []
     for row in usable:
         held_out = questions.is_held_out(row.question, config.data.valid_fraction)
         splits[held_out].append(encoder.sequence(row.question, row.answer))
@@ -139,7 +139,7 @@ def download_size(name: str) -> tuple[int, str]:
     return sum(file.size or 0 for file in files), ""
 
 
-def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> None:
+def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer]) -> None:
     """Print each stage's peak memory. Attaches adapters to the model, as stages 10 and 11 do.
     Raises UserError with one line for each stage that does not fit.
     """
@@ -147,7 +147,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[Sequence]) -> N
     answer = config.generation.max_tokens or 0
     longest = max(prompt + answer, *(len(sequence.ids) for sequence in chosen))
     longest = min(longest, config.data.max_length)
-    lengths = memory.Lengths(len(chosen), prompt, answer, Sequence((0,) * longest, prompt))
+    lengths = memory.Lengths(len(chosen), prompt, answer, EncodedAnswer((0,) * longest, prompt))
     processes = 2 if has_cpu_for_two() else 1  # as the runner starts them
     needs = {
         MAKE_PAIRS: memory.stage_06(model, config, lengths, processes),
@@ -230,7 +230,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     return {script: value / 60 for script, value in seconds.items()}
 
 
-def _tokens(sequences: list[Sequence]) -> int:
+def _tokens(sequences: list[EncodedAnswer]) -> int:
     return sum(len(sequence.ids) for sequence in sequences)
 
 
@@ -244,7 +244,7 @@ def _evaluations(config: Config, pairs: int) -> int:
     return count
 
 
-def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
+def _probe(config: Config, loaded: LoadedModel, rows: list[EncodedAnswer]) -> Cost:
     """Time the model on this machine. Each step runs twice, as the first run compiles kernels."""
     model = loaded.model
     started = time.perf_counter()
@@ -264,12 +264,12 @@ def _probe(config: Config, loaded: LoadedModel, rows: list[Sequence]) -> Cost:
     _, prompt_seconds = _timed(lambda: sample(1))
     tokens, sampling_seconds = _timed(lambda: sample(PROBED_TOKENS))
     median = sorted(rows, key=lambda row: len(row.ids))[len(rows) // 2]
-    engine = Worker(model).engine
-    engine.log_prob(median)
-    _, scored = _timed(lambda: engine.log_prob(median))
+    scorer = Worker(model).scorer
+    scorer.log_prob(median)
+    _, scored = _timed(lambda: scorer.log_prob(median))
     with gradient_checkpointing(model, config.train.grad_checkpoint):
-        engine.log_prob_and_gradient(median)
-        _, gradient = _timed(lambda: engine.log_prob_and_gradient(median))
+        scorer.log_prob_and_gradient(median)
+        _, gradient = _timed(lambda: scorer.log_prob_and_gradient(median))
     dtype = fusing.target_dtype(model, config.fuse.dtype)
     fusing.fuse_largest_layer(model, dtype)
     _, layer = _timed(lambda: fusing.fuse_largest_layer(model, dtype))

@@ -76,7 +76,7 @@ class Tuned:
     generation: GenerationConfig
 
 
-def smoke_test(config: Config) -> bool:
+def evaluate(config: Config) -> bool:
     """Write `run_dir/report.json` and `report.html`; whether every limit was kept.
 
     Raises UserError when the fused model is not there.

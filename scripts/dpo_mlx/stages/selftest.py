@@ -27,7 +27,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .. import config as configs
 from ..config import Config, GenerationConfig
-from ..data.encoding import Encoder, Sequence
+from ..data.encoding import EncodedAnswer, Encoder
 from ..data.pairs import Pair
 from ..files import digest, jsonl, ownership, results
 from ..files.errors import UserError
@@ -44,7 +44,7 @@ from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, Dpo, Example
 from ..scoring.scorer import LEAST_DIFFERENCE
 from ..training.checkpoint import Checkpoints
-from .evaluate import smoke_test
+from .evaluate import evaluate
 from .fuse_adapters import fuse_adapters
 from .make_pairs import make_pairs
 from .train_dpo import train_dpo
@@ -172,7 +172,7 @@ def check_chain(config: Config) -> str:
     if not train_dpo(config):
         raise Fault("training was stopped")
     fuse_adapters(config)
-    smoke_test(config)
+    evaluate(config)
     return f"{time.perf_counter() - started:.0f} s"
 
 
@@ -198,7 +198,7 @@ def check_reference(config: Config) -> str:
     loaded, worker = distributed.load(config, train=True)
     sequences = _sequences(Encoder.of(loaded.tokenizer, config))
     reference = worker.log_probs(sequences)
-    policy = [float(worker.engine.log_prob_and_gradient(s)[0]) for s in sequences]
+    policy = [float(worker.scorer.log_prob_and_gradient(s)[0]) for s in sequences]
     largest = max(abs(p - r) for p, r in zip(policy, reference, strict=True))
     measurement = f"largest difference {largest:.1g} nats a sequence"
     if not largest <= START_TOLERANCE:
@@ -330,7 +330,7 @@ def _last_checkpoint(config: Config) -> Path:
     return last
 
 
-def _sequences(encoder: Encoder) -> list[Sequence]:
+def _sequences(encoder: Encoder) -> list[EncodedAnswer]:
     """Answers of 60 to 240 tokens."""
     return [
         encoder.sequence(question, "**So it is.** Take it as red. " * repeats)

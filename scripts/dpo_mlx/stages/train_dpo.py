@@ -22,7 +22,7 @@ from ..training import checkpoint, metrics
 from ..training.checkpoint import Checkpoints, Origin, State
 from ..training.preflight import preflight
 from ..training.schedule import count_updates
-from ..training.setup import Job, load_reference, prepare
+from ..training.setup import Setup, load_reference, prepare
 from ..training.trainer import Examples, Stopped, Trainer
 from ..voice.answers import AnswerEvaluator, Measures
 
@@ -48,23 +48,23 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
         print(f"10: {run.adapters} is up to date, skipped")
         return _say(results.read_outcome(run), run.adapters)
     ownership.require_untouched(run.adapters)
-    job = prepare(config, current)
-    _require_space(job)
-    phases = Phases(job)
-    preflight(job, only_read=only == ONLY_TRAINING)
+    setup = prepare(config, current)
+    _require_space(setup)
+    phases = Phases(setup)
+    preflight(setup, only_read=only == ONLY_TRAINING)
     end = _run(phases, only)
     if end is None:
         return True
     results.write_outcome(run, end)
-    fingerprint.write(stamp, job.fingerprint)
-    _refuse_changes(job.fingerprint, fingerprint.of(TRAINING, config), run.adapters)
+    fingerprint.write(stamp, setup.fingerprint)
+    _refuse_changes(setup.fingerprint, fingerprint.of(TRAINING, config), run.adapters)
     return _say(end, run.adapters)
 
 
-def _require_space(job: Job) -> None:
+def _require_space(setup: Setup) -> None:
     """Raises UserError when the disk has no room for the checkpoints."""
-    size = MOST_CHECKPOINTS * checkpoint.size(job.model) + atomic.SMALL_FILES
-    atomic.require_space(job.config.run.path, size, "run_dir")
+    size = MOST_CHECKPOINTS * checkpoint.size(setup.model) + atomic.SMALL_FILES
+    atomic.require_space(setup.config.run.path, size, "run_dir")
 
 
 def _refuse_changes(before: Fingerprint, after: Fingerprint, adapters: Path) -> None:
@@ -95,7 +95,7 @@ def _say(end: Outcome, adapters: Path) -> bool:
 
 def _run(phases: Phases, only: str | None) -> Outcome | None:
     """Train what `only` asks for. None when it asks for no more than the reference."""
-    config, only_read = phases.job.config, only == ONLY_TRAINING
+    config, only_read = phases.setup.config, only == ONLY_TRAINING
     stopped: list[str] = []
     try:
         if config.sft.epochs:
@@ -112,7 +112,7 @@ def _run(phases: Phases, only: str | None) -> Outcome | None:
 
 def _keep_best(phases: Phases, stopped: list[str]) -> Outcome:
     """Copy the best checkpoint's adapters to the run's folder."""
-    state, folder = phases.state, phases.job.config.run.adapters
+    state, folder = phases.state, phases.setup.config.run.adapters
     assert state.best is not None  # every phase begins with an evaluation
     path = phases.checkpoints.best(state.best.update)
     checkpoint.require_unchanged(path)
@@ -127,23 +127,23 @@ def _keep_settings(config: Config) -> None:
 
 
 class Phases:
-    """Runs SFT and DPO over one job.
+    """Runs SFT and DPO over one setup.
 
     Each phase resumes from its newest checkpoint if that depends on the same files and settings.
     `state` says where the run is.
     """
 
-    def __init__(self, job: Job) -> None:
-        config = job.config
-        self.job = job
-        questions = job.raw[VALID][: config.train.eval_questions]
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        self.setup = setup
+        questions = setup.raw[VALID][: config.train.eval_questions]
         self.evaluator = AnswerEvaluator(
-            job.worker, job.encoder, job.classifier, questions, job.generation, config.seed
+            setup.worker, setup.encoder, setup.classifier, questions, setup.generation, config.seed
         )
-        pairs = len(job.pairs[TRAIN])
+        pairs = len(setup.pairs[TRAIN])
         self.sft_updates = count_updates(Sft(config).settings, pairs)
         self.updates = self.sft_updates + count_updates(config.train, pairs)
-        origins = {phase: _origin(job, phase) for phase in PHASES}
+        origins = {phase: _origin(setup, phase) for phase in PHASES}
         self.checkpoints = Checkpoints(config.run.checkpoints, origins)
         self.checkpoints.prune()
         self._resumable = {phase: self._find_resumable(phase) for phase in PHASES}
@@ -163,7 +163,7 @@ class Phases:
         resumable = self._resumable[SFT]
         if resumable and self._is_end_of_sft(resumable[1]):
             path, self.state = resumable
-            load_adapters(self.job.model, path)
+            load_adapters(self.setup.model, path)
             return
         if only_read:
             raise UserError(
@@ -171,25 +171,25 @@ class Phases:
                 "10_train_dpo.py --only reference first"
             )
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
-        train = [Example(pair, no_reference) for pair in self.job.pairs[TRAIN]]
-        valid = _examples(self.job.watched, load_reference(self.job, BASE, VALID))
+        train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
+        valid = _examples(self.setup.watched, load_reference(self.setup, BASE, VALID))
         self._train(SFT, Examples(train, valid))
 
     def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
         """DPO's reference for both splits: the model after SFT, or the base model without SFT."""
         end_of_sft = self.checkpoints.path(SFT, self.sft_updates)
         model, adapters = (AFTER_SFT, end_of_sft) if self.sft_updates else (BASE, None)
-        return {s: load_reference(self.job, model, s, adapters, only_read) for s in SPLITS}
+        return {s: load_reference(self.setup, model, s, adapters, only_read) for s in SPLITS}
 
     def run_dpo(self, references: dict[str, list[Sides[float]]]) -> None:
         """Train DPO, from where SFT has left the run."""
-        train = _examples(self.job.preferences[TRAIN], references[TRAIN])
-        valid = _examples(self.job.watched, references[VALID])
+        train = _examples(self.setup.preferences[TRAIN], references[TRAIN])
+        valid = _examples(self.setup.watched, references[VALID])
         self._train(DPO, Examples(train, valid))
 
     def _train(self, phase: str, examples: Examples) -> None:
         """Run a phase to its end, from its checkpoint or from its beginning."""
-        config, worker = self.job.config, self.job.worker
+        config, worker = self.setup.config, self.setup.worker
         path = config.run.metrics
         _keep_settings(config)
         reporters = metrics.reporters(config)
@@ -237,7 +237,7 @@ class Phases:
             changed += judgement_changed
         if not changed:
             return path, state
-        if not (self.job.config.train.restart or self._is_finished(origin)):
+        if not (self.setup.config.train.restart or self._is_finished(origin)):
             raise UserError(
                 f"{path}: an unfinished run used other settings or pairs ({'; '.join(changed)}); "
                 "set them back, set run_dir to another folder, or --set train.restart=true to "
@@ -252,16 +252,16 @@ class Phases:
 
     def _is_finished(self, origin: Origin) -> bool:
         """Whether a run with this origin made the adapters in the run's folder."""
-        inputs = fingerprint.read(self.job.config.run.stamp(TRAINING)) or {}
+        inputs = fingerprint.read(self.setup.config.run.stamp(TRAINING)) or {}
         wanted = {**origin.adapters, **origin.judgement}
         return all(inputs.get(name) == value for name, value in wanted.items())
 
 
-def _origin(job: Job, phase: str) -> Origin:
+def _origin(setup: Setup, phase: str) -> Origin:
     """What a phase's checkpoints depend on."""
     return Origin(
-        fingerprint.of(PHASE_ADAPTERS[phase], job.config, job.fingerprint),
-        fingerprint.of(JUDGEMENT, job.config),
+        fingerprint.of(PHASE_ADAPTERS[phase], setup.config, setup.fingerprint),
+        fingerprint.of(JUDGEMENT, setup.config),
     )
 
 

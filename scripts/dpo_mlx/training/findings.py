@@ -12,11 +12,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..config import Config, TrainConfig
-from ..data.encoding import EncodedPair, Sequence
+from ..data.encoding import EncodedAnswer, EncodedPair
 from ..data.pairs import LENGTH, Pair
 from ..scoring.losses import Sides
 from ..scoring.objectives import Dpo, Sft
-from ..scoring.scorer import Engine, combine, lengths, objective_slopes
+from ..scoring.scorer import Scorer, combine, lengths, objective_slopes
 from ..voice.voice_classifier import LEAST_ACCURACY, VoiceClassifier
 from .schedule import count_updates, learning_rate
 
@@ -131,7 +131,7 @@ def _cut_share(raw: list[Pair], encoded: list[EncodedPair]) -> float:
 
 
 def probe(
-    engine: Engine, config: Config, train: list[EncodedPair], valid: list[EncodedPair]
+    scorer: Scorer, config: Config, train: list[EncodedPair], valid: list[EncodedPair]
 ) -> Probe:
     """Measure what an update learned from a few train pairs does to a few valid ones.
 
@@ -141,10 +141,10 @@ def probe(
     """
     train, valid = train[:PROBED_TRAIN], valid[:PROBED_VALID]
     started = time.perf_counter()
-    sft_signs, dpo_signs = _update_signs(engine, config, train)
+    sft_signs, dpo_signs = _update_signs(scorer, config, train)
     sft_gains, dpo_gains = [], []
     for pair in valid:
-        _, gradients = engine.log_probs_and_gradients(pair)
+        _, gradients = scorer.log_probs_and_gradients(pair)
         sft_gains.append(_gain(sft_signs, gradients.chosen, pair.chosen))
         dpo_gains.append(
             _gain(dpo_signs, gradients.chosen, pair.chosen)
@@ -155,11 +155,11 @@ def probe(
     return Probe(_mean(sft_gains), _mean(dpo_gains), seconds)
 
 
-def _update_signs(engine: Engine, config: Config, pairs: list[EncodedPair]) -> tuple[Any, Any]:
+def _update_signs(scorer: Scorer, config: Config, pairs: list[EncodedPair]) -> tuple[Any, Any]:
     """The signs of the gradients (trees) of SFT and of DPO, summed over pairs."""
     sft = dpo = None
     for pair in pairs:
-        pi, gradients = engine.log_probs_and_gradients(pair)
+        pi, gradients = scorer.log_probs_and_gradients(pair)
         length = lengths(pair)
         sft = _add(sft, combine(Sides(-1 / length.chosen, mx.array(0.0)), gradients))
         dpo = _add(dpo, combine(objective_slopes(pi, pi, length, config.dpo), gradients))
@@ -171,7 +171,7 @@ def _add(total: Any, gradient: Any) -> Any:
     return gradient if total is None else tree_map(mx.add, total, gradient)
 
 
-def _gain(signs: Any, gradient: Any, side: Sequence) -> float:
+def _gain(signs: Any, gradient: Any, side: EncodedAnswer) -> float:
     """How much more likely an answer becomes by a step of 1 against these signs of a loss's
     gradient, in nats a token.
     """

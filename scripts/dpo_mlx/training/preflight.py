@@ -11,26 +11,26 @@ from ..model import device
 from ..model.gradient_checkpointing import gradient_checkpointing
 from . import findings
 from .schedule import pairs_per_update
-from .setup import Job, load_reference
+from .setup import Setup, load_reference
 
 
 class Refused(UserError):
     """The preflight found settings that are sure to waste the run."""
 
 
-def preflight(job: Job, only_read: bool = False) -> list[findings.Finding]:
+def preflight(setup: Setup, only_read: bool = False) -> list[findings.Finding]:
     """Print what the run will do and what is wrong with it.
 
     This needs the pairs, the base model's log-probs of the valid ones, and the gradients of a few.
     Raises Refused for settings that are sure to waste the run, unless `train.force` is set, and
     UserError with `only_read` when those log-probs are not stored yet.
     """
-    config, encoded = job.config, job.preferences
-    base = load_reference(job, BASE, VALID, only_read=only_read)
-    with gradient_checkpointing(job.model, config.train.grad_checkpoint):
-        probe = findings.probe(job.worker.engine, config, encoded[TRAIN], encoded[VALID])
-    facts = findings.gather(config, job.raw, encoded, base, job.classifier, probe)
-    _describe(job, facts, probe)
+    config, encoded = setup.config, setup.preferences
+    base = load_reference(setup, BASE, VALID, only_read=only_read)
+    with gradient_checkpointing(setup.model, config.train.grad_checkpoint):
+        probe = findings.probe(setup.worker.scorer, config, encoded[TRAIN], encoded[VALID])
+    facts = findings.gather(config, setup.raw, encoded, base, setup.classifier, probe)
+    _describe(setup, facts, probe)
     all_findings = list(findings.of(facts, config))
     for finding in all_findings:
         print(f"10: {'sure to fail: ' if finding.fatal else 'note: '}{finding.text}")
@@ -42,10 +42,10 @@ def preflight(job: Job, only_read: bool = False) -> list[findings.Finding]:
     return all_findings
 
 
-def _describe(job: Job, facts: findings.Facts, probe: findings.Probe) -> None:
+def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> None:
     """Print the data, the two phases, the time and the memory of a run."""
     for split in SPLITS:
-        lengths = [pair.length for pair in job.pairs[split]]
+        lengths = [pair.length for pair in setup.pairs[split]]
         print(
             f"10: {len(lengths)} {split} pairs; the longer answer with its prompt has "
             f"{np.median(lengths):.0f} tokens in the median and {max(lengths)} at most"
@@ -58,10 +58,10 @@ def _describe(job: Job, facts: findings.Facts, probe: findings.Probe) -> None:
     print(
         f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
     )
-    _describe_phases(job.config, facts)
+    _describe_phases(setup.config, facts)
     print(
-        f"10: about {_seconds(job, probe) / 60:.0f} minutes, plus the answers of each evaluation; "
-        f"peak memory {job.need}; {device.available() / 1e9:.2f} GB available"
+        f"10: about {_seconds(setup, probe) / 60:.0f} minutes, plus the answers of each evaluation; peak "
+        f" memory {setup.need}; {device.available() / 1e9:.2f} GB available"
     )
 
 
@@ -81,12 +81,12 @@ def _describe_phases(config: Config, facts: findings.Facts) -> None:
     )
 
 
-def _seconds(job: Job, probe: findings.Probe) -> float:
+def _seconds(setup: Setup, probe: findings.Probe) -> float:
     """The time of both phases and of the reference.
 
     Scoring the reference takes a third of the time of a gradient.
     """
-    config, train = job.config, job.preferences[TRAIN]
+    config, train = setup.config, setup.preferences[TRAIN]
     chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
     pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
     tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens

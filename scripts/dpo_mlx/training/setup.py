@@ -30,7 +30,7 @@ from .schedule import pairs_per_update
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """All that stage 10 works on: the model with fresh adapters and who computes with it, the pairs
     of both splits as text and as ids, the classifier of the voice, the memory it needs, and the
     fingerprint of its training.
@@ -68,7 +68,7 @@ class Job:
         return self.worker.model
 
 
-def prepare(config: Config, current: Fingerprint | None = None) -> Job:
+def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     """Read and check the pairs, load the model, and check that training it fits in memory.
 
     `current` is the fingerprint of training as it was before anything was read.
@@ -104,7 +104,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Job:
     memory_need = _require_memory(config, worker, encoder, read, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = fit_classifier(chosen, rejected)
-    return Job(config, worker, encoder, read, encoded, classifier, memory_need, current)
+    return Setup(config, worker, encoder, read, encoded, classifier, memory_need, current)
 
 
 def _require_memory(
@@ -155,16 +155,16 @@ def reference_fingerprint(
 
 
 def load_reference(
-    job: Job, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
+    setup: Setup, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
 ) -> list[Sides[float]]:
     """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`, whose
     valid part holds only the pairs that evaluations look at.
 
     Computed where it is not there, unless `only_read`.
     """
-    folder = job.config.run.reference(taken_of)
-    encoded = job.watched if (taken_of, split) == (AFTER_SFT, VALID) else job.preferences[split]
-    inputs = reference_fingerprint(job.config, split, encoded, job.fingerprint, adapters)
+    folder = setup.config.run.reference(taken_of)
+    encoded = setup.watched if (taken_of, split) == (AFTER_SFT, VALID) else setup.preferences[split]
+    inputs = reference_fingerprint(setup.config, split, encoded, setup.fingerprint, adapters)
     changes = reference.changes(folder, split, inputs)
     if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
         why = f" (what changed: {'; '.join(changes)})" if changes else ""
@@ -180,8 +180,8 @@ def load_reference(
             split,
             encoded,
             inputs,
-            job.worker.log_probs,
-            job.worker.size,
+            setup.worker.log_probs,
+            setup.worker.size,
             lambda done: bar.update(done - bar.n),
         )
         bar.update(len(encoded) - bar.n)

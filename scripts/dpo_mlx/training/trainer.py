@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.optimizers import clip_grad_norm
 
 from ..config import Config
-from ..data.encoding import EncodedPair, Sequence
+from ..data.encoding import EncodedAnswer, EncodedPair
 from ..files.errors import UserError
 from ..model import device
 from ..model.fusing import dtype_of
@@ -271,7 +271,7 @@ class Trainer:
         return largest
 
     def _start_fault(
-        self, pair: EncodedPair, side: Sequence, pi: float, difference: float, limit: float
+        self, pair: EncodedPair, side: EncodedAnswer, pi: float, difference: float, limit: float
     ) -> str:
         """Why the policy does not start at the reference: a wrong file or a wrong computation."""
         where = f"{self.config.run.references}: pair on line {pair.line}: "

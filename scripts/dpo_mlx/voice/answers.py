@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from ..config import GenerationConfig
-from ..data.encoding import Encoder, Sequence
+from ..data.encoding import EncodedAnswer, Encoder
 from ..data.pairs import STOP, Pair
 from ..model.sampling import EVALUATED_AT_ONCE, Answer, batches
 from ..parallel.worker import Worker
@@ -21,7 +21,7 @@ from .voice_classifier import VoiceClassifier
 Measures = dict[str, float]
 
 # Sequences to their log-probs, in nats, as Worker.log_probs.
-LogProbs = Callable[[list[Sequence]], list[float]]
+LogProbs = Callable[[list[EncodedAnswer]], list[float]]
 
 # The measures of greedy answers have this before their names.
 GREEDY = "greedy_"
