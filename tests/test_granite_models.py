@@ -15,7 +15,7 @@ import pytest
 import tiny
 from dpo_mlx import config as configs
 from dpo_mlx.config import Config, LoraConfig
-from dpo_mlx.export import hugging_face, llama_cpp, peft
+from dpo_mlx.export import llama_cpp
 from dpo_mlx.files import jsonl, model_files
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.model import fusing, scan
@@ -25,6 +25,7 @@ from dpo_mlx.model.rounding import NEAREST
 from dpo_mlx.model.saving import save_model_folder
 from dpo_mlx.scoring.log_probs import check_head, find_head, token_log_probs
 from dpo_mlx.stages.evaluate import evaluate
+from dpo_mlx.stages.export import export_model, export_peft
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.make_pairs import make_pairs
 from dpo_mlx.stages.train_dpo import train_dpo
@@ -205,8 +206,8 @@ def chain(
     train_dpo(run)
     fuse_adapters(run)
     assert evaluate(run)
-    hugging_face.export(run)
-    peft.export_peft(run)
+    export_model(run)
+    export_peft(run)
     return run
 
 

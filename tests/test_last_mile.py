@@ -35,6 +35,7 @@ from dpo_mlx.model import fusing
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.report import card
 from dpo_mlx.stages.evaluate import evaluate
+from dpo_mlx.stages.export import export_model
 from dpo_mlx.stages.fuse_adapters import fuse_adapters
 from dpo_mlx.stages.train_dpo import train_dpo
 from test_granite_parity import granite_folder
@@ -408,4 +409,4 @@ def test_an_unknown_architecture_is_refused(finished, tmp_path):
         hugging_face.require_layout(jsonl.read_json(other / "config.json"))
     config = replace(finished.config, model=str(other))
     with pytest.raises(UserError, match="seed_oss"):
-        hugging_face.export(replace(config, run_dir=str(finished.config.run.path)))
+        export_model(replace(config, run_dir=str(finished.config.run.path)))

@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_for_the_log_is_no_second_fault(config, monkeypatch,
     ("10", "stages.train_dpo.train_dpo"),
     ("11", "stages.fuse_adapters.fuse_adapters"),
     ("12", "stages.evaluate.evaluate"),
-    ("13", "export.hugging_face.export"),
+    ("13", "stages.export.export_model"),
     ("14", "stages.sweep.combinations"),
 ])  # fmt: skip
 def test_every_script_is_guarded(script, module, error, config, monkeypatch, capfd):

@@ -224,10 +224,10 @@ def test_digest_tells_ids_and_spans_apart(encoders):
 
     assert digest("q", "a", "b") == digest("q", "a", "b")
     moved = encoding.EncodedPair(
-        encoding.EncodedAnswer((1, 2, 3), 1), encoding.Sequence((1, 2, 3), 1), 1
+        encoding.EncodedAnswer((1, 2, 3), 1), encoding.EncodedAnswer((1, 2, 3), 1), 1
     )
     other = encoding.EncodedPair(
-        encoding.EncodedAnswer((1, 2, 3), 2), encoding.Sequence((1, 2, 3), 1), 1
+        encoding.EncodedAnswer((1, 2, 3), 2), encoding.EncodedAnswer((1, 2, 3), 1), 1
     )
     distinct = {digest("q", "a", "b"), digest("q", "b", "a"), digest("p", "a", "b")}
     assert len({*distinct, encoding.digest([moved]), encoding.digest([other])}) == 5

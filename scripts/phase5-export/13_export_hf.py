@@ -13,13 +13,12 @@ from dpo_mlx.config import Config
 
 def stage(config: Config, options: argparse.Namespace) -> None:
     from dpo_mlx.export import llama_cpp
-    from dpo_mlx.export.hugging_face import export
-    from dpo_mlx.export.peft import export_peft
+    from dpo_mlx.stages.export import export_model, export_peft
 
     if options.peft:
         export_peft(config)
     else:
-        llama_cpp.report(export(config))
+        llama_cpp.report(export_model(config))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Stage 13: the fused model in Hugging Face's own layout, as transformers and llama.cpp read it."""
+"""A fused model in Hugging Face's own layout, as transformers and llama.cpp read it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import make_shards
 
-from ..config import Config
-from ..files import fingerprint, jsonl, ownership
+from ..files import jsonl, ownership
 from ..files.errors import UserError
-from ..files.fingerprint import EXPORT
-from ..files.model_files import CARD, require_folder
 from ..model import fusing
 from ..model.loading import load_model
 from ..model.saving import INDEX, config_for, copy_settings
@@ -27,26 +24,6 @@ FOR_TORCH = {"format": "pt"}  # metadata without which transformers reads no saf
 SHARD_GB = 2  # each file is put together in memory
 
 Weights = Mapping[str, mx.array]
-
-
-def export(config: Config) -> Path:
-    """Write `run_dir/hf`; the folder.
-
-    Raises UserError without a fused model, for a quantised one, and for an architecture whose
-    layout is not known.
-    """
-    fused, folder = config.run.fused, config.run.hugging_face
-    if not (fused / "config.json").is_file():
-        raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
-    stamp, current = config.run.stamp(EXPORT), fingerprint.of(EXPORT, config)
-    if fingerprint.is_current(stamp, current, [folder]):
-        print(f"13: {folder} is up to date, skipped")
-        return folder
-    write(fused, require_folder(config.model), folder)
-    jsonl.write_text(folder / CARD, (fused / CARD).read_text(encoding="utf-8"))
-    fingerprint.write(stamp, current)
-    print(f"13: {folder} is the fused model in Hugging Face's layout")
-    return folder
 
 
 def write(source: Path, base: Path, folder: Path) -> None:

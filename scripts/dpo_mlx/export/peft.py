@@ -10,9 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import Config
-from ..files import jsonl, ownership, results
-from ..files.model_files import ADAPTER_CONFIG, ADAPTERS, require_folder
+from ..files import jsonl, ownership
+from ..files.model_files import ADAPTER_CONFIG, ADAPTERS
 from ..model.adapters import check_adapters
 from ..model.tensors import save_tensors
 from .hugging_face import FOR_TORCH, GRANITE_HYBRID, require_layout
@@ -27,17 +26,6 @@ MERGED = {
 }
 
 Pairs = dict[str, tuple[mx.array, mx.array]]  # by module: A [rank, in], B [out, rank]
-
-
-def export_peft(config: Config) -> Path:
-    """Write `run_dir/peft` from `run_dir/adapters`; the folder.
-
-    Raises UserError without adapters, and for an architecture whose layout is not known.
-    """
-    adapters, folder = results.require_adapters(config.run), config.run.peft
-    write(adapters, require_folder(config.model), config.model, folder)
-    print(f"13: {folder} is a PEFT adapter of {config.model}")
-    return folder
 
 
 def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:

@@ -59,9 +59,10 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
         f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
     )
     _describe_phases(setup.config, facts)
+    minutes = _seconds(setup, probe) / 60
     print(
-        f"10: about {_seconds(setup, probe) / 60:.0f} minutes, plus the answers of each evaluation; peak "
-        f" memory {setup.need}; {device.available() / 1e9:.2f} GB available"
+        f"10: about {minutes:.0f} minutes, plus the answers of each evaluation; peak memory "
+        f"{setup.need}; {device.available() / 1e9:.2f} GB available"
     )
 
 
