@@ -435,7 +435,7 @@ def test_an_environment_that_is_not_ours_is_left_alone(put, sandbox):
     venv = sandbox.repository / ".venv"
     put(venv)
     before = sorted(map(str, sandbox.repository.rglob("*")))
-    assert ".venv was not made by this script; activate it" in sandbox.refuses()
+    assert "this script did not make .venv; activate it" in sandbox.refuses()
     assert sorted(map(str, sandbox.repository.rglob("*"))) == before
 
 
@@ -449,7 +449,7 @@ def test_an_environment_that_was_left_half_made_is_made_again(sandbox):
     (venv / "bin/python").symlink_to("gone")
     (venv / "bin/activate").touch()
     _, out, _ = sandbox.run(*ALONE)
-    assert ".venv was left half-made, or its Python is gone" in out
+    assert ".venv is incomplete, or its Python does not work" in out
     assert f"{sandbox.programs}/python3.12 -m venv .venv" in sandbox.installed
     assert [path.name for path in venv.iterdir()] == [".made-by-dpo-mlx"]
 

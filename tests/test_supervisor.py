@@ -422,9 +422,9 @@ def test_processes_on_one_machine_share_its_cores(monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     threads = {"--hostfile hosts.json": "8", "-n 2": "4", "--repeat-hosts=16": "1"}
-    assert {launch: supervisor._blas_threads(launch) for launch in threads} == threads
+    assert {launch: supervisor.blas_threads(launch.split()) for launch in threads} == threads
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
-    assert supervisor._blas_threads("-n 2") == "3"
+    assert supervisor.blas_threads(["-n", "2"]) == "3"
 
 
 # Progress and plan ------------------------------------------------------------------------------
@@ -438,18 +438,18 @@ def test_progress_is_a_new_checkpoint_or_more_rows(staged):
     reference = staged.folder / "run/reference/base/train.jsonl"
     reference.parent.mkdir(parents=True)
     reference.write_text("{}\n")
-    before = supervisor.kept_work(config)
-    assert not supervisor.has_grown(before, before)
+    before = supervisor.resumable_work(config)
+    assert not supervisor.has_progress(before, before)
     (staged.folder / "run/metrics.jsonl").write_text("{}\n")
     (staged.folder / "run/checkpoints/.dpo-000001.tmp").mkdir(parents=True)
-    assert not supervisor.has_grown(before, supervisor.kept_work(config))
+    assert not supervisor.has_progress(before, supervisor.resumable_work(config))
     reference.write_text("{}\n{}\n")
-    with_rows = supervisor.kept_work(config)
-    assert supervisor.has_grown(before, with_rows)
+    with_rows = supervisor.resumable_work(config)
+    assert supervisor.has_progress(before, with_rows)
     reference.write_text("")
-    assert not supervisor.has_grown(with_rows, supervisor.kept_work(config))
+    assert not supervisor.has_progress(with_rows, supervisor.resumable_work(config))
     (staged.folder / "run/checkpoints/dpo-000001").mkdir()
-    assert supervisor.has_grown(with_rows, supervisor.kept_work(config))
+    assert supervisor.has_progress(with_rows, supervisor.resumable_work(config))
 
 
 def test_what_is_left_to_do_is_told_after_a_stage(staged):
