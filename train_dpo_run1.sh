@@ -68,11 +68,8 @@ use_venv .venv requirements.txt
 find_openblas
 
 case $task in
-  --selftest)
-    options=(--retries=0)
-    stage phase1-check-machine/01_selftest.py; exit ;;
-  --check)
-    options+=(--retries=0)
+  --selftest) options=(--retries=0); stage phase1-check-machine/01_selftest.py; exit ;;
+  --check) options+=(--retries=0)
     stage phase3-prepare-data-mlx/05_fetch_demo_model.py  # the check reads the model's files
     stage phase1-check-machine/02_check_run.py; exit ;;
 esac
