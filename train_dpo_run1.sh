@@ -60,7 +60,8 @@ trap 'on_signal 130 USR1' INT  # bash starts background processes with SIGINT ig
 trap 'on_signal 143 TERM' TERM
 
 # MLX compiles libraries into TMPDIR and loads what it finds there: no other user may write to it.
-trap 'rm -rf "${private:-}"' EXIT
+private=""  # also when the environment has a variable of this name
+trap 'rm -rf "$private"' EXIT
 private=$(mktemp -d "${TMPDIR:-/tmp}/dpo.XXXXXX" 2> /dev/null || mktemp -d /tmp/dpo.XXXXXX) ||
   fail "cannot make a folder in ${TMPDIR:-/tmp}; set TMPDIR to a folder that you can write to"
 export TMPDIR=$private
