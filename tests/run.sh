@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, pytest. Makes its own environment. Arguments go to pytest.
+# Runs all checks in an environment of their own: ruff, mypy and pytest, which gets the arguments.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
@@ -10,6 +10,6 @@ find_openblas
 ruff format --check --config tests/pyproject.toml .
 ruff check --config tests/pyproject.toml .
 mypy --config-file tests/pyproject.toml
-# Two processes, each with one thread: models as tiny as the tests' gain nothing from more.
+# Two processes with one thread each: the tests' models are too tiny to gain from more threads.
 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$MLX_PRELOAD" \
   python -m pytest -c tests/pyproject.toml -n 2 --dist loadfile tests "$@"

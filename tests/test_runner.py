@@ -1,5 +1,5 @@
-"""The runner as a user starts it. Stand-ins for uname, sw_vers, sysctl, caffeinate, Python and the
-stages play the machine.
+"""The runner as a user starts it. Fake versions of uname, sw_vers, sysctl, caffeinate, Python and
+the stages stand for the machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from test_supervisor import stand_in
+from test_supervisor import fake_program
 
 STAGES = (
     "phase3-prepare-data-mlx/05_fetch_demo_model.py",
@@ -27,8 +27,8 @@ STAGES = (
 )
 CHECKS = ("phase1-check-machine/01_selftest.py", "phase1-check-machine/02_check_run.py")
 
-# Notes its name and arguments, then ends with the code that codes.json has for it; "wait" is until
-# it is told to stop.
+# Writes down its name and arguments, then ends with its code in codes.json. With "wait" it goes on
+# until SIGTERM; with "stubborn" it ignores SIGTERM too.
 FAKE_STAGE = """
 import json, os, pathlib, signal, sys, time
 
@@ -36,7 +36,7 @@ home = pathlib.Path(os.environ["HOME"])
 name = pathlib.Path(sys.argv[0]).name[:2]
 
 def stop(number, frame):
-    with open(home / "told.txt", "a") as file:
+    with open(home / "signals.txt", "a") as file:
         file.write(signal.Signals(number).name + "\\n")
     sys.exit(128 + number)
 
@@ -56,7 +56,7 @@ while code in ("wait", "stubborn"):
 sys.exit(code)
 """
 
-# Says which version it is on which processor; what pip and venv are asked for is only noted.
+# Prints its version and processor. Calls of pip and venv only leave a line in installed.txt.
 FAKE_PYTHON = """
 case "$*" in
   *os.uname*) echo "{version}" ;;
@@ -72,7 +72,7 @@ TOOLS = (
 
 
 class Sandbox:
-    """A copy of the repository with stand-ins, which are the only programs on PATH."""
+    """A copy of the repository with fake stages. PATH holds only the fakes and some TOOLS."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.repository, self.programs = home, home / "repository", home / "programs"
@@ -97,23 +97,23 @@ class Sandbox:
         self.activate("3 12 x86_64")
 
     def activate(self, version: str) -> None:
-        """An active virtual environment in which everything is installed."""
+        """Activate a virtual environment that has all packages."""
         (self.venv / "bin").mkdir(parents=True, exist_ok=True)
         self.python(self.venv / "bin", "python", version)
         shutil.copy(self.repository / "requirements.txt", self.venv / ".installed-.venv")
         self.environment["VIRTUAL_ENV"] = str(self.venv)
 
     def python(self, folder: Path, name: str, version: str) -> None:
-        """A Python of "major minor machine"."""
-        stand_in(folder, name, FAKE_PYTHON.format(version=version, python=sys.executable))
+        """Put a fake Python into `folder`; `version` is "major minor machine"."""
+        fake_program(folder, name, FAKE_PYTHON.format(version=version, python=sys.executable))
 
     def mac(self, version: str = "15.5", arm64: str = "1") -> None:
         """Make the machine a Mac."""
         (self.programs / "uname").unlink()
-        stand_in(self.programs, "uname", "echo Darwin")
-        stand_in(self.programs, "sw_vers", f"echo {version}")
-        stand_in(self.programs, "sysctl", f"echo {arm64}")
-        stand_in(self.programs, "caffeinate", 'echo "$@" > "$HOME/caffeinate.txt"')
+        fake_program(self.programs, "uname", "echo Darwin")
+        fake_program(self.programs, "sw_vers", f"echo {version}")
+        fake_program(self.programs, "sysctl", f"echo {arm64}")
+        fake_program(self.programs, "caffeinate", 'echo "$@" > "$HOME/caffeinate.txt"')
         self.activate("3 12 arm64")
 
     def start(
@@ -144,7 +144,7 @@ class Sandbox:
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """The stages that were started, in order, with their arguments."""
+        """The stages that the runner started, in order, with their arguments."""
         path = self.home / "stages.txt"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -153,19 +153,19 @@ class Sandbox:
         return [call["stage"] for call in self.calls]
 
     def wait_for(self, stage: str) -> None:
-        give_up = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while self.stages[-1:] != [stage]:
-            assert time.monotonic() < give_up
+            assert time.monotonic() < deadline
             time.sleep(0.01)
 
     @property
     def installed(self) -> str:
-        """The arguments that pip and venv got."""
+        """All calls of pip and venv, one a line."""
         path = self.home / "installed.txt"
         return path.read_text() if path.exists() else ""
 
     def refuses(self, *arguments: str) -> str:
-        """The one error line; exit code 1, nothing installed and no stage started."""
+        """Return the one error line, after exit code 1, no installation and no stage."""
         code, _, err = self.run(*arguments)
         (line,) = err.splitlines()
         assert code == 1 and line.startswith("error: "), err
@@ -183,9 +183,9 @@ ALONE = ("--launch", "none")
 # Options ----------------------------------------------------------------------------------------
 
 
-def test_options_stand_in_any_order(sandbox):
+def test_options_may_come_in_any_order(sandbox):
     """Options work before or after the config, with a space or an equals sign. Every stage gets the
-    config and the settings; the runner keeps its own options.
+    config and the overrides, and none of the runner's own options.
     """
     code, _, err = sandbox.run(
         "--set", "seed=1", "--retries=0", "repository/config/" + sandbox.config.name,
@@ -196,14 +196,14 @@ def test_options_stand_in_any_order(sandbox):
     assert [call["arguments"] for call in sandbox.calls] == [expected] * len(STAGES)
 
 
-def test_without_a_config_it_is_granite_s(sandbox):
-    """The default config is used from any working directory."""
+def test_the_default_config_is_granite(sandbox):
+    """The runner finds it from any working directory."""
     assert sandbox.run(*ALONE, cwd=Path("/"))[0] == 0
     assert sandbox.calls[0]["arguments"] == ["--config", str(sandbox.config)]
 
 
-def test_a_relative_config_is_the_caller_s(sandbox):
-    """A relative path is relative to the caller's directory."""
+def test_a_relative_config_is_in_the_caller_s_folder(sandbox):
+    """The runner changes to its own folder, but the path means what the user typed."""
     folder = sandbox.home / "elsewhere"
     folder.mkdir()
     (folder / "mine.yaml").write_text("demo_model: false\n")
@@ -212,8 +212,8 @@ def test_a_relative_config_is_the_caller_s(sandbox):
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_is_the_runner_s_own(option, sandbox):
-    """--help lists every option and starts nothing."""
+def test_help_describes_the_runner(option, sandbox):
+    """--help lists every option, exits with 0 and starts nothing."""
     code, out, err = sandbox.run(option)
     assert code == 0 and err == ""
     names = ("--set", "--launch", "--retries", "--check", "--selftest", "--help")
@@ -224,31 +224,34 @@ def test_help_is_the_runner_s_own(option, sandbox):
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--grid", "a=1"], "--grid"),
     (["--retries", "many"], "many"),
+    (["--retries="], "--retries="),
+    (["--retries", "-1"], "-1"),
     (["--set"], "--set"),
+    (["--check", "--launch"], "--launch"),
     (["gone.yaml"], "gone.yaml"),
     (["one.yaml", "two.yaml"], "two.yaml"),
 ])  # fmt: skip
-def test_what_the_runner_does_not_know_is_refused(arguments, named, sandbox):
-    """One line names the faulty argument, before anything is installed."""
+def test_faulty_arguments_are_refused(arguments, named, sandbox):
+    """One line names the faulty argument, before the runner installs anything."""
     (sandbox.venv / ".installed-.venv").unlink()
     assert named in sandbox.refuses(*arguments)
 
 
-def test_check_and_selftest_take_the_chain_s_place(sandbox):
-    """`--check` gets the config and the settings, `--selftest` needs none; the runner exits with
-    their code.
+def test_check_and_selftest_replace_the_chain(sandbox):
+    """The check gets the config and the overrides; the self-test gets no arguments. The runner
+    exits with their code.
     """
     sandbox.exit(s01=1, s02=4)
     assert sandbox.run("--selftest")[0] == 1
     assert sandbox.run("--set", "seed=1", "--check")[0] == 4
     selftest, demo_model, check = sandbox.calls
     assert (selftest["stage"], selftest["arguments"]) == ("01", [])
-    assert (demo_model["stage"], check["stage"]) == ("05", "02"), "the demo's model comes first"
+    assert (demo_model["stage"], check["stage"]) == ("05", "02"), "the check needs the demo's model"
     assert check["arguments"] == ["--config", str(sandbox.config), "--set", "seed=1"]
 
 
-def test_a_new_machine_is_offered_the_self_test(sandbox):
-    """The hint is left out for the short demo, and once the self-test has written its result."""
+def test_the_runner_suggests_the_self_test_on_a_new_machine(sandbox):
+    """It does not for the short demo, nor after the self-test has written its result."""
     demo = sandbox.home / "demo.yaml"
     demo.write_text("demo_model: true\n")
     offers = []
@@ -275,7 +278,9 @@ def test_a_new_machine_is_offered_the_self_test(sandbox):
     ({"s10": 3, "s12": 2}, 2, "12"),
 ])  # fmt: skip
 def test_exit_codes_of_the_chain(codes, code, last, sandbox):
-    """A fault ends the chain; a guard's stop (3) does not, and outranks a failed smoke test (1)."""
+    """An error ends the chain. A stop by a guard (3) does not, and a failed smoke test (1) does not
+    hide it.
+    """
     sandbox.exit(**codes)
     assert sandbox.run(*ALONE)[0] == code
     order = [Path(stage).name[:2] for stage in STAGES]
@@ -285,8 +290,8 @@ def test_exit_codes_of_the_chain(codes, code, last, sandbox):
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_runner_reaches_the_stage(number, send, sandbox):
-    """Whether the signal goes to the script or to the whole terminal, the script passes it on,
-    waits for the stage, exits with the signal's code and starts no other stage.
+    """The signal goes to the runner alone or to the terminal's whole process group. Either way the
+    runner passes it on, waits for the stage, exits with the signal's code and starts no more.
     """
     sandbox.exit(s10="wait")
     process = sandbox.start(*ALONE)
@@ -294,13 +299,13 @@ def test_a_signal_to_the_runner_reaches_the_stage(number, send, sandbox):
     send(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number, err
-    assert (sandbox.home / "told.txt").read_text() == "SIGTERM\n"
+    assert (sandbox.home / "signals.txt").read_text() == "SIGTERM\n"
     assert sandbox.stages[-1] == "10"
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_interrupt_ends_the_stage_at_once(first, sandbox):
-    """Also a stage that does not react; the exit code is the first signal's."""
+    """Even if the stage ignores SIGTERM. The exit code is the first signal's."""
     sandbox.exit(s10="stubborn")
     process = sandbox.start(*ALONE)
     sandbox.wait_for("10")
@@ -314,8 +319,8 @@ def test_a_second_interrupt_ends_the_stage_at_once(first, sandbox):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_comes_twice_at_once_is_one_request(number, sandbox):
-    """`timeout` and a closed window do that; the stage saves all the same."""
+def test_the_same_signal_twice_at_once_is_one_request(number, sandbox):
+    """`timeout` and a closed window send it twice. The stage still saves."""
     sandbox.exit(s10="wait")
     process = sandbox.start(*ALONE)
     sandbox.wait_for("10")
@@ -323,7 +328,23 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(number, sandbox):
         os.killpg(process.pid, number)
     process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert "SIGTERM" in (sandbox.home / "told.txt").read_text()
+    assert "SIGTERM" in (sandbox.home / "signals.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("call", ["-m dpo_mlx.supervisor", "-m pip"])
+def test_a_signal_before_the_first_stage_ends_the_runner(call, number, sandbox):
+    """It comes during the installation, or while the supervisor is starting and cannot handle it
+    yet. The runner starts no stage, and bash adds no line about the supervisor's end.
+    """
+    (sandbox.venv / ".installed-.venv").unlink()
+    python = (sandbox.venv / "bin/python").read_text().removeprefix("#!/bin/sh\n")
+    kill = f'case "$*" in "{call}"*) kill -{number.value} $PPID; exec sleep 0.5 ;; esac'
+    fake_program(sandbox.venv / "bin", "python", f"{kill}\n{python}")
+    (sandbox.programs / "sleep").symlink_to(str(shutil.which("sleep")))
+    code, _, err = sandbox.run(*ALONE)
+    assert code == 128 + number, err
+    assert sandbox.stages == [] and all(line.startswith("note: ") for line in err.splitlines())
 
 
 # Temporary files --------------------------------------------------------------------------------
@@ -331,8 +352,8 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(number, sandbox):
 
 @pytest.mark.parametrize("arguments", [ALONE, ("--check",), ("--selftest",)])
 @pytest.mark.parametrize("code", [0, 1])
-def test_the_stages_get_a_temporary_folder_of_their_own(code, arguments, sandbox):
-    """Nobody else may put a library there; it is removed however the run ends."""
+def test_the_stages_get_a_private_temporary_folder(code, arguments, sandbox):
+    """No other user can put a library there. The runner removes it, however the run ends."""
     shared = sandbox.home / "shared tmp"
     shared.mkdir()
     sandbox.environment["TMPDIR"] = str(shared)
@@ -344,7 +365,7 @@ def test_the_stages_get_a_temporary_folder_of_their_own(code, arguments, sandbox
 
 
 def test_a_temporary_folder_is_removed_after_a_signal(sandbox):
-    """And one that cannot be made is made in /tmp."""
+    """Also one in /tmp, which the runner uses when TMPDIR does not exist."""
     sandbox.environment["TMPDIR"] = str(sandbox.home / "gone")
     sandbox.exit(s10="wait")
     process = sandbox.start(*ALONE)
@@ -359,8 +380,8 @@ def test_a_temporary_folder_is_removed_after_a_signal(sandbox):
 # Where and how it is started --------------------------------------------------------------------
 
 
-def test_it_can_be_started_through_a_link_and_with_cdpath(sandbox):
-    """A link in ~/bin finds the repository; CDPATH neither leads astray nor prints."""
+def test_the_runner_works_through_a_link_and_with_cdpath(sandbox):
+    """A link in ~/bin finds the repository. CDPATH changes neither the folder nor the output."""
     (sandbox.home / "bin").mkdir()
     link = sandbox.home / "bin/train"
     link.symlink_to("../repository/train_dpo_run1.sh")
@@ -383,7 +404,7 @@ def test_it_can_be_started_through_a_link_and_with_cdpath(sandbox):
 
 @pytest.mark.parametrize("name", ["a b.yaml", "-n.yaml", "a\nb.yaml", "$(touch x).yaml", "~"])
 def test_a_config_may_have_any_name(name, sandbox):
-    """A dash needs ./ before it, as everywhere."""
+    """A name that starts with a dash needs ./ before it, as in any command."""
     (sandbox.home / name).write_text("demo_model: false\n")
     sandbox.exit(s05=7)
     code, _, err = sandbox.run(f"./{name}", "--set", "x=$(touch y) *", *ALONE)
@@ -394,7 +415,7 @@ def test_a_config_may_have_any_name(name, sandbox):
 
 
 def test_a_deleted_working_directory_does_not_matter(sandbox):
-    """The script goes to its own folder; bash alone may say that it cannot find where it is."""
+    """The runner changes to its own folder. Only bash may print that its folder is gone."""
     gone = sandbox.home / "gone"
     gone.mkdir()
     sandbox.exit(s05=7)
@@ -413,34 +434,34 @@ def test_a_deleted_working_directory_does_not_matter(sandbox):
 # The environment --------------------------------------------------------------------------------
 
 
-def as_a_file(venv: Path) -> None:
+def file(venv: Path) -> None:
     venv.write_text("mine\n")
 
 
-def of_the_user(venv: Path) -> None:
+def user_environment(venv: Path) -> None:
     (venv / "bin").mkdir(parents=True)
-    stand_in(venv / "bin", "pip", "exit 0")
+    fake_program(venv / "bin", "pip", "exit 0")
     (venv / "bin/activate").write_text("")
     (venv / "pyvenv.cfg").touch()
 
 
-def dangling(venv: Path) -> None:
+def broken_link(venv: Path) -> None:
     venv.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("put", [as_a_file, of_the_user, dangling], ids=lambda f: f.__name__)
-def test_an_environment_that_is_not_ours_is_left_alone(put, sandbox):
-    """One line says what to do with it."""
+@pytest.mark.parametrize("make", [file, user_environment, broken_link], ids=lambda f: f.__name__)
+def test_an_environment_that_is_not_ours_is_left_alone(make, sandbox):
+    """One line says what the user can do with it."""
     del sandbox.environment["VIRTUAL_ENV"]
     venv = sandbox.repository / ".venv"
-    put(venv)
+    make(venv)
     before = sorted(map(str, sandbox.repository.rglob("*")))
-    assert ".venv was not made by this script; activate it" in sandbox.refuses()
+    assert "this script did not make .venv; activate it" in sandbox.refuses()
     assert sorted(map(str, sandbox.repository.rglob("*"))) == before
 
 
-def test_an_environment_that_was_left_half_made_is_made_again(sandbox):
-    """Its Python was taken away by an update, or venv was interrupted."""
+def test_an_incomplete_environment_is_made_again(sandbox):
+    """An update removed its Python, or ^C interrupted venv."""
     del sandbox.environment["VIRTUAL_ENV"]
     sandbox.python(sandbox.programs, "python3.12", "3 12 x86_64")
     venv = sandbox.repository / ".venv"
@@ -449,13 +470,13 @@ def test_an_environment_that_was_left_half_made_is_made_again(sandbox):
     (venv / "bin/python").symlink_to("gone")
     (venv / "bin/activate").touch()
     _, out, _ = sandbox.run(*ALONE)
-    assert ".venv was left half-made, or its Python is gone" in out
+    assert ".venv is incomplete, or its Python does not work" in out
     assert f"{sandbox.programs}/python3.12 -m venv .venv" in sandbox.installed
     assert [path.name for path in venv.iterdir()] == [".made-by-dpo-mlx"]
 
 
-def test_an_active_environment_without_a_python_is_named(sandbox):
-    """It was deleted, and the terminal still has it."""
+def test_an_active_environment_without_a_python_is_refused(sandbox):
+    """The user deleted it, and the terminal still has it active."""
     shutil.rmtree(sandbox.venv)
     assert f"{sandbox.venv} has no Python; open a new terminal" in sandbox.refuses()
 
@@ -464,7 +485,7 @@ def test_an_active_environment_without_a_python_is_named(sandbox):
 
 
 def test_a_mac_stays_awake_and_its_display_may_sleep(sandbox):
-    """caffeinate runs as long as the runner's process, and the stages know about it."""
+    """caffeinate runs as long as the runner, and the stages do not start their own."""
     sandbox.mac()
     process = sandbox.start(*ALONE)
     out, _ = process.communicate(timeout=60)
@@ -474,8 +495,8 @@ def test_a_mac_stays_awake_and_its_display_may_sleep(sandbox):
     assert all(call["awake"] for call in sandbox.calls)
 
 
-def test_without_caffeinate_the_stages_see_to_it(sandbox):
-    """The run works, and the runner does not claim to keep the Mac awake."""
+def test_a_mac_without_caffeinate_can_run(sandbox):
+    """The runner does not claim to keep the Mac awake."""
     sandbox.mac()
     (sandbox.programs / "caffeinate").unlink()
     code, out, err = sandbox.run(*ALONE)
@@ -484,9 +505,9 @@ def test_without_caffeinate_the_stages_see_to_it(sandbox):
     assert not any(call["awake"] for call in sandbox.calls)
 
 
-def test_elsewhere_nothing_is_kept_awake(sandbox):
-    """Even if a program called caffeinate exists."""
-    stand_in(sandbox.programs, "caffeinate", 'touch "$HOME/caffeinate.txt"')
+def test_only_a_mac_is_kept_awake(sandbox):
+    """On Linux a program called caffeinate may be anything."""
+    fake_program(sandbox.programs, "caffeinate", 'touch "$HOME/caffeinate.txt"')
     assert sandbox.run(*ALONE)[0] == 0
     assert not (sandbox.home / "caffeinate.txt").exists()
 
@@ -504,7 +525,7 @@ def bare(sandbox: Sandbox) -> Sandbox:
 
 def test_a_mac_with_an_intel_processor_is_refused(bare):
     """On an Intel Mac sysctl does not know hw.optional.arm64."""
-    stand_in(bare.programs, "sysctl", "exit 1")
+    fake_program(bare.programs, "sysctl", "exit 1")
     assert "Apple silicon" in bare.refuses()
 
 
@@ -529,7 +550,7 @@ def test_a_mac_without_a_python_is_told_how_to_get_one(bare):
     assert "3.11 to 3.15" in line and "python.org" in line and "brew install" in line
 
 
-def test_pythons_that_are_too_old_or_too_new_are_left_out(bare):
+def test_a_python_that_is_too_old_or_too_new_is_refused(bare):
     """MLX has wheels for Python 3.11 to 3.15."""
     bare.python(bare.programs, "python3.11", "3 16 arm64")
     bare.python(bare.programs, "python3", "3 9 arm64")
@@ -537,9 +558,9 @@ def test_pythons_that_are_too_old_or_too_new_are_left_out(bare):
     assert "python3.11 is Python 3.16; python3 is Python 3.9" in line
 
 
-def test_the_first_python_that_fits_makes_the_environment(bare):
-    """Earlier ones may be broken, too new or Intel builds."""
-    stand_in(bare.programs, "python3.11", "exit 127")
+def test_the_first_suitable_python_makes_the_environment(bare):
+    """The ones before it are broken or Intel builds."""
+    fake_program(bare.programs, "python3.11", "exit 127")
     bare.python(bare.programs, "python3.12", "3 12 x86_64")
     bare.python(bare.programs, "python3.14", "3 14 arm64")
     bare.run()
@@ -547,7 +568,7 @@ def test_the_first_python_that_fits_makes_the_environment(bare):
 
 
 @pytest.mark.parametrize("version", ["3 10 arm64", "3 16 arm64", "3 12 x86_64"])
-def test_an_active_environment_that_does_not_fit_is_refused(version, sandbox):
+def test_an_active_environment_with_an_unsuitable_python_is_refused(version, sandbox):
     """The error names the environment, so that the user can deactivate it."""
     sandbox.mac()
     sandbox.activate(version)

@@ -1,11 +1,13 @@
-"""Run one stage in its own processes, pass signals on to it, and restart it when it aborts.
+"""Run one stage, pass signals on to it, and restart it when it aborts.
 
     python -m dpo_mlx.process.supervisor SCRIPT [--config FILE] [--set section.key=value ...]
         [--launch none|auto|OPTIONS] [--retries N] [--runner PROCESS]
 
-The runner starts every stage like this. The exit code is the stage's: 130, 143 or 129 after ^C,
-SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted too often. SIGUSR1 ends the stage
-at once. When the runner is gone, that counts as SIGHUP.
+The runner starts every stage this way. The exit code is the stage's; it is 130, 143 or 129 after
+^C, SIGTERM or SIGHUP, and one of aborts.CODES when the stage aborted too often.
+
+The first signal asks the stage to save and end; a second one ends it at once. The runner sends
+SIGUSR1 for ^C. When the runner dies, the supervisor acts as after SIGHUP.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import json
 import math
 import os
 import random
-import re
 import shlex
 import signal
 import subprocess
@@ -34,25 +35,33 @@ from ..files.errors import UserError
 from . import aborts, last_resort
 from .signals import SUPERVISOR
 
-# mlx.launch reports no exit codes. `cli.main` appends rank 0's process number, then its exit code,
-# to the file that this variable names.
+# mlx.launch does not report exit codes. `cli.main` appends rank 0's process number, and later its
+# exit code, to the file that this variable names.
 RANK_0 = "DPO_RANK_0"
 
+STAGES_FOR_SEVERAL_PROCESSES = "06_generate_dpo_pairs.py", "10_train_dpo.py"
 STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
-SECONDS_BETWEEN_LOOKS = 1  # at whether the runner is there; also between newlines for mlx.launch
-SECONDS_OF_PATIENCE = 10  # from a request to stop to the line that says why it takes so long
-SECONDS_TO_DIE = 10  # for processes that SIGKILL was sent to
+
+# The supervisor checks on its runner this often, and types a newline for mlx.launch.
+SECONDS_BETWEEN_CHECKS = 1
+# `timeout`, a closed window and a runner that passes a signal on all repeat a signal at once. That
+# is one request, even on a machine that is slow because it swaps memory.
+SECONDS_OF_ONE_REQUEST = 3
+SECONDS_OF_PATIENCE = 10  # from the first signal to the line that offers a second one
+SECONDS_TO_DIE = 10  # for processes that got SIGKILL
 
 
-class Process:
+class SingleProcess:
     """A stage in one process."""
 
     def __init__(self, command: list[str]) -> None:
         environment = {**os.environ, "LD_PRELOAD": _preload()}
-        self._process = subprocess.Popen(command, env=environment, preexec_fn=_ignore_terminal)
+        self._process = subprocess.Popen(
+            command, env=environment, preexec_fn=_ignore_terminal_signals
+        )
 
     def stop(self) -> None:
-        """Ask the stage to save and end, also when it was frozen with SIGSTOP."""
+        """Ask the stage to save and end, even if SIGSTOP has frozen it."""
         self._process.send_signal(signal.SIGTERM)
         self._process.send_signal(signal.SIGCONT)
 
@@ -60,82 +69,79 @@ class Process:
         """End the stage at once."""
         self._process.kill()
 
-    def wait(self, look: Callable[[], None]) -> int:
-        """The exit code, as a shell reports it; calls `look` every second until there is one."""
+    def wait(self, every_second: Callable[[], None]) -> int:
+        """Return the exit code as a shell reports it. Call `every_second` until the stage ends."""
         while _is_running(self._process):
-            look()
+            every_second()
         code = self._process.returncode
         return code if code >= 0 else 128 - code
 
 
-class SharedProcess:
-    """A stage in the processes that `mlx.launch` starts; rank 0 speaks for all of them.
+class LaunchedProcesses:
+    """A stage in several processes, which mlx.launch starts. Rank 0 speaks for all of them.
 
-    On this machine all are in one process group, apart from the supervisor's.
+    The processes on this machine form a process group without the supervisor.
     """
 
-    def __init__(self, command: list[str], launch: str) -> None:
-        self._stopping = self._stop_wanted = False
+    def __init__(self, command: list[str], options: list[str]) -> None:
+        self._stop_requested = self._stop_pending = False
         descriptor, name = tempfile.mkstemp(prefix="rank-0-")
         os.close(descriptor)
-        self._rank_0 = Path(name)
+        self._report_file = Path(name)
         variables = {
             RANK_0: name,
             "LD_PRELOAD": _preload(),
-            "OPENBLAS_NUM_THREADS": _blas_threads(launch),
+            "OPENBLAS_NUM_THREADS": blas_threads(options),
         }
-        sets = [part for pair in variables.items() for part in ("--env", "=".join(pair))]
+        env_options = [part for pair in variables.items() for part in ("--env", "=".join(pair))]
         self._launcher = subprocess.Popen(
-            ["mlx.launch", *_words(launch), *sets, "--", *command],
+            ["mlx.launch", *options, *env_options, "--", *command],
             stdin=subprocess.PIPE,
             bufsize=0,
-            preexec_fn=_ignore_terminal,
+            preexec_fn=_ignore_terminal_signals,
             start_new_session=True,
         )
 
     def stop(self) -> None:
-        """Ask rank 0, once it has started, to save and end; the others end with it, also when one
-        was frozen with SIGSTOP.
+        """Ask rank 0, as soon as it has started, to save and end. It then ends the other processes.
+
+        Processes that SIGSTOP has frozen go on, so that they can end.
         """
-        self._stopping = self._stop_wanted = True
-        if numbers := self._numbers():
+        self._stop_requested = self._stop_pending = True
+        if report := self._rank_0_report():
             with suppress(ProcessLookupError):
-                os.kill(numbers[0], signal.SIGTERM)
+                os.kill(report[0], signal.SIGTERM)
             self._signal_group(signal.SIGCONT)
-            self._stopping = False
+            self._stop_pending = False
 
     def kill(self) -> None:
         """End all processes at once."""
         self._signal_group(signal.SIGKILL)
 
-    def wait(self, look: Callable[[], None]) -> int:
-        """Rank 0's exit code; LOST if a process died, 1 if rank 0 never started. Calls `look` every
-        second until then.
+    def wait(self, every_second: Callable[[], None]) -> int:
+        """Return the stage's exit code. Call `every_second` until the stage ends.
 
-        When a process dies, mlx.launch ends the others with SIGTERM. When mlx.launch itself was
-        killed, the others would go on, and hold the run's folder.
+        If mlx.launch itself was killed, its processes are still running and hold the run's folder,
+        so they are killed too.
         """
         while _is_running(self._launcher):
-            look()
-            if self._stopping:
+            every_second()
+            if self._stop_pending:
                 self.stop()
             self._type_newline()
-        self._end_group()
-        numbers = self._numbers()
-        self._rank_0.unlink(missing_ok=True)
-        if not numbers:
-            return 1 if self._launcher.returncode >= 0 else aborts.LOST
-        ended_by_launcher = not self._stop_wanted and numbers[1:] == [128 + signal.SIGTERM]
-        return aborts.LOST if len(numbers) == 1 or ended_by_launcher else numbers[1]
+        self._kill_group()
+        report = self._rank_0_report()
+        self._report_file.unlink(missing_ok=True)
+        return launched_exit_code(report, self._launcher.returncode, self._stop_requested)
 
-    def _end_group(self) -> None:
-        """End what outlived the launcher, and wait until it is gone."""
-        give_up = time.monotonic() + SECONDS_TO_DIE
-        while self._signal_group(signal.SIGKILL) and time.monotonic() < give_up:
+    def _kill_group(self) -> None:
+        """Kill the processes that outlived mlx.launch, and wait until they are gone."""
+        deadline = time.monotonic() + SECONDS_TO_DIE
+        while self._signal_group(signal.SIGKILL) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _signal_group(self, number: signal.Signals) -> bool:
-        """Whether any process was there to get the signal."""
+        """Send a signal to the process group. Return whether any process was left to receive it."""
         try:
             os.killpg(self._launcher.pid, number)
         except (ProcessLookupError, PermissionError):  # macOS refuses when all of them have ended
@@ -143,75 +149,89 @@ class SharedProcess:
         return True
 
     def _type_newline(self) -> None:
-        """The launcher's threads stay busy until every process has refused some input."""
+        """Calm mlx.launch's threads, which spin until every process has refused some input."""
         assert self._launcher.stdin is not None
         with suppress(BrokenPipeError):
             self._launcher.stdin.write(b"\n")
 
-    def _numbers(self) -> list[int]:
-        """What rank 0 has written so far: its process number, its exit code."""
-        if not self._rank_0.exists():  # the signal came after the stage's end
+    def _rank_0_report(self) -> list[int]:
+        """Return rank 0's process number and exit code, as far as rank 0 has written them."""
+        if not self._report_file.exists():  # the signal came after the stage's end
             return []
-        return [int(word) for word in self._rank_0.read_text().split()]
+        return [int(word) for word in self._report_file.read_text().split()]
+
+
+def launched_exit_code(report: list[int], launcher_code: int, stop_requested: bool) -> int:
+    """Return the exit code of a stage that mlx.launch ran: rank 0's, or LOST if a process died.
+
+    `report` holds rank 0's process number and exit code. It is empty if rank 0 never started, and
+    has no exit code if rank 0 died. When any process dies, mlx.launch sends SIGTERM to the others.
+    """
+    if not report:
+        return 1 if launcher_code >= 0 else aborts.LOST
+    if len(report) == 1:
+        return aborts.LOST
+    code = report[1]
+    return aborts.LOST if code == 128 + signal.SIGTERM and not stop_requested else code
 
 
 def _is_running(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it still is after a second."""
+    """Return whether the process is still running a second from now."""
     try:
-        process.wait(SECONDS_BETWEEN_LOOKS)
+        process.wait(SECONDS_BETWEEN_CHECKS)
     except subprocess.TimeoutExpired:
         return True
     return False
 
 
-def _words(launch: str) -> list[str]:
-    try:
-        return shlex.split(launch)
-    except ValueError as error:
-        raise UserError(f"--launch: {error} in {launch}; see mlx.launch --help") from error
-
-
 class Supervisor:
-    """Runs a stage until it ends, is stopped by a signal, or has aborted too often.
+    """Runs a stage until it ends, a signal stops it, or it has aborted too often.
 
-    `start` starts the stage, `kept_work` lists the work that a restart resumes from, `name` is the
-    script's name, `runner` the process number of the runner, if there is one.
+    `name` is the script's name. `start` starts the stage. `resumable_work` lists the files that a
+    restart resumes from. `runner` is the runner's process number, if there is a runner.
     """
 
     def __init__(
         self,
         name: str,
-        start: Callable[[], Process | SharedProcess],
-        kept_work: Callable[[], dict[Path, int]],
+        start: Callable[[], SingleProcess | LaunchedProcesses],
+        resumable_work: Callable[[], dict[Path, int]],
         retries: int,
         runner: int | None = None,
     ) -> None:
-        self._name, self._start, self._kept_work = name, start, kept_work
+        self._name, self._start, self._resumable_work = name, start, resumable_work
         self._retries, self._runner = retries, runner
-        self._process: Process | SharedProcess | None = None
-        self._signalled: signal.Signals | None = None
-        self._kill_wanted = False
-        self._say_patience_at = math.inf
+        self._stage: SingleProcess | LaunchedProcesses | None = None
+        self._first_signal: signal.Signals | None = None
+        self._first_signal_at = 0.0
+        self._kill_requested = False
+        self._offer_kill_at = math.inf
 
     def run(self) -> int:
-        """The stage's exit code, or 128 + the first signal that came."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._hand_on)
-        signal.signal(signal.SIGUSR1, self._kill)
-        started = time.monotonic()
+        """Return the stage's exit code, or 128 + the number of the first signal."""
+        self._handle_signals()
+        start = time.monotonic()
         code = self._run_with_retries()
-        if self._signalled is not None:
-            return 128 + self._signalled
-        _say(f"-- {self._name}: {time.monotonic() - started:.0f} s")
+        if self._first_signal is not None:
+            return 128 + self._first_signal
+        _say(f"-- {self._name}: {time.monotonic() - start:.0f} s")
         return code
+
+    def _handle_signals(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, self._on_signal)
+        # The terminal sends ^C to the runner and to the supervisor. Only one of them may count it.
+        passed_on = self._runner is not None
+        signal.signal(signal.SIGINT, signal.SIG_IGN if passed_on else self._on_signal)
 
     def _run_with_retries(self) -> int:
         retry = 0
         while True:
-            before = self._kept_work()
+            work = self._resumable_work()
             code = self._run_once()
-            if self._signalled is not None or code not in aborts.CODES:
+            if self._first_signal is not None or code not in aborts.CODES:
                 return code
             _say("")  # the stage may have left a progress bar
             fault = f"{self._name} aborted (exit {code}): {aborts.explain(code)}"
@@ -221,55 +241,56 @@ class Supervisor:
                 return code
             # The first abort always gets a retry: checkpoints are minutes apart, and stages 11 and
             # 12 save none.
-            if retry > 1 and not has_grown(before, self._kept_work()):
+            if retry > 1 and not has_progress(work, self._resumable_work()):
                 _say(f"error: {fault}. Not starting it again: it made no progress this time")
                 return code
             _say(f"-- {fault}. Starting it again from where it was ({retry} of {self._retries})")
 
     def _run_once(self) -> int:
-        process = self._start()
-        self._process = process
-        if self._signalled is not None:  # the signal came while the stage was starting
-            process.stop()
-        if self._kill_wanted:
-            process.kill()
-        code = process.wait(self._look)
-        self._process = None
+        stage = self._start()
+        self._stage = stage
+        if self._first_signal is not None:  # it came while the stage was starting
+            stage.stop()
+        if self._kill_requested:
+            stage.kill()
+        code = stage.wait(self._every_second)
+        self._stage = None
         return code
 
-    def _look(self) -> None:
-        """What is to be done every second."""
-        if self._runner is not None and os.getppid() != self._runner:
-            self._hand_on(signal.SIGHUP, None)
-        if time.monotonic() > self._say_patience_at:
-            self._say_patience_at = math.inf
+    def _every_second(self) -> None:
+        runner_is_gone = self._runner is not None and os.getppid() != self._runner
+        if runner_is_gone and self._first_signal is None:
+            self._stop(signal.SIGHUP)
+        if time.monotonic() > self._offer_kill_at:
+            self._offer_kill_at = math.inf
             _say(
                 f"-- {self._name}: still finishing the step in progress; press ^C again to stop "
                 "at once"
             )
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        """Pass the first signal on to the stage. More of them are the same request: ^C and a closed
-        window reach the runner, which hands them on, and the supervisor too.
-        """
-        if self._signalled is not None:
-            return
-        self._signalled = signal.Signals(number)
-        self._say_patience_at = time.monotonic() + SECONDS_OF_PATIENCE
-        if self._process is not None:
-            self._process.stop()
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_interrupt = number in (signal.SIGINT, signal.SIGUSR1)
+        if self._first_signal is None:
+            self._stop(signal.SIGINT if is_interrupt else signal.Signals(number))
+        elif is_interrupt or time.monotonic() > self._first_signal_at + SECONDS_OF_ONE_REQUEST:
+            self._kill()
 
-    def _kill(self, number: int, frame: FrameType | None) -> None:
-        """The runner got a second signal: end the stage at once. Checkpoints and rows are kept."""
-        self._kill_wanted = True
-        self._signalled = self._signalled or signal.SIGTERM
-        if self._process is not None:
-            self._process.kill()
+    def _stop(self, first_signal: signal.Signals) -> None:
+        self._first_signal, self._first_signal_at = first_signal, time.monotonic()
+        self._offer_kill_at = self._first_signal_at + SECONDS_OF_PATIENCE
+        if self._stage is not None:
+            self._stage.stop()
+
+    def _kill(self) -> None:
+        """End the stage at once. Its checkpoints and rows stay on disk."""
+        self._kill_requested = True
+        if self._stage is not None:
+            self._stage.kill()
 
 
 @contextmanager
-def held_for_the_stage() -> Iterator[None]:
-    """Within, a locked file tells the stage that its supervisor lives: see signals.SUPERVISOR."""
+def sign_of_life() -> Iterator[None]:
+    """Hold a locked file that tells the stage its supervisor is alive; see signals.SUPERVISOR."""
     with tempfile.NamedTemporaryFile(prefix="supervisor-") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         os.environ[SUPERVISOR] = file.name
@@ -279,22 +300,23 @@ def held_for_the_stage() -> Iterator[None]:
             del os.environ[SUPERVISOR]
 
 
-def kept_work(config: Config) -> dict[Path, int]:
-    """The work that a restart resumes from: checkpoints, and files of rows with their bytes."""
-    rows = (config.pairs.samples, *config.run.references.glob("**/*.jsonl"))
+def resumable_work(config: Config) -> dict[Path, int]:
+    """Return what a restart resumes from: row files with their sizes, and checkpoints with 0."""
+    row_files = (config.pairs.samples, *config.run.references.glob("**/*.jsonl"))
     checkpoints = config.run.checkpoints.glob("[!.]*")
-    sizes = {path: path.stat().st_size for path in rows if path.exists()}
+    sizes = {path: path.stat().st_size for path in row_files if path.exists()}
     return sizes | dict.fromkeys(checkpoints, 0)
 
 
-def has_grown(before: dict[Path, int], after: dict[Path, int]) -> bool:
-    """Whether a checkpoint is new, or a file has more rows."""
+def has_progress(before: dict[Path, int], after: dict[Path, int]) -> bool:
+    """Return whether `after` has a new checkpoint, or a file with more rows."""
     return any(size > before.get(path, 0) or path not in before for path, size in after.items())
 
 
 def minutes_to_go(config: Config, name: str) -> float | None:
-    """Minutes of the stages after `name`, from the plan that `--check` wrote for this config; None
-    without one.
+    """Return the minutes of the stages after `name`, from the plan that `--check` wrote.
+
+    Return None if there is no plan for this config.
     """
     try:
         plan = json.loads(config.run.plan.read_text(encoding="utf-8"))
@@ -306,26 +328,35 @@ def minutes_to_go(config: Config, name: str) -> float | None:
 
 
 def _preload() -> str:
-    """The stage's LD_PRELOAD: OpenBLAS where scripts/environment.sh found it."""
+    """Return the stage's LD_PRELOAD: OpenBLAS where scripts/environment.sh has set it up."""
     return os.environ.get("MLX_PRELOAD") or os.environ.get("LD_PRELOAD", "")
 
 
-def _ignore_terminal() -> None:
-    """Runs in the child. Stages set their own handlers, and mlx.launch must outlive ^C."""
+def _ignore_terminal_signals() -> None:
+    """Run in the child: the supervisor passes signals on, and mlx.launch must outlive ^C."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _blas_threads(launch: str) -> str:
-    """BLAS threads for each process. Processes on one CPU must split its cores to be fast."""
-    match = re.search(r"(?:-n|--repeat-hosts)[= ]*(\d+)", launch)
-    processes = int(match[1]) if match else 1
-    cores = os.cpu_count() or 1
-    return os.environ.get("OPENBLAS_NUM_THREADS") or str(max(1, cores // max(1, processes)))
+def blas_threads(options: list[str]) -> str:
+    """Return the BLAS threads of each process: processes on one CPU share its cores.
+
+    `options` are those of mlx.launch, which reports faults in them. A number of threads that the
+    user has set stands.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-n", "--repeat-hosts", nargs="?", default="1", const="1")
+    value = parser.parse_known_args(options)[0].repeat_hosts
+    processes = int(value) if value.isdecimal() else 1
+    share = (os.cpu_count() or 1) // max(1, processes)
+    return os.environ.get("OPENBLAS_NUM_THREADS") or str(max(1, share))
 
 
 def has_cpu_for_two() -> bool:
-    """On a CPU, two processes with half of the cores each are faster than one with all."""
+    """Return whether MLX computes on a CPU with two or more cores.
+
+    There, two processes with half of the cores each are faster than one with all.
+    """
     if (os.cpu_count() or 1) < 2:
         return False
     import mlx.core as mx  # slow to import, and needed only here
@@ -333,22 +364,40 @@ def has_cpu_for_two() -> bool:
     return mx.default_device() == mx.cpu
 
 
-def _starter(command: list[str], launch: str) -> Callable[[], Process | SharedProcess]:
-    """A function that starts the stage the way `--launch` says."""
-    if launch == "none" or (launch == "auto" and not has_cpu_for_two()):
-        return lambda: Process(command)
-    if launch == "auto":
-        script = Path(command[1]).name
-        print(f"-- two processes share {script}; --launch none uses one", flush=True)
-        # Concurrent runs need different ports. Linux assigns none of these by itself.
-        return lambda: SharedProcess(
-            command, f"-n 2 --starting-port {20000 + random.randrange(10000)}"
-        )
-    return lambda: SharedProcess(command, launch)
+def starter(command: list[str], launch: str) -> Callable[[], SingleProcess | LaunchedProcesses]:
+    """Return a function that starts the stage in as many processes as `--launch` says.
+
+    Raises UserError if `launch` has a quote without its partner.
+    """
+    options = _split_options(launch)
+    script = Path(command[1]).name
+    if launch == "none" or script not in STAGES_FOR_SEVERAL_PROCESSES:
+        return lambda: SingleProcess(command)
+    if launch != "auto":
+        return lambda: LaunchedProcesses(command, options)
+    if not has_cpu_for_two():
+        return lambda: SingleProcess(command)
+    print(f"-- two processes share {script}; --launch none uses one", flush=True)
+    return lambda: LaunchedProcesses(command, ["-n", "2", "--starting-port", _random_port()])
 
 
-def _load(path: Path, overrides: list[str]) -> Config | None:
-    """The run's config; None if it has faults, which the stage itself will report."""
+def _split_options(launch: str) -> list[str]:
+    try:
+        return shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"--launch: {error} in {launch}; see mlx.launch --help") from error
+
+
+def _random_port() -> str:
+    """Return a port that another run at the same time will hardly use.
+
+    Linux and macOS do not give ports from this range to outgoing connections.
+    """
+    return str(20000 + random.randrange(10000))
+
+
+def _load_config(path: Path, overrides: list[str]) -> Config | None:
+    """Return the run's config, or None if it has faults, which the stage will report."""
     try:
         return configs.load(path, overrides)
     except UserError:
@@ -376,20 +425,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Supervise the stage that the arguments name; its exit code."""
+    """Run the stage that the arguments name, and return its exit code."""
     options = _parser().parse_args()
     name = options.script.name
-    config = None if options.config is None else _load(options.config, options.overrides)
+    config = None if options.config is None else _load_config(options.config, options.overrides)
     arguments = [] if options.config is None else ["--config", str(options.config)]
     arguments += [part for override in options.overrides for part in ("--set", override)]
     supervisor = Supervisor(
         name,
-        _starter([sys.executable, str(options.script), *arguments], options.launch),
-        lambda: {} if config is None else kept_work(config),
+        starter([sys.executable, str(options.script), *arguments], options.launch),
+        lambda: {} if config is None else resumable_work(config),
         options.retries,
         options.runner,
     )
-    with held_for_the_stage():
+    with sign_of_life():
         code = supervisor.run()
     if config is not None and code in (0, STOPPED_BY_GUARD):
         _say_minutes_to_go(minutes_to_go(config, name))
