@@ -332,7 +332,7 @@ def test_the_same_signal_twice_at_once_is_one_request(number, sandbox):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("call", ["-m dpo_mlx.supervisor", "-m pip"])
+@pytest.mark.parametrize("call", ["-m dpo_mlx.process.supervisor", "-m pip"])
 def test_a_signal_before_the_first_stage_ends_the_runner(call, number, sandbox):
     """It comes during the installation, or while the supervisor is starting and cannot handle it
     yet. The runner starts no stage, and bash adds no line about the supervisor's end.
