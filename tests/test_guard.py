@@ -161,11 +161,11 @@ def test_a_run_that_degenerates_is_stopped(job, capfd):
     assert exit_code(path) == 3
     outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
-    assert outcome == {"updates": 4, "kept_update": 2, "voice": 0.75}
+    assert outcome == {"sft_updates": 0, "updates": 4, "kept_update": 2, "voice": 0.75}
     assert reason.startswith("guard.max_distinct2_drop: distinct word pairs fell from 1.00 to 0.50")
     printed = capfd.readouterr().out.splitlines()[-3:]
     assert printed[0] == f"10: stopped after update 4: {reason}"
-    assert "finding" in printed[1] and "update 2" in printed[2]
+    assert "lower train.learning_rate" in printed[1] and "kept update 2 of 4" in printed[2]
 
     kept = saved(config.run.path / "adapters")
     assert differences(kept, saved(config.run.path / "checkpoints/dpo-000002")) == 0
@@ -187,7 +187,13 @@ def test_a_guard_that_is_off_does_not_stop(job):
     config, path = job([*DEGENERATES, wrote(voice=0.5)], guard={"enabled": False})
     assert exit_code(path) == 0
     outcome = outcome_of(config)
-    assert outcome == {"updates": 7, "kept_update": 6, "voice": 0.875, "stopped": []}
+    assert outcome == {
+        "sft_updates": 0,
+        "updates": 7,
+        "kept_update": 6,
+        "voice": 0.875,
+        "stopped": [],
+    }
 
 
 def test_chosen_answers_that_fall_stop_a_run(job):
@@ -225,7 +231,7 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
     assert exit_code(path) == 3
     outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
-    assert outcome == {"updates": 7, "kept_update": 4, "voice": 0.75}
+    assert outcome == {"sft_updates": 0, "updates": 7, "kept_update": 4, "voice": 0.75}
     assert reason.startswith(f"{config.data.train_pairs}: 3 updates in a row")
     assert f"lines [{calls[6]}]" in reason and len(calls) == 7
     kept = saved(config.run.path / "adapters")

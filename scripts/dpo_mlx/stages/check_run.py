@@ -41,7 +41,6 @@ from ..training import checkpoint
 from ..training.schedule import count_updates
 from ..training.trainer import updates_between_evaluations
 from .make_pairs import generation_settings, usable_rows
-from .train_dpo import MOST_CHECKPOINTS
 
 T = TypeVar("T")
 
@@ -174,7 +173,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer])
 def _check_disk(config: Config, model: nn.Module) -> None:
     """Print what the run's folder will hold. Raises UserError when the disk has no room for it."""
     fused = _fused_bytes(config, model)
-    checkpoints = MOST_CHECKPOINTS * checkpoint.size(model)
+    checkpoints = checkpoint.MOST_CHECKPOINTS * checkpoint.size(model)
     total = fused + checkpoints + atomic.SMALL_FILES
     free = shutil.disk_usage(config.run.path).free
     print(

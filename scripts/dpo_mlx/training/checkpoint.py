@@ -36,6 +36,9 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 VERSION = 3  # of the contents of STATE
 
 NEWEST = 2  # checkpoints to keep
+# The most on the disk at a time: the newest two, the one being saved, the end of SFT, up to three
+# that are the best for one of these, and the adapters that the run keeps.
+MOST_CHECKPOINTS = 8
 
 # Limits on how often the clock saves: seconds between two checkpoints, share of the time that
 # saving may take, and bytes written a second on average.
