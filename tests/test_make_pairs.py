@@ -342,7 +342,7 @@ def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatc
     kept = questions if split == "valid" else held
     Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in kept))
     monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("no", "stop", 2)] * len(kept))
-    why = rf"{split}.jsonl: no pair would be left in it \({len(kept)} in all\); raise data.limit"
+    why = rf"{split}.jsonl: no pair is left for this file \({len(kept)} in all\); raise data.limit"
     with pytest.raises(UserError, match=why):
         make(settings, f"data.valid_fraction={fraction}")
     folder = Path(settings["data"]["train_pairs"]).parent
@@ -360,6 +360,6 @@ def test_it_says_how_much_and_how_long(settings, capfd):
     """Before sampling the number of answers, after the first batch the time to go."""
     make(settings, "data.limit=16")
     out = capfd.readouterr().out
-    assert "06: 16 answers to sample, 0 of them are there already" in out
+    assert "06: sampling 16 answers\n" in out
     assert "minutes to go" in out
     assert "<|start_of_role|>user<|end_of_role|>Why is number 0 odd?<|end_of_text|>" in out
