@@ -132,7 +132,7 @@ def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
     assert "sure to waste the run" in refused["refused"]
     assert "sure to waste the run" in (tmp_path / "run_sweep/sweep.html").read_text()
     assert run_script(path, "--grid", "train.learning_rate=1e-12", "--set", "sft.epochs=0") == 1
-    assert "no run came to its end" in capsys.readouterr().err
+    assert "no run reached its end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
         (["train.epochs/../../..=1"], "unknown key"),
         (
             ["lora.rank=" + ",".join(map(str, range(1, 102)))],
-            "--grid: 101 combinations, and the most is 100",
+            "--grid: 101 combinations, but at most 100 are allowed",
         ),
         ([f"{key}=" + ",".join("1" * 9999) for key in ("lora.rank", "dpo.beta")], "99980001 comb"),
     ],
