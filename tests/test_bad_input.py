@@ -316,7 +316,7 @@ CASES: dict[str, Case] = {
     "chosen empty": pair('"chosen"', chosen=" "),
     "rejected_finish": pair('"rejected_finish" must be "stop" or "length"', rejected_finish="eos"),
     "too few pairs": setting(
-        "train.grad_accumulation=99", TRAIN, "fewer than one update needs (99 = train.batch_size x"
+        "train.grad_accumulation=99", TRAIN, "but one update takes 99 (train.batch_size x"
     ),
     "all train pairs too long": setting("data.max_length=8", TRAIN, "0 pairs are fewer"),
     "all valid pairs too long": file(VALID, LONG_PAIR, "no valid pairs", "data.max_length"),
