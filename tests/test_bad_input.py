@@ -318,7 +318,9 @@ CASES: dict[str, Case] = {
     "too few pairs": setting(
         "train.grad_accumulation=99", TRAIN, "but one update takes 99 (train.batch_size x"
     ),
-    "all train pairs too long": setting("data.max_length=8", TRAIN, "0 pairs are fewer"),
+    "all train pairs too long": setting(
+        "data.max_length=8", TRAIN, "0 pairs, but one update takes"
+    ),
     "all valid pairs too long": file(VALID, LONG_PAIR, "no valid pairs", "data.max_length"),
     "all valid pairs too long for 11": setting(
         "data.max_length=8", VALID, "no valid pairs", "data.max_length", script="11"

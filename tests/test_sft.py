@@ -242,7 +242,7 @@ def test_only_training_needs_the_adapters_of_sft(warmed):
     with pytest.raises(UserError, match=changed):
         train_dpo(warmed(learning_rate=2e-3), ONLY_TRAINING)
     shutil.rmtree(config.run.path / END_OF_SFT)
-    with pytest.raises(UserError, match="checkpoints: no adapters of SFT .*--only reference"):
+    with pytest.raises(UserError, match="checkpoints: no finished SFT .*--only reference"):
         train_dpo(warmed(), ONLY_TRAINING)
 
 

@@ -24,24 +24,24 @@ def describe(outcome: Outcome) -> Iterator[str]:
 
 def _place(outcome: Outcome) -> str:
     """Where the kept update is in the run: before training, within a phase, or at its end."""
-    kept, sft_updates = outcome.kept_update, outcome.sft_updates
-    if kept == 0:
+    kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
+    if kept_update == 0:
         return "before training"
-    if kept == sft_updates:
+    if kept_update == sft_updates:
         return "the end of SFT"
-    if kept < sft_updates:
+    if kept_update < sft_updates:
         return "in SFT"
-    if kept == outcome.updates and not outcome.stopped:
+    if kept_update == outcome.updates and not outcome.stopped:
         return "the end of DPO"
     return "in DPO"
 
 
 def _comparison(outcome: Outcome) -> str:
-    """Which later or earlier part of the run the kept update was compared with, and won."""
-    kept, sft_updates = outcome.kept_update, outcome.sft_updates
-    if kept > sft_updates:
+    """Whether the later phases improved on the kept update, or DPO on what came before it."""
+    kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
+    if kept_update > sft_updates:
         return f"DPO improved on {'SFT' if sft_updates else 'the base model'}."
-    if kept == 0:
+    if kept_update == 0:
         return (
             "Training stopped before it improved on the base model."
             if outcome.stopped
@@ -51,6 +51,6 @@ def _comparison(outcome: Outcome) -> str:
         return "Training stopped before DPO."
     if outcome.stopped:
         return "Training stopped before DPO improved on it."
-    if kept < sft_updates:
+    if kept_update < sft_updates:
         return "Neither the rest of SFT nor DPO improved on it."
     return "DPO did not improve on it."

@@ -1,4 +1,4 @@
-"""The phases of a run, SFT and then DPO: where each begins or resumes, and what it trains on."""
+"""SFT and then DPO: what each phase trains on, and where it starts or resumes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Phases:
     @cached_property
     def base(self) -> Measures:
         """The measures of the base model's answers."""
-        print("10: the base model answers the questions of the evaluations")
+        print("10: the base model answers the evaluation questions")
         return self.evaluator.base()
 
     def run_sft(self, only_read: bool) -> None:
@@ -68,7 +68,7 @@ class Phases:
             return
         if only_read:
             raise UserError(
-                f"{self.checkpoints.folder}: no adapters of SFT with these settings; run "
+                f"{self.checkpoints.folder}: no finished SFT with these settings; run "
                 "10_train_dpo.py --only reference first"
             )
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
@@ -83,7 +83,7 @@ class Phases:
         return {s: load_reference(self.setup, model, s, adapters, only_read) for s in SPLITS}
 
     def run_dpo(self, references: dict[str, list[Sides[float]]]) -> None:
-        """Train DPO, from where SFT has left the run."""
+        """Train DPO from the end of SFT, or from the base model without SFT."""
         train = _examples(self.setup.preferences[TRAIN], references[TRAIN])
         valid = _examples(self.setup.watched, references[VALID])
         self._train(DPO, Examples(train, valid))
@@ -132,7 +132,7 @@ class Phases:
             trainer.run()
 
     def _begin(self, phase: str) -> State:
-        """Where a phase without a checkpoint begins. Removes checkpoints of earlier runs."""
+        """The state of a phase without a checkpoint. Removes checkpoints of earlier runs."""
         self.checkpoints.clear(phase if self.sft_updates else SFT)
         self._resumable[DPO] = None
         state = self.state.at_phase(phase)
@@ -190,5 +190,5 @@ def _origin(setup: Setup, phase: str) -> Origin:
 
 
 def _examples(pairs: list[EncodedPair], references: list[Sides[float]]) -> list[Example]:
-    """Pairs with their reference, which may cover more pairs than these."""
+    """The pairs with their reference. The reference may cover more pairs; it starts with these."""
     return [Example(*both) for both in zip(pairs, references[: len(pairs)], strict=True)]

@@ -182,7 +182,8 @@ def load_reference(
     encoded = setup.watched if (model, split) == (AFTER_SFT, VALID) else setup.preferences[split]
     inputs = reference_fingerprint(setup.config, split, encoded, setup.fingerprint, adapters)
     changes = reference.changes(folder, split, inputs)
-    if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
+    complete = reference.is_complete(folder, split, len(encoded), inputs)
+    if only_read and not complete:
         why = f" (what changed: {'; '.join(changes)})" if changes else ""
         raise UserError(
             f"{folder}: no complete reference of these pairs under this model{why}; run "
@@ -190,7 +191,8 @@ def load_reference(
         )
     if changes:
         print(f"10: computing the {split} reference again; what changed: {'; '.join(changes)}")
-    with tqdm(total=len(encoded), desc=f"10 reference ({model}, {split})", unit="pair") as bar:
+    name = f"10 reference ({model}, {split})"
+    with tqdm(total=len(encoded), desc=name, unit="pair", disable=complete) as bar:
         log_probs = reference.load_or_compute(
             folder,
             split,
