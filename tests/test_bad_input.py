@@ -438,10 +438,14 @@ CASES: dict[str, Case] = {
         lambda f: os.truncate(f / "adapters.safetensors", 999), "adapters.safetensors: is cut short"
     ),
     "checkpoint's state broken": checkpoint(
-        lambda f: (f / "state.json").write_text("{"), "state.json: broken JSON", "the one before"
+        lambda f: (f / "state.json").write_text("{"),
+        "state.json: broken JSON",
+        "the checkpoint before it",
     ),
     "checkpoint of another version": checkpoint(
-        lambda f: edit(f / "state.json", version=0), "another version (0", "the one before"
+        lambda f: edit(f / "state.json", version=0),
+        "another version (0",
+        "the checkpoint before it",
     ),
     "checkpoint of other settings": checkpoint(
         lambda f: None, "dpo.beta: 0.1 -> 0.2", "train.restart", more=("--set", "dpo.beta=0.2")

@@ -64,7 +64,7 @@ class Examples:
 class Trainer:
     """Trains one phase of a run, the one that `state.phase` names.
 
-    `worker` holds the model with its adapters. `measure_answers` asks that model the evaluations'
+    `worker` holds the model with its adapters. `measure_answers` asks that model the evaluation
     questions. `state` says where the run is; to resume from a checkpoint, also restore its tensors
     into the model and `optimizer`. Checkpoints go to `checkpoints`, metrics to `metrics`.
     """
