@@ -358,7 +358,7 @@ def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatc
 
 
 def test_when_no_answer_can_be_used_it_says_why(settings, monkeypatch):
-    """If the base model says nothing, the error gives this reason, not only that no pair is left."""
+    """If the base model says nothing, the error says so, not only that no pair is left."""
     monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("", "stop", 0)] * 30)
     with pytest.raises(UserError, match=r"\(0 in all; 30 dropped: rejected is empty\)"):
         make(settings)
