@@ -197,7 +197,7 @@ def job(
         runs.write_pairs(Path(files["train_pairs"]), 7)
         runs.write_pairs(Path(files["valid_pairs"]), 2, first=100)
         evaluator = script if isinstance(script, type) else lambda *_: runs.Scripted(script)
-        monkeypatch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", evaluator)
+        monkeypatch.setattr("dpo_mlx.training.phases.AnswerEvaluator", evaluator)
         path = write_config(values)
         return configs.load(path), path
 

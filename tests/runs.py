@@ -188,7 +188,7 @@ def keep_adapters(model: nn.Module, config: Config) -> None:
     folder = config.run.adapters
     with ownership.new_folder(folder) as temporary:
         save_adapters(model, config.lora, temporary)
-    outcome = results.Outcome(7, 7, 1.0, [], digest.of_file(folder / ADAPTERS))
+    outcome = results.Outcome(7, 0, 7, 1.0, [], digest.of_file(folder / ADAPTERS))
     results.write_outcome(config.run, outcome)
 
 

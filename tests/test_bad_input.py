@@ -316,9 +316,11 @@ CASES: dict[str, Case] = {
     "chosen empty": pair('"chosen"', chosen=" "),
     "rejected_finish": pair('"rejected_finish" must be "stop" or "length"', rejected_finish="eos"),
     "too few pairs": setting(
-        "train.grad_accumulation=99", TRAIN, "fewer than one update needs (99 = train.batch_size x"
+        "train.grad_accumulation=99", TRAIN, "but one update takes 99 (train.batch_size x"
     ),
-    "all train pairs too long": setting("data.max_length=8", TRAIN, "0 pairs are fewer"),
+    "all train pairs too long": setting(
+        "data.max_length=8", TRAIN, "0 pairs, but one update takes"
+    ),
     "all valid pairs too long": file(VALID, LONG_PAIR, "no valid pairs", "data.max_length"),
     "all valid pairs too long for 11": setting(
         "data.max_length=8", VALID, "no valid pairs", "data.max_length", script="11"
@@ -436,10 +438,14 @@ CASES: dict[str, Case] = {
         lambda f: os.truncate(f / "adapters.safetensors", 999), "adapters.safetensors: is cut short"
     ),
     "checkpoint's state broken": checkpoint(
-        lambda f: (f / "state.json").write_text("{"), "state.json: broken JSON", "the one before"
+        lambda f: (f / "state.json").write_text("{"),
+        "state.json: broken JSON",
+        "the checkpoint before it",
     ),
     "checkpoint of another version": checkpoint(
-        lambda f: edit(f / "state.json", version=0), "another version (0", "the one before"
+        lambda f: edit(f / "state.json", version=0),
+        "another version (0",
+        "the checkpoint before it",
     ),
     "checkpoint of other settings": checkpoint(
         lambda f: None, "dpo.beta: 0.1 -> 0.2", "train.restart", more=("--set", "dpo.beta=0.2")

@@ -1,5 +1,4 @@
-"""A run that is stopped anywhere goes on to the same bits; and which checkpoints are kept, taken up
-and refused."""
+"""A stopped run resumes to the same bits; which checkpoints are kept, resumed and refused."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ from test_sft import Norm, Shy
 @pytest.fixture
 def two_phases(job, llama) -> Any:
     """two_phases(key of the train section=value) -> the config of a run with 7 updates of SFT and 7
-    of DPO, with an evaluation after every third.
+    of DPO, evaluated after every third update.
     """
 
     def made(watch: Any = Norm, **train: Any) -> Config:
@@ -42,8 +41,7 @@ def two_phases(job, llama) -> Any:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[int]:
-    """A signal comes at this safe point, counted from 0; the list holds a 0 for each that was
-    passed."""
+    """Send a signal at this safe point, counted from 0. The list gets a 0 for each point passed."""
     passed: list[int] = []
 
     def check() -> None:
@@ -56,7 +54,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[int]:
 
 
 def end(run: Path) -> dict[str, Any]:
-    """Everything that a finished stage 10 leaves, but for speed and memory."""
+    """Everything that a finished stage 10 leaves, without speed and memory."""
     last = run / "checkpoints/dpo-000014"
     return {
         "metrics": determined(run / "metrics.jsonl"),
@@ -70,9 +68,9 @@ def end(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("watch", [Norm, Shy])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeypatch, tmp_path):
-    """A signal at every thirteenth safe point from the references to the last evaluation: stopped
-    and started again, each run ends in the adapters, optimizer, metrics and outcome of the
-    undisturbed one; whether the best is SFT's first evaluation or DPO's last.
+    """A signal at every thirteenth safe point, from the references to the last evaluation: each
+    resumed run ends with the adapters, optimizer, metrics and outcome of the undisturbed run,
+    whether the best evaluation is SFT's first or DPO's last.
     """
     config = two_phases(watch)
     with monkeypatch.context() as patch:
@@ -91,7 +89,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(watch, two_phases, monkeyp
 
 
 def test_a_signal_loses_no_update(two_phases, monkeypatch):
-    """Saved is every fourth; a signal amid the sixth update of DPO keeps the fifth too."""
+    """Every fourth update is saved. A signal during DPO's sixth update also saves the fifth."""
     config = two_phases(save_every=4, eval_every=100)
 
     def check() -> None:
@@ -111,7 +109,7 @@ def test_a_signal_loses_no_update(two_phases, monkeypatch):
 
 
 def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
-    """A model with two numbers, and an optimizer of it."""
+    """A model with two numbers, and its optimizer."""
     model = nn.Linear(2, 1, bias=False)
     model.weight = mx.array([[value, -value]])
     optimizer = optim.AdamW(1e-3)
@@ -129,7 +127,9 @@ def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
 
 
 def test_kept_are_the_last_two_the_end_of_sft_and_their_best(tmp_path):
-    """Through both phases, while the best changes; `best` finds the one that the newest knows."""
+    """Through both phases, while the best checkpoint changes. `best` finds the one that the newest
+    checkpoint names.
+    """
     course = [
         ("sft", 0, 0, ["sft-0"]),
         ("sft", 1, 1, ["sft-0", "sft-1"]),
@@ -152,7 +152,7 @@ def test_kept_are_the_last_two_the_end_of_sft_and_their_best(tmp_path):
 
 
 def test_everything_comes_back(tmp_path):
-    """State, origin, adapters and optimizer, to the last bit; what is not finite too."""
+    """State, origin, adapters and optimizer come back to the last bit, also NaN and infinities."""
     model, optimizer = small(0.1)
     model.layers = []
     optimizer.update(model, {"weight": mx.array([[0.3, 0.7]])})
@@ -214,8 +214,8 @@ def unfinished(two_phases, monkeypatch) -> Any:
 
 
 def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_phases, capfd):
-    """It says what changed and touches nothing, until train.restart says so; from then on the same
-    command goes on with the new run.
+    """The error says what changed and touches nothing. With train.restart a new run starts, and
+    from then on the same command resumes that run.
     """
     before = checkpoint.read(unfinished.run.path / "checkpoints/dpo-000010")
     with pytest.raises(UserError, match=r"dpo-000010: .*train.epochs: 1 -> 2.*train.restart=true"):
@@ -231,7 +231,7 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
 
 
 def test_how_often_it_is_saved_changes_no_bit_and_may_change(unfinished, two_phases, tmp_path):
-    """Going on with another save_every ends like a run of its own with that one."""
+    """A run resumed with another save_every ends like a whole run with that value."""
     assert train_dpo(two_phases(save_every=1), ONLY_TRAINING)
     found = end(unfinished.run.path)
     unfinished.run.path.rename(tmp_path / "first")
@@ -241,7 +241,7 @@ def test_how_often_it_is_saved_changes_no_bit_and_may_change(unfinished, two_pha
 
 
 def test_pairs_edited_in_between_are_said(unfinished, two_phases):
-    """The run is of the pairs as they were."""
+    """A run does not resume on pairs that were edited after it began."""
     path = Path(unfinished.data.train_pairs)
     path.write_text(path.read_text().replace("Yes.", "No."))
     with pytest.raises(UserError, match="sft-000007: .*other settings or pairs .train pairs"):
@@ -249,7 +249,7 @@ def test_pairs_edited_in_between_are_said(unfinished, two_phases):
 
 
 def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
-    """The adapters are kept, named as of the old file, and not taken for those of the new one."""
+    """The adapters are kept, but they count as trained on the old file, not on the new one."""
 
     class Edits(Norm):
         def base(self):
@@ -264,7 +264,9 @@ def test_pairs_edited_while_it_trains_are_said(two_phases, monkeypatch):
 
 
 def test_a_stop_is_remembered(two_phases, monkeypatch):
-    """Killed after the guard's stop, before the outcome is written: the next start stops there."""
+    """A run killed after the guard's stop, before it writes the outcome, stops at the same place on
+    the next start.
+    """
     config = two_phases(Norm)
     config = replace(config, guard=replace(config.guard, min_self_ended_ratio=1.0))
     monkeypatch.setattr(Norm, "base", lambda self: {**Norm.__call__(self), "self_ended": 1.0})
@@ -357,8 +359,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinished):
-    """One line with the folder to move away, and the metrics stay as they are. Without that folder
-    the same command resumes from update 9.
+    """One line names the folder to move away, and the metrics stay. Without that folder the same
+    command resumes from update 9.
     """
     damage, message = DAMAGES[name]
     newest = unfinished.run.path / "checkpoints/dpo-000010"
@@ -376,8 +378,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(name, unfinish
 
 
 def test_a_backup_stays_and_is_not_gone_on_from(unfinished):
-    """A copied checkpoint: under a name of its own it is left alone, under one that a checkpoint
-    could have it is named. So is a checkpoint with somebody's notes in it when it is pruned.
+    """A copied checkpoint is left alone under another name, and refused under a checkpoint's name.
+    Pruning keeps a checkpoint that holds the user's notes.
     """
     folder = unfinished.run.path / "checkpoints"
     shutil.copytree(folder / "dpo-000010", folder / "dpo-000010-my-backup")

@@ -190,7 +190,7 @@ def chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Config:
     """A run of all stages and exports, with both phases of the recipe."""
-    monkeypatch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", Improving)
+    monkeypatch.setattr("dpo_mlx.training.phases.AnswerEvaluator", Improving)
     changes, overrides = CHAINS[request.param]
     settings |= {
         "model": str(tiny.folder(tmp_path / "m", **changes)),

@@ -1,4 +1,4 @@
-"""The guard: each limit by hand, what is kept, and how a whole run that degenerates ends."""
+"""The guard: each limit by hand, which checkpoint is kept, and how a run that degenerates ends."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ REPEATS, RUNS_ON, UNLEARNED = (
     ],
 )
 def test_limits_by_hand(changes, chosen_change, crossed):
-    """Each limit against the base's 1.0 distinct pairs and 0.5 ended answers: kept at its exact
-    value, crossed beyond it and by NaN, each alone and all at once.
+    """Each limit against the base model's 1.0 distinct pairs and 0.5 ended answers: not crossed at
+    its exact value, crossed beyond it and by NaN, alone and together.
     """
     written = wrote(**{"self_ended": 0.5, **changes})
     found = crossed_limits(LIMITS, BASE, written, chosen_change)
@@ -58,13 +58,13 @@ def test_limits_by_hand(changes, chosen_change, crossed):
 
 
 def test_a_base_that_never_ends_asks_for_nothing():
-    """Half of no ended answers is none."""
+    """If the base model ends no answer, the tuned model need not end any."""
     never = wrote(self_ended=0.0)
     assert crossed_limits(LIMITS, never, never, 0.0) == []
 
 
 def test_lines_carry_both_numbers():
-    """A reader sees from where to where it fell, and what that means."""
+    """A line says from where to where the value fell, and what that means."""
     lines = crossed_limits(LIMITS, BASE, wrote(distinct2=0.125, self_ended=0.125), -2.0)
     for line, words in zip(
         lines,
@@ -80,8 +80,8 @@ def test_lines_carry_both_numbers():
 def best_after_each(
     evaluations: list[tuple[Measures, float]], base: Measures = BASE, limits: GuardConfig = LIMITS
 ) -> list[Evaluation]:
-    """The best after each of these evaluations of updates 0, 1, ..., which are (measures, change of
-    the chosen answers).
+    """The best evaluation after each of these, of updates 0, 1, ..., each (measures, change of the
+    chosen answers).
     """
     best, bests = None, []
     for update, (measures, chosen_change) in enumerate(evaluations):
@@ -96,7 +96,7 @@ def updates_of(bests: list[Evaluation]) -> list[int]:
 
 
 def test_the_first_evaluation_is_kept_whatever_it_writes():
-    """There is always something to keep: the start, though it be degenerate."""
+    """There is always a best checkpoint: the first one, even if it is degenerate."""
     assert best_after_each([(wrote(voice=0.5, distinct2=0.0), math.nan)]) == [
         Evaluation(0, 0.5, 1.0)
     ]
@@ -107,14 +107,16 @@ def test_the_first_evaluation_is_kept_whatever_it_writes():
     [({"distinct2": 0.0}, 0.0), ({"self_ended": 0.0}, 0.0), ({}, -9.0)],
 )
 def test_more_voiced_but_degenerate_is_never_kept(changes, chosen_change):
-    """Whichever limit is crossed, and whether the guard stops runs or not."""
+    """Whichever limit it crosses, and whether or not the guard stops runs."""
     for limits in (LIMITS, GuardConfig(enabled=False)):
         evaluations = [(wrote(voice=0.25), 0.0), (wrote(voice=1.0, **changes), chosen_change)]
         assert best_after_each(evaluations, limits=limits)[-1] == Evaluation(0, 0.25, 2.0)
 
 
 def test_the_most_voiced_is_kept():
-    """More voice wins, as much does not: of equals the earlier, which has moved less; NaN never."""
+    """A higher voice score wins. Of equal ones the earlier wins, which has moved less. NaN never
+    wins.
+    """
     voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
     bests = best_after_each([(wrote(voice=v), 0.0) for v in voices])
     assert updates_of(bests) == [0, 1, 1, 1, 1, 5]
@@ -122,7 +124,7 @@ def test_the_most_voiced_is_kept():
 
 
 def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
-    """Within 0.05 fluency decides, beyond it the voice alone; a little less voice is worth it."""
+    """Within 0.05 of voice score the fluency decides, beyond that the voice score alone."""
     measures = [
         wrote(voice=0.5, self_ended=0.5),
         wrote(voice=0.53, self_ended=0.5),  # as fluent, and a little more in the voice
@@ -144,7 +146,7 @@ DEGENERATES = [wrote(voice=0.75), wrote(voice=1.0, distinct2=0.5), wrote(voice=0
 
 
 def outcome_of(config: Config) -> dict[str, Any]:
-    """What outcome.json says, but for the digest of the adapters, which is theirs."""
+    """The contents of outcome.json, without the digest of the adapters, which is checked here."""
     outcome = json.loads((config.run.path / "outcome.json").read_text())
     assert outcome.pop("adapters") == digest.of_file(
         config.run.path / "adapters/adapters.safetensors"
@@ -153,19 +155,18 @@ def outcome_of(config: Config) -> dict[str, Any]:
 
 
 def test_a_run_that_degenerates_is_stopped(job, capfd):
-    """Stopped at update 4, those of update 2 are kept: adapters/ is their checkpoint,
-    outcome.json and the last lines say why, the exit code is 3; run again it is skipped, and says
-    the same.
+    """A run stopped at update 4 keeps update 2: adapters/ is its checkpoint, outcome.json and the
+    last lines give the reason, and the exit code is 3. A second start is skipped and says the same.
     """
     config, path = job(DEGENERATES)
     assert exit_code(path) == 3
     outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
-    assert outcome == {"updates": 4, "kept_update": 2, "voice": 0.75}
+    assert outcome == {"sft_updates": 0, "updates": 4, "kept_update": 2, "voice": 0.75}
     assert reason.startswith("guard.max_distinct2_drop: distinct word pairs fell from 1.00 to 0.50")
     printed = capfd.readouterr().out.splitlines()[-3:]
     assert printed[0] == f"10: stopped after update 4: {reason}"
-    assert "finding" in printed[1] and "update 2" in printed[2]
+    assert "lower train.learning_rate" in printed[1] and "kept update 2 of 4" in printed[2]
 
     kept = saved(config.run.path / "adapters")
     assert differences(kept, saved(config.run.path / "checkpoints/dpo-000002")) == 0
@@ -183,16 +184,24 @@ def test_a_run_that_degenerates_is_stopped(job, capfd):
 
 
 def test_a_guard_that_is_off_does_not_stop(job):
-    """The same answers: the run goes to its end, exit code 0; what is kept is within the limits."""
+    """With the same answers the run reaches its end with exit code 0, and keeps an update within
+    the limits.
+    """
     config, path = job([*DEGENERATES, wrote(voice=0.5)], guard={"enabled": False})
     assert exit_code(path) == 0
     outcome = outcome_of(config)
-    assert outcome == {"updates": 7, "kept_update": 6, "voice": 0.875, "stopped": []}
+    assert outcome == {
+        "sft_updates": 0,
+        "updates": 7,
+        "kept_update": 6,
+        "voice": 0.875,
+        "stopped": [],
+    }
 
 
 def test_chosen_answers_that_fall_stop_a_run(job):
-    """The fall is measured on the model itself, whatever it writes: here the valid pairs prefer the
-    opposite of what is trained.
+    """The fall is measured by log-probs, whatever the answers are: here the valid pairs prefer the
+    opposite of the train pairs.
     """
     config, _ = job([wrote(voice=1.0)], train={"force": True}, guard={"max_chosen_drop": 0.01})
     rows = jsonl.read_whole_lines(Path(config.data.valid_pairs))
@@ -207,8 +216,8 @@ def test_chosen_answers_that_fall_stop_a_run(job):
 
 
 def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, capfd):
-    """NaN from the fifth update on, guard or no guard: exit code 3, and the reason has the line of
-    the last; adapters/ holds the best evaluation before it.
+    """NaN from the fifth update on, with or without the guard: the exit code is 3, the reason names
+    the last pair's line, and adapters/ holds the best evaluation before.
     """
     config, path = job(
         [wrote(voice=0.5), wrote(voice=0.75), wrote(voice=0.25)], guard={"enabled": False}
@@ -225,7 +234,7 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
     assert exit_code(path) == 3
     outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
-    assert outcome == {"updates": 7, "kept_update": 4, "voice": 0.75}
+    assert outcome == {"sft_updates": 0, "updates": 7, "kept_update": 4, "voice": 0.75}
     assert reason.startswith(f"{config.data.train_pairs}: 3 updates in a row")
     assert f"lines [{calls[6]}]" in reason and len(calls) == 7
     kept = saved(config.run.path / "adapters")

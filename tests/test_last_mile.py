@@ -84,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     config = configs.load(path)
     better = runs.Scripted([runs.wrote(voice=1.0)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_mlx.stages.train_dpo.AnswerEvaluator", lambda *_: better)
+        patch.setattr("dpo_mlx.training.phases.AnswerEvaluator", lambda *_: better)
         train_dpo(config, "all")
     fuse_adapters(config)
     evaluate(config)

@@ -1,4 +1,6 @@
-"""Stage 06 on a tiny model: what is written, what is dropped, what is never lost or done twice."""
+"""Stage 06 on a tiny model: which pairs it writes, which it drops, and that it never loses or
+repeats work.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ Settings = dict[str, Any]
 
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The size of every batch that goes through the model, as it happens."""
+    """The size of every batch that goes through the model, in order."""
     batches: list[int] = []
     original = worker.sample_batch
 
@@ -47,7 +49,7 @@ def elsewhere(settings: Settings, name: str) -> Settings:
 
 
 def make(settings: Settings, *overrides: str) -> Path:
-    """Runs stage 06 with these settings; the folder of the pairs."""
+    """Run stage 06 with these settings. Returns the folder of the pairs."""
     path = Path(settings["run_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings))
     make_pairs.make_pairs(config.load(path, list(overrides)))
@@ -55,7 +57,7 @@ def make(settings: Settings, *overrides: str) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of every file but the manifest, which also knows what was there before."""
+    """The bytes of every file except the manifest, which also lists earlier contents."""
     files = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
     return {path.name: path.read_bytes() for path in files}
 
@@ -90,7 +92,7 @@ def test_pairs_hold_the_answers_as_written(settings, questions):
 
 
 def test_second_call_is_skipped(settings, sampled, capsys):
-    """Nothing changed, nothing done: it says so, loads no model and touches no byte."""
+    """A second call with nothing changed says so, loads no model and touches no byte."""
     before = contents(make(settings))
     assert "up to date" not in capsys.readouterr().out
     sampled.clear()
@@ -109,7 +111,7 @@ def test_same_seed_same_pairs(settings):
 
 
 def tear_next_append(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill in the middle of appending a row."""
+    """Simulate a kill in the middle of appending a row."""
 
     def half(path: Path, content: bytes) -> None:
         with path.open("ab") as file:
@@ -122,7 +124,9 @@ def tear_next_append(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
-    """Stopped in the second batch: the first is kept, and the end is as if never stopped."""
+    """A run stopped in its second batch keeps the first, and ends like a run that was never
+    stopped.
+    """
     undisturbed = contents(make(elsewhere(settings, "undisturbed")))
     sampled.clear()
     counted = worker.sample_batch
@@ -145,7 +149,9 @@ def test_interrupted_run_goes_on(torn, settings, sampled, monkeypatch):
 
 
 def test_larger_limit_keeps_what_there_is(settings, sampled):
-    """From 16 to 30 questions: each pair stays, on its side, and two batches are not made again."""
+    """From 16 to 30 questions: every pair stays in its split, and two batches are not sampled
+    again.
+    """
     folder = make(settings, "data.limit=16")
     before = {split: rows(folder, split) for split in ("train", "valid")}
     assert report(folder)["dropped"] == {"beyond data.limit": 14}
@@ -157,7 +163,7 @@ def test_larger_limit_keeps_what_there_is(settings, sampled):
 
 
 def test_smaller_limit_samples_nothing(settings, sampled):
-    """Back from 30 to 16: the answers are there already."""
+    """Back from 30 to 16 questions: all answers are sampled already."""
     folder = make(settings)
     sampled.clear()
     make(settings, "data.limit=16")
@@ -166,7 +172,7 @@ def test_smaller_limit_samples_nothing(settings, sampled):
 
 
 def test_copies_are_dropped_where_they_come_again(settings, questions, sampled):
-    """The first of two equal rows counts, so that a growing source moves no earlier question."""
+    """The first of two equal rows counts, so a growing source moves no earlier question."""
     folder = make(settings, "data.limit=16")
     before = contents(folder)
     source = Path(settings["data"]["source"])
@@ -180,7 +186,7 @@ def test_copies_are_dropped_where_they_come_again(settings, questions, sampled):
 
 
 def test_changed_question_is_asked_anew(settings, questions, sampled):
-    """An answer is never taken over for another question; other batches are."""
+    """A changed question gets a new answer. Other batches keep theirs."""
     folder = make(settings)
     before = {row["prompt"]: row for split in ("train", "valid") for row in rows(folder, split)}
     questions[9]["question"] = "Why is this one new?"
@@ -195,7 +201,7 @@ def test_changed_question_is_asked_anew(settings, questions, sampled):
 
 
 def test_edited_pairs_are_not_overwritten(settings, sampled):
-    """A hand-edited file survives a skip and a change of settings; restart=true sets it aside."""
+    """An edited file survives a skip and a change of settings; restart=true sets it aside."""
     folder = make(settings, "data.limit=16")
     original = contents(folder)
     path = folder / "valid.jsonl"
@@ -215,7 +221,7 @@ def test_edited_pairs_are_not_overwritten(settings, sampled):
 
 
 def test_foreign_pairs_are_not_overwritten(settings):
-    """A file of that name that this stage did not write is the user's."""
+    """A file of that name that stage 06 did not write belongs to the user."""
     path = Path(settings["data"]["train_pairs"])
     path.parent.mkdir(parents=True)
     path.write_text("mine\n")
@@ -225,7 +231,7 @@ def test_foreign_pairs_are_not_overwritten(settings):
 
 
 def test_pair_files_may_share_a_name(settings):
-    """train/pairs.jsonl and valid/pairs.jsonl are two files, each known as written here."""
+    """train/pairs.jsonl and valid/pairs.jsonl are two files, and each is known as ours."""
     for split in ("train", "valid"):
         settings["data"][f"{split}_pairs"] = str(Path(settings["run_dir"], split, "pairs.jsonl"))
     make(settings, "data.limit=16")
@@ -243,7 +249,7 @@ def test_pair_files_may_share_a_name(settings):
     ],
 )
 def test_changed_settings_are_refused(override, changed, settings):
-    """Answers of two settings are never mixed; the error names what changed, nothing is touched."""
+    """Answers of two settings are never mixed. The error names the change and touches nothing."""
     folder = make(settings, "data.limit=16")
     before = contents(folder)
     with pytest.raises(UserError) as error:
@@ -256,7 +262,9 @@ def test_changed_settings_are_refused(override, changed, settings):
 
 
 def test_unusable_answers_are_dropped_and_counted(settings, questions, monkeypatch):
-    """Empty, equal to the chosen one, and too long: three counts, three rows fewer."""
+    """An empty answer, one equal to the chosen one, and one too long: three counts, three rows
+    fewer.
+    """
     made = [Answer(f"no {i}", "stop", 4) for i in range(30)]
     made[0] = Answer("", "stop", 0)
     made[1] = Answer(questions[1]["answer"], "stop", 9)
@@ -273,7 +281,7 @@ def test_unusable_answers_are_dropped_and_counted(settings, questions, monkeypat
 
 
 def test_too_long_chosen_is_dropped_before_sampling(settings, questions, sampled):
-    """No side is ever cut: a question whose answer is too long is counted and not asked."""
+    """No side is ever cut: a question with too long an answer is counted and not sampled."""
     questions[5]["answer"] = "x" * 300
     Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in questions))
     folder = make(settings)
@@ -284,7 +292,7 @@ def test_too_long_chosen_is_dropped_before_sampling(settings, questions, sampled
 
 
 def test_answers_that_do_not_fit_set_no_limit(settings, questions, sampled, monkeypatch):
-    """`max_tokens: null` looks at the answers that can be trained on, and at all of those: a higher
+    """`max_tokens: null` uses the lengths of all answers that can be trained on, so a higher
     data.limit samples nothing again.
     """
     settings["generation"]["max_tokens"] = None
@@ -325,7 +333,7 @@ def test_a_restart_that_was_stopped_goes_on(settings, sampled, monkeypatch):
 
 
 def test_percentiles_by_hand(settings, questions, monkeypatch):
-    """Lengths in the report are tokens with the end of turn: a byte each here, and one."""
+    """Lengths in the report are in tokens, here bytes, and include the end of turn."""
     monkeypatch.setattr(
         make_pairs, "_sample", lambda *_: [Answer("x" * (i + 1), "stop", i) for i in range(30)]
     )
@@ -337,12 +345,12 @@ def test_percentiles_by_hand(settings, questions, monkeypatch):
 
 @pytest.mark.parametrize(("fraction", "split"), [("0", "valid"), ("0.9", "train")])
 def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatch):
-    """Nothing to validate or to train on is said before files are written."""
+    """An empty split is an error before any file is written."""
     held = [q for q in questions if make_pairs.questions.is_held_out(q["question"], 0.9)]
     kept = questions if split == "valid" else held
     Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in kept))
     monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("no", "stop", 2)] * len(kept))
-    why = rf"{split}.jsonl: no pair would be left in it \({len(kept)} in all\); raise data.limit"
+    why = rf"{split}.jsonl: no pair is left for this file \({len(kept)} in all\); raise data.limit"
     with pytest.raises(UserError, match=why):
         make(settings, f"data.valid_fraction={fraction}")
     folder = Path(settings["data"]["train_pairs"]).parent
@@ -350,16 +358,16 @@ def test_empty_split_is_refused(fraction, split, settings, questions, monkeypatc
 
 
 def test_when_no_answer_can_be_used_it_says_why(settings, monkeypatch):
-    """A base model that says nothing: the reason is told, not only that no pair is left."""
+    """If the base model says nothing, the error says so, not only that no pair is left."""
     monkeypatch.setattr(make_pairs, "_sample", lambda *_: [Answer("", "stop", 0)] * 30)
     with pytest.raises(UserError, match=r"\(0 in all; 30 dropped: rejected is empty\)"):
         make(settings)
 
 
 def test_it_says_how_much_and_how_long(settings, capfd):
-    """Before sampling the number of answers, after the first batch the time to go."""
+    """It prints the number of answers before sampling, and the time left after the first batch."""
     make(settings, "data.limit=16")
     out = capfd.readouterr().out
-    assert "06: 16 answers to sample, 0 of them are there already" in out
+    assert "06: sampling 16 answers\n" in out
     assert "minutes to go" in out
     assert "<|start_of_role|>user<|end_of_role|>Why is number 0 odd?<|end_of_text|>" in out

@@ -42,7 +42,7 @@ REPORT: dict[str, Any] = {
         "margin_kept": 0.99,
         "max_logprob_difference": 0.2,
     },
-    "training": {"updates": 4, "kept_update": 2, "voice": 0.8, "stopped": []},
+    "training": {"updates": 4, "sft_updates": 2, "kept_update": 2, "voice": 0.8, "stopped": []},
     "run": {
         "config": {
             "model": "a/model",

@@ -207,7 +207,7 @@ FAULTS = [
     (selftest.check_batch, let_attention_hear_the_padding, "nats"),
     (selftest.check_memory, plan_too_little, "MB, plan "),
     (selftest.check_resume, lose_the_optimizer, "largest difference"),
-    (selftest.check_fused, fuse_badly, "keeps 50.0% of the adapters' margin"),
+    (selftest.check_fused, fuse_badly, "kept 50.0% of the adapters' margin"),
     (selftest.check_decoding, forget_mamba_s_state, "nats a token"),
 ]
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning before DPO: what it learns, and what a second run takes up of it."""
+"""Supervised fine-tuning before DPO: what it learns, and what a second run reuses of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ END_OF_SFT = "checkpoints/sft-000007"
 
 
 class Norm(Scripted):
-    """Answers whose voice is told by the adapters alone: the further they have gone, the more."""
+    """Answers whose voice score grows with the distance of the adapters from their start."""
 
     sign = 1.0
 
@@ -45,14 +45,14 @@ class Norm(Scripted):
 
 
 class Shy(Norm):
-    """The further they have gone, the less."""
+    """Answers whose voice score falls with that distance."""
 
     sign = -1.0
 
 
 @pytest.fixture
 def warmed(job, llama) -> Any:
-    """warmed(key of the sft section=value) -> a run's config, on llama, told by `Norm`."""
+    """warmed(key of the sft section=value) -> the config of a run on llama, measured by `Norm`."""
 
     def made(watch: Any = Norm, dpo: Any = None, **sft: Any) -> Config:
         sections = {"sft": {**WARM, **sft}, "dpo": dpo or {}, "model": str(llama)}
@@ -72,7 +72,7 @@ def numbering(metrics: list[dict[str, Any]]) -> list[tuple[str, int, bool]]:
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file."""
+    """The bytes and the modification time of every file."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 @pytest.mark.parametrize("kind", ["granite", "llama"])
 def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
     """Six updates on all pairs lower the chosen answers' negative log-likelihood, trained and held
-    out, at the rate of `sft`; the rejected ones have no part in it.
+    out, at the rate of `sft`. The rejected answers have no influence.
     """
     run = make(
         {"phase": SFT},
@@ -104,7 +104,7 @@ def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
 
 
 def test_an_update_is_the_mean_of_its_answers(make):
-    """The logged loss and norm are those of the mean over the group of each answer's own mean."""
+    """The logged loss and norm are means over the group of each answer's mean per token."""
     run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
     scorer = Scorer(run.model)
     [(_, indices)] = groups(run.trainer.objective.settings, 7, run.config.seed)
@@ -119,7 +119,7 @@ def test_an_update_is_the_mean_of_its_answers(make):
 
 
 def test_only_rate_and_epochs_are_its_own(make):
-    """Everything else of an SFT update is what `train` says."""
+    """SFT takes every other setting of an update from `train`."""
     config = make(sft={"epochs": 3, "learning_rate": 0.5}, weight_decay=0.1).config
     settings = Sft(config).settings
     assert (settings.epochs, settings.learning_rate) == (3, 0.5)
@@ -130,8 +130,8 @@ def test_only_rate_and_epochs_are_its_own(make):
 
 
 def test_dpo_starts_at_what_sft_has_left(warmed):
-    """After SFT DPO's first loss is ln 2 and its margins are 0: the reference is taken after it,
-    and is not the base model's.
+    """After SFT, DPO's first loss is ln 2 and its margins are 0: its reference is the model after
+    SFT, not the base model.
     """
     config = warmed()
     assert train_dpo(config)
@@ -151,8 +151,8 @@ def test_dpo_starts_at_what_sft_has_left(warmed):
 
 
 def test_updates_are_numbered_through(warmed):
-    """SFT's 1 to 7, DPO's 8 to 14, each once; evaluations at every second of a phase and at both
-    its ends.
+    """SFT has updates 1 to 7, DPO 8 to 14, each once. Evaluations come at every second update of a
+    phase and at both its ends.
     """
     config = warmed()
     train_dpo(config)
@@ -164,8 +164,8 @@ def test_updates_are_numbered_through(warmed):
 
 
 def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
-    """Stopped in SFT: the best of it is kept, no reference of it is taken, nothing counts as SFT's
-    result; run again it is skipped.
+    """A run stopped in SFT keeps the best of SFT, takes no reference of it, and marks no end of
+    SFT. A second start is skipped.
     """
     script = [wrote(voice=0.5), wrote(voice=1.0, self_ended=0.0)]
     config, _ = job(script, sft=WARM, model=str(llama))
@@ -185,7 +185,9 @@ def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
 
 
 def in_parts(config: Config, *parts: str | None) -> Path:
-    """The run's folder after these parts of stage 10, moved out of the way of another run."""
+    """Run these parts of stage 10. Moves the run's folder out of the way of another run, and
+    returns it.
+    """
     for part in parts:
         assert train_dpo(config, part)
     return config.run.path.rename(config.run.path.with_name("-".join(map(str, parts))))
@@ -205,8 +207,8 @@ def test_parts_are_one_run(epochs, watch, warmed):
 
 
 def test_evaluations_look_at_a_few_valid_pairs(job):
-    """The first `train.eval_questions` of them are scored, and those after SFT alone referred to;
-    the base model's reference holds them all, for the report.
+    """Evaluations score the first `train.eval_questions` valid pairs, and the reference after SFT
+    holds only these. The base model's reference holds all of them, for the report.
     """
     config = job(Norm, sft=WARM, train={"eval_questions": 1})[0]
     assert train_dpo(config)
@@ -220,7 +222,7 @@ def test_evaluations_look_at_a_few_valid_pairs(job):
 
 
 def test_only_reference_trains_no_dpo(warmed):
-    """It ends with the adapters of SFT and both references; `--only training` does the rest."""
+    """It ends with SFT's adapters and both references; `--only training` does the rest."""
     config = warmed()
     assert train_dpo(config, ONLY_REFERENCE)
     assert not (config.run.path / "adapters").exists() and of_phase(config, "dpo") == []
@@ -231,8 +233,8 @@ def test_only_reference_trains_no_dpo(warmed):
 
 
 def test_only_training_needs_the_adapters_of_sft(warmed):
-    """With nothing, with those of other settings, or without them, `--only training` names what
-    to run first.
+    """Without SFT's adapters, or with those of other settings, `--only training` names what to run
+    first.
     """
     with pytest.raises(UserError, match="reference/base: no complete .*--only reference"):
         train_dpo(warmed(), ONLY_TRAINING)
@@ -242,12 +244,12 @@ def test_only_training_needs_the_adapters_of_sft(warmed):
     with pytest.raises(UserError, match=changed):
         train_dpo(warmed(learning_rate=2e-3), ONLY_TRAINING)
     shutil.rmtree(config.run.path / END_OF_SFT)
-    with pytest.raises(UserError, match="checkpoints: no adapters of SFT .*--only reference"):
+    with pytest.raises(UserError, match="checkpoints: no finished SFT .*--only reference"):
         train_dpo(warmed(), ONLY_TRAINING)
 
 
 def test_other_sft_settings_make_another_sft(warmed):
-    """SFT, its reference and DPO are done again; the base model's reference stays as it is."""
+    """SFT, its reference and DPO run again; the base model's reference stays."""
     config = warmed()
     train_dpo(config)
     base = contents(config.run.path / "reference/base")
@@ -266,7 +268,9 @@ def test_other_sft_settings_make_another_sft(warmed):
 
 @pytest.fixture
 def dpo_again(warmed) -> Any:
-    """(what is to stay, metrics) of a run, and again after DPO alone was given other settings."""
+    """(the files that must stay, the metrics) of a run, and of a second run with other DPO
+    settings.
+    """
 
     def look(config: Config) -> tuple[Any, list[dict[str, Any]]]:
         names = END_OF_SFT, "reference/sft", "reference/base"
@@ -282,8 +286,8 @@ def dpo_again(warmed) -> Any:
 
 
 def test_other_dpo_settings_keep_sft(dpo_again):
-    """SFT is not trained again: its checkpoint, both references and its metrics stay as they are,
-    while DPO's metrics are others.
+    """SFT is not trained again: its checkpoint, both references and its metrics stay, while DPO's
+    metrics change.
     """
     (files, metrics), (files_after, metrics_after) = dpo_again
     assert files_after == files and len(files[0]) == 5
@@ -299,7 +303,7 @@ def test_dpo_s_rows_take_the_place_of_the_earlier_ones(dpo_again):
 
 
 def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
-    """The kept adapters are DPO's own, also where an earlier run's SFT ended at that update."""
+    """The kept adapters are DPO's, even where an earlier run's SFT ended at that update."""
     train_dpo(warmed())
     config = warmed(epochs=0)
     assert train_dpo(config)
@@ -318,7 +322,7 @@ def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
     ],
 )
 def test_the_old_option_still_works(stage, only, note, warmed, monkeypatch, capsys):
-    """A command from an older README does the same, and one line says its new name."""
+    """A command from an older README still works, and one line gives the new name."""
     parts: list[str | None] = []
 
     def record(config: Config, only: str | None) -> bool:

@@ -21,7 +21,7 @@ FUSE = FuseConfig(min_margin_kept=0.5)
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    """A report on which every limit is kept exactly, changed at `section__name__who`."""
+    """A report that is exactly at every limit, changed at `section__name__who`."""
     made: dict[str, Any] = {
         # a quarter of the way from 0 to 1, more voiced on half of the questions
         "voice": {"share": 0.5, "base": 0, "tuned": 0.25, "chosen": 1, "classifier_accuracy": 0.8},
@@ -80,8 +80,8 @@ SHARE, TUNED, KEPT = "voice__share", "voice__tuned", "fuse__margin_kept"
     ],
 )
 def test_verdict_by_hand(changes: dict[str, Any], outcome: str, crossed: list[str]) -> None:
-    """Each limit is kept at its exact value and crossed beyond it; degenerated comes before
-    unmoved, and that before lost in fusing; it has passed when nothing is crossed.
+    """A value at its limit is allowed, one beyond it crosses the limit. Degenerated comes before
+    unmoved, and unmoved before lost in fusing. It passes when no limit is crossed.
     """
     found = verdict(report(**changes), LIMITS, FUSE)
     assert found["outcome"] == outcome
@@ -91,7 +91,7 @@ def test_verdict_by_hand(changes: dict[str, Any], outcome: str, crossed: list[st
 
 
 def test_an_unsure_classifier_is_told() -> None:
-    """The verdict rests on it, and says so below 80%."""
+    """Below 80% accuracy the summary says that the voice cannot be measured."""
     sure, unsure = (
         verdict(report(voice__classifier_accuracy=a), LIMITS, FUSE) for a in (0.8, 0.79)
     )
@@ -104,5 +104,7 @@ def test_an_unsure_classifier_is_told() -> None:
     [(0.25, 0.5, 0.75, 0.5), (0.25, 0.0, 0.75, -0.5), (0.5, 0.75, 0.5, 0.0), (0.5, 0.9, 0.4, 0.0)],
 )
 def test_gain_is_a_share_of_the_way(base: float, tuned: float, chosen: float, gain: float) -> None:
-    """From the base's score to the real answers'; where there is no way there is no gain."""
+    """The gain is 0 at the base model's score and 1 at the real answers'. It is 0 when both are
+    equal.
+    """
     assert voice_gain({"base": base, "tuned": tuned, "chosen": chosen}) == gain

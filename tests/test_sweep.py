@@ -1,4 +1,4 @@
-"""Stage 14: a run a combination, nothing computed twice, the best one first."""
+"""Stage 14: one run per combination, nothing computed twice, the best run first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GRID = ["dpo.beta=0.1,0.3", "train.learning_rate=1e-3,2e-3"]
 
 @pytest.fixture
 def path(settings: dict[str, Any], write_config: Any, llama: Path) -> Path:
-    """A config with SFT and four updates a phase."""
+    """A config with SFT and four updates in each phase."""
     settings["model"] = str(llama)
     settings["sft"] = {"epochs": 1, "learning_rate": 1e-3}
     settings["guard"] = {"enabled": False}
@@ -36,7 +36,7 @@ def path(settings: dict[str, Any], write_config: Any, llama: Path) -> Path:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often SFT is begun, and how many log-probs of references are computed."""
+    """How often SFT starts, and how many log-probs of references are computed."""
     counts = {"sft": 0, "log-probs": 0}
     run, load = Trainer.run, load_or_compute
 
@@ -61,8 +61,8 @@ def grid_options(lines: list[str]) -> list[str]:
 
 
 def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_path):
-    """SFT is trained once, each log-prob of a reference computed once; the table has four runs,
-    most in the voice first; each run's files are those of the same run made alone.
+    """SFT is trained once and each log-prob of a reference computed once. The table has four runs,
+    the highest voice score first. Each run's files equal those of the same run without a sweep.
     """
     assert run_script(path, *grid_options(GRID)) == 0
     said = capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_two_by_two_share_pairs_reference_and_sft(path, counted, capsys, tmp_pat
 
 
 def test_another_rank_shares_the_base_reference_alone(path, counted, tmp_path):
-    """Adapters of another rank need an SFT of their own; the base model is the same."""
+    """Adapters of another rank need their own SFT; the base model's reference is the same."""
     assert run_script(path, "--grid", "lora.rank=2,4") == 0
     pairs = tmp_path / "run/pairs"
     train, valid = (len(jsonl.read_whole_lines(pairs / f"{s}.jsonl")) for s in ("train", "valid"))
@@ -108,8 +108,8 @@ def test_another_rank_shares_the_base_reference_alone(path, counted, tmp_path):
 
 
 def test_a_stopped_run_keeps_the_reference_that_it_made(path, monkeypatch, tmp_path):
-    """Stopped in its first run, a sweep comes as far again, also when there is another run now
-    whose reference it could have copied.
+    """A sweep that was stopped in its first run stops at the same place again, even if by now
+    another run has a reference that it could copy.
     """
 
     def stop(*_: Any) -> None:
@@ -124,7 +124,7 @@ def test_a_stopped_run_keeps_the_reference_that_it_made(path, monkeypatch, tmp_p
 
 
 def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
-    """The preflight refuses a rate that moves nothing; the other run is compared all the same."""
+    """The preflight refuses a rate that moves nothing. The other run is still compared."""
     grid = ["--grid", "train.learning_rate=1e-12,1e-3", "--set", "sft.epochs=0"]
     assert run_script(path, *grid) == 0
     best, refused = jsonl.read_json(tmp_path / "run_sweep/sweep.json")["runs"]
@@ -132,7 +132,7 @@ def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
     assert "sure to waste the run" in refused["refused"]
     assert "sure to waste the run" in (tmp_path / "run_sweep/sweep.html").read_text()
     assert run_script(path, "--grid", "train.learning_rate=1e-12", "--set", "sft.epochs=0") == 1
-    assert "no run came to its end" in capsys.readouterr().err
+    assert "no run reached its end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -151,14 +151,14 @@ def test_a_refused_run_is_a_row_at_the_end(path, capsys, tmp_path):
         (["train.epochs/../../..=1"], "unknown key"),
         (
             ["lora.rank=" + ",".join(map(str, range(1, 102)))],
-            "--grid: 101 combinations, and the most is 100",
+            "--grid: 101 combinations, but at most 100 are allowed",
         ),
         ([f"{key}=" + ",".join("1" * 9999) for key in ("lora.rank", "dpo.beta")], "99980001 comb"),
     ],
     ids=str,
 )
 def test_a_grid_that_cannot_be_run_is_refused(grid, message, path, tmp_path):
-    """Before anything is made."""
+    """A bad grid is an error before any file is written."""
     with pytest.raises(UserError) as refused:
         sweep.combinations(path, [], grid)
     assert message in str(refused.value)
@@ -176,7 +176,9 @@ def test_a_grid_that_cannot_be_run_is_refused(grid, message, path, tmp_path):
     ],
 )
 def test_a_run_stays_in_the_sweep_s_folder(value, name, path, tmp_path):
-    """Whatever a value holds: one folder inside, whose name fits on any disk."""
+    """Whatever a value contains, its run is one folder inside the sweep's, with a name that fits on
+    any disk.
+    """
     [run] = sweep.combinations(path, [], [f"train.epochs={value}"])
     folder = Path(run.config.run_dir)
     assert folder.resolve().parent == (tmp_path / "run_sweep").resolve()
@@ -184,7 +186,7 @@ def test_a_run_stays_in_the_sweep_s_folder(value, name, path, tmp_path):
 
 
 def test_names_of_runs_differ_on_a_mac(path):
-    """Where capitals are small letters, and beyond the length at which names are cut."""
+    """Names differ where capitals equal small letters, and after long names are cut."""
     tails = ["a", "A", *("b" * 200 + end for end in "cd")]
     grid = "lora.keys=" + ",".join(f"[x{tail}]" for tail in tails)
     runs = sweep.combinations(path, [], [grid])

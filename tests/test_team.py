@@ -1,4 +1,4 @@
-"""The work of a run shared by several processes on loopback: the same result as by one."""
+"""Several processes on loopback share the work of a run: the result is the same as with one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ STOPPED = 128 + signal.SIGTERM
 
 
 def start(folder: Path, count: int, script: str, *more: str) -> list[subprocess.Popen[str]]:
-    """The processes of a stage, by rank, as mlx.launch starts them with its ring; rank 1 is
-    another machine: it works in a folder of its own.
+    """Start the processes of a stage by rank, as mlx.launch does with its ring. Rank 1 stands for
+    another machine: it works in another folder.
     """
     started = []
     for rank, ring in enumerate(rings.environments(folder, count)):
@@ -54,13 +54,13 @@ def start(folder: Path, count: int, script: str, *more: str) -> list[subprocess.
 
 
 def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr by rank."""
+    """The exit code, stdout and stderr of each rank."""
     said = [process.communicate(timeout=120) for process in processes]
     return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
 
 
 def run(folder: Path, count: int, script: str, *more: str) -> str:
-    """A stage to its end by several processes; what it says."""
+    """Run a stage to its end in several processes. Returns its output."""
     (_, said, _), *others = ended = end(start(folder, count, script, *more))
     for code, _, err in ended:
         assert code == 0, err
@@ -69,7 +69,7 @@ def run(folder: Path, count: int, script: str, *more: str) -> str:
 
 
 def run_alone(folder: Path, stage: Callable[[Config], object]) -> None:
-    """A stage to its end by this process."""
+    """Run a stage to its end in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         stage(config.load(Path("c.yaml")))
@@ -81,7 +81,7 @@ def train(config: Config) -> None:
 
 @pytest.fixture
 def fresh(settings: dict[str, Any], tmp_path: Path, llama: Path, write_config: Any) -> Any:
-    """fresh(name) -> a folder with c.yaml: 7 updates of SFT and 14 of DPO, of 4 pairs and fewer."""
+    """fresh(name) -> a folder with c.yaml: 7 updates of SFT and 14 of DPO, of at most 4 pairs."""
 
     def made(name: str, **changes: Any) -> Path:
         folder = tmp_path / name
@@ -102,7 +102,7 @@ def fresh(settings: dict[str, Any], tmp_path: Path, llama: Path, write_config: A
 
 
 def alike(one: Path, other: Path) -> None:
-    """The same updates and evaluations to float tolerance."""
+    """Check that updates and evaluations are the same to float tolerance."""
     rows, others = (determined(folder / "run/metrics.jsonl") for folder in (one, other))
     assert len(rows) == len(others)
     for row, expected in zip(rows, others, strict=True):
@@ -113,9 +113,8 @@ def alike(one: Path, other: Path) -> None:
 
 
 def test_one_two_and_three_processes_learn_the_same(fresh):
-    """Pairs, reference, 21 updates and their evaluations: sampled to the byte, computed to 1e-5.
-
-    The last update of an epoch holds one pair: fewer than there are processes.
+    """Pairs, reference, 21 updates and their evaluations: samples agree to the byte, numbers to
+    1e-5. The last update of an epoch has one pair, fewer than there are processes.
     """
     alone, by_two, by_three = (fresh(f"by{count}") for count in (1, 2, 3))
     run_alone(alone, make_pairs)
@@ -136,8 +135,8 @@ def test_one_two_and_three_processes_learn_the_same(fresh):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(fresh):
-    """SIGTERM to all of two, then to all of three, in the middle of training, as ^C reaches all:
-    they end, and the run is finished by one as if never stopped.
+    """SIGTERM in the middle of training, to both of two processes, then to all of three, as ^C
+    reaches all: they end, and one process finishes the run as if it had never stopped.
     """
     undisturbed, stopped = fresh("undisturbed"), fresh("stopped")
     for folder in (undisturbed, stopped):
@@ -155,7 +154,7 @@ def test_a_run_goes_on_with_another_number_of_processes(fresh):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh):
-    """SIGKILL to either of two: the other ends with one line that says what to do."""
+    """SIGKILL to either of two processes: the other ends with one line that says what to do."""
     folder = fresh("killed")
     run_alone(folder, make_pairs)
     processes = start(folder, 2, TRAIN)
@@ -171,7 +170,7 @@ def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh
 
 
 def test_another_machine_with_another_model_is_refused(fresh, llama, granite):
-    """Rank 1 finds another model under the same name: one line, and nothing is made."""
+    """Rank 1 has another model under the same name: one line, and no file is written."""
     folder = fresh("models")
     (folder / "elsewhere").mkdir()
     (folder / "base").symlink_to(llama)
@@ -186,7 +185,7 @@ def test_another_machine_with_another_model_is_refused(fresh, llama, granite):
 
 
 def wait_for_update(folder: Path, number: int) -> None:
-    """Until a run has done so many updates."""
+    """Wait until a run has made this update."""
     metrics, give_up = folder / "run/metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and f'"iteration": {number},' in metrics.read_text()):
         assert time.monotonic() < give_up
@@ -194,7 +193,9 @@ def wait_for_update(folder: Path, number: int) -> None:
 
 
 def test_shares_by_hand():
-    """The costliest first, each to whom has least; places stay in order; some may have none."""
+    """The costliest item goes first, to the process with the least work. Items stay in order, and a
+    process may get none.
+    """
     assert shares([5, 1, 4, 3], 2) == [[0, 1], [2, 3]]
     assert shares([1, 1], 3) == [[0], [1], []]
     assert shares([2, 9], 1) == [[0, 1]]

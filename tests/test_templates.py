@@ -163,7 +163,7 @@ def test_stage_06_on_granite_s_template(settings, write_config, granite_4, quest
         ("Be\nbrief.", "Be\nbrief.", 'system message: "Be brief." (system_prompt)'),
         ("字" * 201, "x", 'system message: "' + "字" * 200 + ' ..." (system_prompt)'),
         (None, "", "no system message (the model has no default; system_prompt is empty)"),
-        (None, "x", "no system message: the model's chat template leaves system_prompt out"),
+        (None, "x", "no system message: the model's chat template drops system_prompt"),
     ],
 )
 def test_the_line_is_one_line(message, system_prompt, said):

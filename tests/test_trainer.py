@@ -1,4 +1,4 @@
-"""The loop on tiny models: which pairs, at which rate, from where, and what is kept."""
+"""The training loop on tiny models: which pairs, which rate, from which start, what is kept."""
 
 import itertools
 import math
@@ -57,9 +57,8 @@ def test_groups_are_seeded_and_differ_by_epoch():
 
 
 def test_a_smaller_group_is_averaged_over_its_true_size(make):
-    """Seven pairs in fours: the second update is the mean of three gradients, not a sum over 4.
-
-    Plain gradients of each pair, added by hand at the same adapters, give the logged norm.
+    """Seven pairs in fours: the second update is the mean of three gradients, not a sum over 4. The
+    gradient of each pair, added by hand at the same adapters, gives the logged norm.
     """
     run = make(grad_accumulation=4, learning_rate=0, max_grad_norm=1e6).run()
     assert [row["pairs"] for row in run.updates] == [4, 3]
@@ -119,7 +118,7 @@ def test_cosine_by_hand():
 
 
 def test_constant_by_hand():
-    """Without warm-up the peak throughout; with it 1/4, 2/4, 3/4 of the peak first."""
+    """Without warm-up always the peak; with warm-up 1/4, 2/4, 3/4 of the peak first."""
     assert rates(4, schedule="constant", warmup_ratio=0.0) == pytest.approx([0.8] * 4)
     expected = [0.2, 0.4, 0.6, *[0.8] * 7]
     assert rates(10, schedule="constant", warmup_ratio=0.3) == pytest.approx(expected)
@@ -149,7 +148,7 @@ def test_logged_rate_is_the_one_used(make):
 @pytest.mark.parametrize("kind", ["granite", "llama"])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_fresh_run_starts_at_the_reference(kind, checkpoint, make, request):
-    """Before anything is learned the loss is ln 2 and all margins are 0, in training and valid."""
+    """Before the first update the loss is ln 2 and all margins are 0, on train and valid pairs."""
     folder = request.getfixturevalue(kind)
     run = make(model=folder, grad_accumulation=7, grad_checkpoint=checkpoint).run()
     first, valid = run.updates[0], run.evaluations[0]
@@ -173,7 +172,7 @@ def test_a_wrong_reference_stops_the_run(off, make):
 
 
 def test_a_wrong_reference_of_one_training_pair_stops_the_run(make):
-    """Evaluation sees the valid pairs alone; a training pair of the first update is checked too."""
+    """Evaluations see only the valid pairs; the train pairs of the first update are checked too."""
     run = make(grad_accumulation=7)
     bad = run.trainer.examples.train[3]
     run.trainer.examples.train[3] = Example(bad.pair, Sides(-1.0, bad.reference.rejected))
@@ -194,7 +193,7 @@ def test_two_unlike_machines_do_not_stop_a_run(make, tmp_path, llama, capsys):
 
 
 def test_a_wrong_computation_is_told_from_a_wrong_file(make, monkeypatch):
-    """If scoring with a gradient is wrong, deleting the reference would not help: the message says
+    """If scoring with a gradient is wrong, deleting the reference would not help. The message says
     so, and what to report.
     """
     right = Scorer.log_prob_and_gradient
@@ -210,8 +209,8 @@ def test_a_wrong_computation_is_told_from_a_wrong_file(make, monkeypatch):
 
 
 def test_dropout_is_no_wrong_reference(make):
-    """With dropout the first gradient's log-probs are not the reference's, which has none; the
-    valid pairs, scored without it, still are.
+    """With dropout the log-probs of the first gradient differ from the reference, which has none.
+    The valid pairs, scored without dropout, still agree.
     """
     run = make(lora={"dropout": 0.5}, grad_accumulation=7)
     perturb(run.model)
@@ -270,7 +269,9 @@ def test_gradients_are_clipped(make):
 
 
 def break_gradients(monkeypatch, broken):
-    """NaN in the gradient of every call of `pair_gradient` whose number, from 0, is in `broken`."""
+    """Put NaN into the gradient of every call of `pair_gradient` whose number, from 0, is in
+    `broken`.
+    """
     original, calls = Scorer.pair_gradient, itertools.count()
 
     def given(self, *arguments):
@@ -282,8 +283,8 @@ def break_gradients(monkeypatch, broken):
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(make, monkeypatch):
-    """Seven pairs in twos, the second of the third pair's update broken: the adapters stay as the
-    first update left them, the row names the line, and the run goes on.
+    """Seven pairs in twos, with NaN in the third pair's gradient: the adapters stay as the first
+    update left them, the row names the line, and training goes on.
     """
     break_gradients(monkeypatch, {3})
     run = make(grad_accumulation=2, save_every=1)
@@ -301,8 +302,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(make, monkeypatch):
 
 
 def test_three_skipped_updates_in_a_row_end_the_run(make, monkeypatch):
-    """Two, a sound one, then three: the sixth ends it, with the line of the last; the adapters are
-    those of the third.
+    """Two skipped updates, a good one, then three skipped: the sixth ends the run with the last
+    pair's line, and the adapters are the third's.
     """
     break_gradients(monkeypatch, {0, 1, 3, 4, 5})
     run = make(grad_accumulation=1)
@@ -319,7 +320,7 @@ def test_three_skipped_updates_in_a_row_end_the_run(make, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):
-    """Though its gradient is sound."""
+    """It is skipped even if its gradient is finite."""
     original = Scorer.pair_gradient
 
     def broken(self, pair, *arguments):
@@ -334,7 +335,9 @@ def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):
 
 @pytest.mark.parametrize("epochs, at", [(1, [0, 7]), (3, [0, 11, 21]), (5, [0, 12, 24, 35])])
 def test_a_phase_s_evaluations_are_a_third_apart_or_ten_updates(epochs, at, make):
-    """Without train.eval_every: at the start, at the end, and on the way where ten updates are."""
+    """Without train.eval_every: at the start, at the end, and between them at least ten updates
+    apart.
+    """
     run = make(epochs=epochs, grad_accumulation=1, eval_every=None).run()
     assert [row["iteration"] for row in run.evaluations] == at
 
@@ -379,7 +382,7 @@ def norms_of_masks(make, **changes):
 
 
 def test_dropout_depends_on_the_update_alone(make, monkeypatch):
-    """Each update has masks of its own, whatever was drawn to sample answers before it."""
+    """Each update has its own masks, whatever random numbers sampling answers has used before."""
     norms = norms_of_masks(make)
     assert len(set(norms)) == 3
     monkeypatch.setattr(
@@ -405,8 +408,8 @@ def script(*voices):
 
 
 def test_the_best_adapters_are_kept(make):
-    """`best` is the evaluation whose answers are most in the voice, here the second of four; `last`
-    is the last. mlx-lm loads both, and they have the valid losses of their evaluations.
+    """`best` is the evaluation with the highest voice score, here the second of four; `last` is the
+    last. mlx-lm loads both, and they have the valid losses of their evaluations.
     """
     voices = script(0.25, 0.75, 0.5, 0.625)
     run = make({"script": voices}, epochs=2, grad_accumulation=2, eval_every=3).run()
@@ -420,8 +423,8 @@ def test_the_best_adapters_are_kept(make):
 
 
 def test_the_loss_has_no_say(make):
-    """A valid loss that falls keeps nothing when the voice does not rise, and one that rises
-    forbids nothing: preferences are no answers.
+    """A falling valid loss keeps nothing when the voice score does not rise, and a rising one
+    forbids nothing.
     """
     falls = make({"script": script(0.5, 0.5, 0.25)}, eval_every=1, grad_accumulation=4).run()
     losses = [row["eval_loss"] for row in falls.evaluations]
@@ -438,8 +441,8 @@ def test_the_loss_has_no_say(make):
 
 
 def test_a_degenerate_evaluation_is_not_kept(make):
-    """The most voiced answers of all, which repeat themselves, are passed over; with the guard off
-    the run goes on from there, and sound adapters after it are kept.
+    """The evaluation with the highest voice score repeats itself, so it is passed over. Without the
+    guard training goes on from it, and a later sound evaluation is kept.
     """
     voices = [wrote(voice=0.25), wrote(voice=0.9, distinct2=0.25), wrote(voice=0.5)]
     given = {"eval_every": 1, "grad_accumulation": 4, "guard": {"enabled": False}}
@@ -449,8 +452,8 @@ def test_a_degenerate_evaluation_is_not_kept(make):
 
 
 def test_a_degenerate_evaluation_ends_the_run(make):
-    """Guarded, the run ends at that evaluation, which is in the metrics and in `last`; `best` is
-    the start, and nothing is trained after it.
+    """With the guard the run ends at that evaluation, which is in the metrics and in `last`. `best`
+    is the start, and no update follows.
     """
     voices = [wrote(voice=0.25), wrote(voice=0.9, distinct2=0.25), wrote(voice=0.5)]
     run = make({"script": voices}, eval_every=1, grad_accumulation=2)
@@ -466,7 +469,9 @@ def test_a_degenerate_evaluation_ends_the_run(make):
 
 
 def test_what_is_written_is_asked_once_an_evaluation(make):
-    """Sampling costs minutes: one call an evaluation, none at the start when that is known."""
+    """Sampling takes minutes: one call for each evaluation, none at the start when the measures are
+    known.
+    """
     run = make(eval_every=1, grad_accumulation=3)
     run.state.measures = wrote(voice=0.0)
     run.run()
@@ -475,14 +480,16 @@ def test_what_is_written_is_asked_once_an_evaluation(make):
 
 
 def test_evaluation_changes_nothing(make):
-    """How often a run is evaluated does not touch what is learned."""
+    """The number of evaluations does not change what the model learns."""
     rare = make(grad_accumulation=2).run().adapters
     often = make(grad_accumulation=2, eval_every=1).run().adapters
     assert differences(rare, often) == 0
 
 
 def test_metrics_carry_trl_s_names(make):
-    """Dashboards made for TRL read these files: its names, with eval_ before those of valid."""
+    """Dashboards for TRL read these files: the names are TRL's, with eval_ before those of
+    evaluations.
+    """
     run = make(grad_accumulation=4).run()
     shared = {
         "loss",
@@ -502,8 +509,8 @@ def test_metrics_carry_trl_s_names(make):
 
 
 def test_the_metrics_file_counts_its_own_rows(tmp_path, capsys):
-    """It starts at the checkpoint's rows, or at those that are left, which a line says. Every
-    report is one row more, and goes to the other callbacks too.
+    """It starts with the checkpoint's rows, or with fewer if rows are missing, which a line says.
+    Every report adds one row and goes to the other callbacks too.
     """
 
     class Listener(TrainingCallback):

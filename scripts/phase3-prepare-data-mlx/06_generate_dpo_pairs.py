@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make preference pairs: each existing answer is chosen, the base model's own is rejected."""
+"""Make preference pairs: your answer is chosen, the base model's answer is rejected."""
 
 import argparse
 import sys

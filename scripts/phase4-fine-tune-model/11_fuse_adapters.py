@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuse the adapters into the base model, and check that nothing was lost."""
+"""Fuse the adapters into the base model, and measure how much of their effect is kept."""
 
 import argparse
 import sys

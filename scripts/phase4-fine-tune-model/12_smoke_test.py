@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Answer held-out questions with the base and the fused model, measure both, write the report.
+"""Ask the base and the fused model held-out questions, compare the answers, and write the report.
 
-Exits 1 when a limit of the config's smoke section is crossed.
+Exits 1 when the fused model crosses a limit of the config.
 """
 
 import argparse

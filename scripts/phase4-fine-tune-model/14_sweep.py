@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train every combination of some settings, each as a run of its own, and compare them.
+"""Train every combination of some settings, and compare the runs in one table.
 
     python scripts/phase4-fine-tune-model/14_sweep.py --config C \
         --grid dpo.beta=0.05,0.1 --grid train.learning_rate=1e-6,5e-6
@@ -22,9 +22,9 @@ def stage(config: Config, options: argparse.Namespace) -> int:
     runs = combinations(options.config, options.overrides, options.grid)
     best = winner(sweep(config, runs))
     if best is None:
-        print("14: no run came to its end", file=sys.stderr)
+        print("14: no run reached its end; the reasons are above", file=sys.stderr)
         return 1
-    print(f"14: to fuse and test the best:\n{command(best, options.config, options.overrides)}")
+    print(f"14: to fuse and test the best run:\n{command(best, options.config, options.overrides)}")
     return 0
 
 
@@ -35,7 +35,7 @@ def main() -> None:
         action="append",
         required=True,
         metavar="SECTION.KEY=VALUE,VALUE",
-        help="values of a setting; several of these are combined",
+        help="the values of one setting; repeat --grid to combine several settings",
     )
     cli.main(stage, parser)
 

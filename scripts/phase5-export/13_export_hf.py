@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The fused model in Hugging Face's own layout, for transformers and llama.cpp."""
+"""Write the fused model in Hugging Face's layout, for transformers and llama.cpp."""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ def stage(config: Config, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--peft", action="store_true", help="write the adapters for PEFT, not the fused model"
+        "--peft", action="store_true", help="write the adapters for PEFT instead of the fused model"
     )
     cli.main(stage, parser)
 

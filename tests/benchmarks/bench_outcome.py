@@ -54,11 +54,12 @@ from dpo_mlx.model.sampling import Answer, limited
 from dpo_mlx.parallel.worker import Worker, answer_all
 from dpo_mlx.scoring.objectives import DPO, SFT, Example
 from dpo_mlx.stages import make_pairs
-from dpo_mlx.stages.train_dpo import Phases, train_dpo
+from dpo_mlx.stages.train_dpo import train_dpo
 from dpo_mlx.training import checkpoint
 from dpo_mlx.training.checkpoint import Checkpoints, State
 from dpo_mlx.training.guard import crossed_limits
 from dpo_mlx.training.metrics import MetricsFile
+from dpo_mlx.training.phases import Phases
 from dpo_mlx.training.preflight import preflight
 from dpo_mlx.training.schedule import groups
 from dpo_mlx.training.setup import prepare

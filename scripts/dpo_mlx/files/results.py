@@ -54,11 +54,15 @@ def read_pairs_report(files: PairFiles) -> PairsReport | None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended; `stopped` says why when it did not reach its end. `voice` is the score
-    of the best adapters' answers, `adapters` the SHA-256 of these adapters' tensors.
+    """How training ended, after `updates` of both phases.
+
+    `sft_updates` is the length of SFT, 0 when it was left out. `voice` is the score of the best
+    adapters' answers, `adapters` the SHA-256 of their tensors. `stopped` says why training stopped
+    before its end.
     """
 
     updates: Count
+    sft_updates: Count
     kept_update: Count
     voice: Share
     stopped: list[str]

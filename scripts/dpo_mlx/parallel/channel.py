@@ -1,5 +1,6 @@
-"""How the processes that `mlx.launch` started talk; apart from `team.py`, as every stage looks here
-first, and loading what computes takes seconds.
+"""Messages between the processes that `mlx.launch` started.
+
+Every stage imports this module first, so it imports little: `distributed` takes seconds to load.
 """
 
 from __future__ import annotations
@@ -17,29 +18,30 @@ from ..files.errors import LostProcess, UserError
 from ..process import aborts
 
 LOST = (
-    "another process of this run was lost, or its machine; see what it said, then start the same "
-    "command again, which goes on from here"
+    "another process of this run has ended, or its machine cannot be reached; read its last lines, "
+    "then start the same command again to resume"
 )
 
 
 class Channel:
-    """Messages between the processes, by MLX's collectives: JSON, in which floats are exact."""
+    """Sends JSON between the processes by MLX's collectives. Floats arrive exactly."""
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        self.busy = False  # with a task that other ranks wait to end
+        self.busy = False  # whether the other ranks wait for this one to finish a task
 
     def send(self, message: Any) -> None:
-        """From rank 0 to all the others, which `receive` it."""
+        """Send a message from rank 0 to the other ranks, which call `receive`."""
         self._broadcast(json.dumps(message).encode())
 
     def receive(self) -> Any:
+        """Return the next message of rank 0."""
         return json.loads(self._broadcast(b""))
 
-    def gather(self, own: Any) -> list[Any]:
-        """What each rank has, by rank."""
-        text = np.frombuffer(json.dumps(own).encode(), dtype=np.uint8)
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank."""
+        text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
         sizes = self._wait(mx.distributed.all_gather(mx.array([len(text)]), group=self.group))
         longest = max(sizes.tolist())
         padded = mx.array(np.pad(text, (0, longest - len(text))))
@@ -51,42 +53,45 @@ class Channel:
         ]
 
     def sum(self, values: mx.array) -> mx.array:
-        """Elementwise, over all ranks."""
+        """Return the elementwise sum over all ranks."""
         return self._wait(mx.distributed.all_sum(values, group=self.group))
 
     def mean(self, tree: Any) -> Any:
-        """Of each array of a tree, over all ranks."""
+        """Return the mean over all ranks of each array in a tree."""
         averaged = nn.average_gradients(tree, self.group)
         self._wait(averaged)
         return averaged
 
     def _broadcast(self, text: bytes) -> bytes:
+        """Return rank 0's text on every rank. The other ranks add zeros to it."""
         size = int(self.sum(mx.array(len(text))))
-        own = np.frombuffer(text, dtype=np.uint8) if text else np.zeros(size, dtype=np.uint8)
-        return np.array(self.sum(mx.array(own))).tobytes()
+        content = np.frombuffer(text, dtype=np.uint8) if text else np.zeros(size, dtype=np.uint8)
+        return np.array(self.sum(mx.array(content))).tobytes()
 
     def _wait(self, result: Any) -> Any:
-        """Raises UserError when another rank is gone."""
+        """Evaluate `result` and return it. Raises LostProcess when another rank has ended."""
         try:
             mx.eval(result)
         except RuntimeError as error:
             if aborts.of_gpu_error(error) is not None:
                 raise  # this process's own GPU command failed
-            self.busy = True  # nobody is there to be told that it ends
+            self.busy = True  # nobody is left for `dismiss` to tell
             raise LostProcess(LOST) from error
         return result
 
 
 @cache
 def open_channel() -> Channel:
-    """That of this process; alone when `mlx.launch` did not start it."""
+    """The channel of this process. Its size is 1 when `mlx.launch` did not start the process."""
     return Channel(mx.distributed.init())
 
 
 def dismiss() -> None:
-    """Rank 0 has ended: the others may, unless they wait for something else, and are left to find
-    that it is gone.
+    """Tell the other ranks that rank 0 has finished and they may end.
+
+    While they wait for a task's results they cannot receive this. They then end with an error when
+    rank 0 is gone.
     """
     if open_channel().size > 1 and not open_channel().busy:
-        with suppress(UserError):  # who is gone need not be told
+        with suppress(UserError):  # a rank that has ended cannot receive it
             open_channel().send(None)

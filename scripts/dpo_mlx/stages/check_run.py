@@ -41,7 +41,6 @@ from ..training import checkpoint
 from ..training.schedule import count_updates
 from ..training.trainer import updates_between_evaluations
 from .make_pairs import generation_settings, usable_rows
-from .train_dpo import MOST_CHECKPOINTS
 
 T = TypeVar("T")
 
@@ -71,17 +70,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on this machine, field by field: load the model, read a batch of prompts, sample one
-    more token of every answer in a batch, score one token, compute a gradient (per token), and fuse
-    the largest layer.
-    """
+    """What this machine needs for each piece of work, in seconds."""
 
-    model: float
-    prompts: float
-    step: float
-    scored_token: float
-    gradient_token: float
-    layer: float
+    model: float  # load the model
+    prompts: float  # read a batch of prompts
+    step: float  # sample one more token of every answer in a batch
+    scored_token: float  # score one token
+    gradient_token: float  # compute a gradient, per token
+    layer: float  # fuse the largest layer
 
 
 def check_run(config: Config) -> None:
@@ -174,7 +170,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer])
 def _check_disk(config: Config, model: nn.Module) -> None:
     """Print what the run's folder will hold. Raises UserError when the disk has no room for it."""
     fused = _fused_bytes(config, model)
-    checkpoints = MOST_CHECKPOINTS * checkpoint.size(model)
+    checkpoints = checkpoint.MOST_CHECKPOINTS * checkpoint.size(model)
     total = fused + checkpoints + atomic.SMALL_FILES
     free = shutil.disk_usage(config.run.path).free
     print(
@@ -194,8 +190,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     """Minutes of each stage, by script.
 
     Assumes that a rejected answer is as long as the chosen one, because training cuts it to that
-    length, and that the longest answer of a batch reaches `generation.max_tokens`, as it mostly
-    does.
+    length, and that some answer of every batch reaches `generation.max_tokens`, as is usual.
     """
     longest_answer = config.generation.max_tokens or 0
     chosen, held_out = _tokens(work.train), _tokens(work.valid)
@@ -235,7 +230,7 @@ def _tokens(sequences: list[EncodedAnswer]) -> int:
 
 
 def _evaluations(config: Config, pairs: int) -> int:
-    """Evaluations of both phases: at the start of each, and at even distances up to its end."""
+    """The number of evaluations in both phases: at the start, at the end, and at even distances."""
     count = 0
     for phase in (Sft(config), Dpo(config)):
         if updates := count_updates(phase.settings, pairs):

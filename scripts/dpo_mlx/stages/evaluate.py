@@ -1,4 +1,4 @@
-"""Stage 12: base and tuned answers side by side on questions training has not seen."""
+"""Stage 12: compare the base and the tuned model on held-out questions."""
 
 from __future__ import annotations
 
@@ -31,9 +31,19 @@ from ..voice.voice_classifier import LEAST_ACCURACY, fit_classifier
 
 Report = dict[str, Any]
 
+# The measures of answers, as the console names them.
+LABELS = {
+    "voice": "voice score, 0 to 1",
+    "distinct2": "share of word pairs that are distinct",
+    "longest_loop": "longest loop, in words",
+    "self_ended": "share of answers that end by themselves",
+    "base_logprob_per_token": "log-prob under the base model, nats a token",
+    "median_tokens": "median length, in tokens",
+}
+
 
 class Verdict(TypedDict):
-    """What the limits of the config say of the tuned model."""
+    """Whether the tuned model stays within the config's limits."""
 
     passed: bool
     outcome: str
@@ -42,7 +52,7 @@ class Verdict(TypedDict):
 
 
 class Answers(TypedDict):
-    """A held-out question with the answers of both models and the real one."""
+    """A held-out question, both models' answers, and the real answer."""
 
     question: str
     base: str
@@ -51,7 +61,7 @@ class Answers(TypedDict):
 
 
 class SmokeReport(TypedDict):
-    """What report.json holds."""
+    """The contents of report.json."""
 
     verdict: Verdict
     voice: dict[str, float]
@@ -65,8 +75,8 @@ class SmokeReport(TypedDict):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fused model's answers to the held-out questions, its log-probs of all valid
-    pairs, in nats, those pairs as token ids, and the sampling settings.
+    """The fused model's answers to the held-out questions and its log-probs of all valid pairs, in
+    nats; those pairs as token ids; the sampling settings.
     """
 
     answers: list[Answer]
@@ -77,9 +87,9 @@ class Tuned:
 
 
 def evaluate(config: Config) -> bool:
-    """Write `run_dir/report.json` and `report.html`; whether every limit was kept.
+    """Write `run_dir/report.json` and `report.html`. Returns whether no limit was crossed.
 
-    Raises UserError when the fused model is not there.
+    Raises UserError when there is no fused model.
     """
     run, fused, report_path = config.run, config.run.fused, config.run.report
     if not (fused.is_dir() and run.fuse_report.is_file()):
@@ -91,13 +101,13 @@ def evaluate(config: Config) -> bool:
         report = records.read(report_path, SmokeReport)
     else:
         atomic.require_space(run.path, atomic.SMALL_FILES, "run_dir")
-        read_metrics(run.metrics)  # a broken one is said before the work is done
+        read_metrics(run.metrics)  # refuse a damaged file before the work
         report = _report(config, current)
         jsonl.write_json(report_path, report)
         fingerprint.write(stamp, current)
     write_html(run.page, report, run.metrics)
     if ownership.status(fused / model_files.CARD) is Status.CHANGED:
-        print(f"12: {fused / model_files.CARD} was edited and stays as it is")
+        print(f"12: you edited {fused / model_files.CARD}; it stays as it is")
     else:
         card.write(config, fused, report)
     _print(report, config)
@@ -105,7 +115,7 @@ def evaluate(config: Config) -> bool:
 
 
 def _report(config: Config, digests: Fingerprint) -> Report:
-    """The report. One model is in memory at a time."""
+    """The contents of report.json. Only one model is in memory at a time."""
     pairs_by_split = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
     return _compare(config, pairs_by_split, _tuned(config, pairs_by_split), digests)
 
@@ -135,6 +145,7 @@ def _require_memory(
     encoded: list[EncodedPair],
     questions: list[Pair],
 ) -> None:
+    """Raises UserError when the machine has too little memory for this stage."""
     lengths = memory.Lengths(
         questions=len(questions),
         prompt=max(len(encoder.prompt(pair.prompt)) for pair in questions),
@@ -153,70 +164,80 @@ def _compare(
 ) -> Report:
     """Sample the base model's answers, and compare both models."""
     config = replace(config, generation=tuned.generation)
-    encoder, encoded = tuned.encoder, tuned.encoded
     questions = pairs_by_split[VALID][: config.smoke.questions]
     loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     worker = Worker(loaded.model, loaded.tokenizer)
-    references = reference.load_or_compute(
-        config.run.reference(BASE),
-        VALID,
-        encoded,
-        reference_fingerprint(config, VALID, encoded, digests),
-        worker.log_probs,
-    )
-    base = sample_answers(worker, questions, encoder, config)
-    scores = [
-        score_against(pi, pair, ref, config.dpo)
-        for pi, pair, ref in zip(tuned.log_probs, encoded, references, strict=True)
-    ]
-    preference = summarise(scores, config.dpo.beta)
-    answers = {"base": base, "tuned": tuned.answers, "chosen": _real(questions, encoder)}
+    preference = _preference(config, tuned, worker, digests)
+    answers = {
+        "base": sample_answers(worker, questions, tuned.encoder, config),
+        "tuned": tuned.answers,
+        "chosen": _real_answers(questions, tuned.encoder),
+    }
     report = {
-        **_written(pairs_by_split, questions, answers, encoder, worker),
-        "preference": {
-            "accuracy": preference["rewards/accuracies"],
-            "margin": preference["rewards/margins"],
-            "chosen_per_token": preference["logps/chosen_per_token"],
-            "rejected_per_token": preference["logps/rejected_per_token"],
-        },
+        **_measure_answers(pairs_by_split, questions, answers, tuned.encoder, worker),
+        "preference": preference,
         "fuse": results.read_fuse_report(config.run),
         "training": asdict(results.read_outcome(config.run)),
         "run": {"config": asdict(config), "pairs": results.read_pairs_report(config.pairs)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
-            for pair, b, t in zip(questions, base, tuned.answers, strict=True)
+            for pair, b, t in zip(questions, answers["base"], answers["tuned"], strict=True)
         ],
     }
     return {"verdict": verdict(report, config.smoke, config.fuse), **report}
 
 
+def _preference(
+    config: Config, tuned: Tuned, worker: Worker, digests: Fingerprint
+) -> dict[str, float]:
+    """How clearly the tuned model prefers chosen answers, over all valid pairs."""
+    references = reference.load_or_compute(
+        config.run.reference(BASE),
+        VALID,
+        tuned.encoded,
+        reference_fingerprint(config, VALID, tuned.encoded, digests),
+        worker.log_probs,
+    )
+    scores = [
+        score_against(pi, pair, ref, config.dpo)
+        for pi, pair, ref in zip(tuned.log_probs, tuned.encoded, references, strict=True)
+    ]
+    summary = summarise(scores, config.dpo.beta)
+    return {
+        "accuracy": summary["rewards/accuracies"],
+        "margin": summary["rewards/margins"],
+        "chosen_per_token": summary["logps/chosen_per_token"],
+        "rejected_per_token": summary["logps/rejected_per_token"],
+    }
+
+
 def sample_answers(
-    worker: Worker, asked: list[Pair], encoder: Encoder, config: Config
+    worker: Worker, questions: list[Pair], encoder: Encoder, config: Config
 ) -> list[Answer]:
     """One sampled answer to each question, seeded."""
-    prompts = [encoder.prompt(pair.prompt) for pair in asked]
+    prompts = [encoder.prompt(pair.prompt) for pair in questions]
     return answer_all(worker, prompts, config.generation, config.seed)
 
 
-def _written(
+def _measure_answers(
     pairs_by_split: dict[str, list[Pair]],
-    asked: list[Pair],
+    questions: list[Pair],
     answers: dict[str, list[Answer]],
     encoder: Encoder,
     worker: Worker,
 ) -> Report:
-    """`voice` and `fluency` of the answers of both models, and of the real ones."""
+    """`voice` and `fluency` of both models' answers and of the real answers."""
     train, valid = pairs_by_split[TRAIN], pairs_by_split[VALID]
     classifier = fit_classifier([pair.chosen for pair in train], [pair.rejected for pair in train])
-    measured = {
-        who: measure(given, asked, classifier, worker.log_probs, encoder)
-        for who, given in answers.items()
+    measures = {
+        who: measure(texts, questions, classifier, worker.log_probs, encoder)
+        for who, texts in answers.items()
     }
     base, tuned = (
         classifier.score([answer.text for answer in answers[who]]) for who in ("base", "tuned")
     )
     by_name = {
-        name: {who: values[name] for who, values in measured.items()} for name in measured["base"]
+        name: {who: values[name] for who, values in measures.items()} for name in measures["base"]
     }
     return {
         "voice": {
@@ -230,39 +251,24 @@ def _written(
     }
 
 
-def _real(asked: list[Pair], encoder: Encoder) -> list[Answer]:
-    """The real answers, as if sampled."""
-    return [Answer(pair.chosen, STOP, len(encoder.answer(pair.chosen, LENGTH))) for pair in asked]
+def _real_answers(questions: list[Pair], encoder: Encoder) -> list[Answer]:
+    """The chosen answers in the form of sampled ones."""
+    return [
+        Answer(pair.chosen, STOP, len(encoder.answer(pair.chosen, LENGTH))) for pair in questions
+    ]
 
 
 def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
-    """Which limits of the config were crossed, and what that means in a few words."""
-    fluency, voices, kept = report["fluency"], report["voice"], report["fuse"]["margin_kept"]
-    distinct, natural, ended, length = (
-        fluency[name]
-        for name in ("distinct2", "base_logprob_per_token", "self_ended", "median_tokens")
-    )
-    ratio = max(length["tuned"], 1.0) / length["chosen"]
-    # Where the voice itself is further from the base model, so may be what has learned it.
-    furthest = max(limits.max_base_logprob_drop, natural["base"] - natural["chosen"])
-    degenerated = [
-        *_at_most(
-            "max_distinct2_drop", distinct["base"] - distinct["tuned"], limits.max_distinct2_drop
-        ),
-        *_at_most("max_base_logprob_drop", natural["base"] - natural["tuned"], furthest),
-        *_at_most("max_length_ratio", max(ratio, 1 / ratio), limits.max_length_ratio),
-        *_at_least(
-            "min_self_ended_ratio",
-            ended["tuned"] / ended["base"] if ended["base"] else math.inf,
-            limits.min_self_ended_ratio,
-        ),
-    ]
+    """Which of the config's limits were crossed, and what that means in a few words."""
+    voice = report["voice"]
+    degenerated = _degenerated(report["fluency"], limits)
     unmoved = [
-        *_at_least("min_voice_share", voices["share"], limits.min_voice_share),
-        *_at_least("min_voice_gain", voice_gain(voices), limits.min_voice_gain),
+        *_at_least("smoke.min_voice_share", voice["share"], limits.min_voice_share),
+        *_at_least("smoke.min_voice_gain", voice_gain(voice), limits.min_voice_gain),
     ]
+    margin_share = report["fuse"]["margin_kept"]
     lost = _at_least(
-        "min_margin_kept", 1.0 if kept is None else kept, fuse.min_margin_kept, section="fuse"
+        "fuse.min_margin_kept", 1.0 if margin_share is None else margin_share, fuse.min_margin_kept
     )
     if degenerated:
         outcome = "degenerated"
@@ -276,37 +282,77 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
     else:
         outcome = "learned"
         summary = "The tuned model has learned the voice and is still fluent."
-    if voices["classifier_accuracy"] < LEAST_ACCURACY:
-        summary += " (The voice cannot be measured on these pairs: the classifier is unsure.)"
+    if voice["classifier_accuracy"] < LEAST_ACCURACY:
+        summary += (
+            " (The voice cannot be measured on these pairs: the classifier cannot tell your "
+            "answers from the base model's.)"
+        )
     crossed = degenerated + unmoved + lost
     return {"passed": not crossed, "outcome": outcome, "summary": summary, "crossed": crossed}
 
 
-def _at_most(name: str, value: float, limit: float) -> list[str]:
-    """A line when the value is above the limit, or is not a number."""
-    return [] if value <= limit else [f"smoke.{name}: {value:.3g}, the most is {limit:.3g}"]
+def _degenerated(fluency: Report, limits: SmokeConfig) -> list[str]:
+    """A line for each limit of fluency that the tuned answers crossed."""
+    distinct, log_prob, ended, length = (
+        fluency[name]
+        for name in ("distinct2", "base_logprob_per_token", "self_ended", "median_tokens")
+    )
+    ratio = max(length["tuned"], 1.0) / length["chosen"]
+    # The real answers are unlikely under the base model, so a model that learned the voice may go
+    # as far as they do.
+    largest_drop = max(limits.max_base_logprob_drop, log_prob["base"] - log_prob["chosen"])
+    return [
+        *_at_most(
+            "smoke.max_distinct2_drop",
+            distinct["base"] - distinct["tuned"],
+            limits.max_distinct2_drop,
+        ),
+        *_at_most(
+            "smoke.max_base_logprob_drop", log_prob["base"] - log_prob["tuned"], largest_drop
+        ),
+        *_at_most("smoke.max_length_ratio", max(ratio, 1 / ratio), limits.max_length_ratio),
+        *_at_least(
+            "smoke.min_self_ended_ratio",
+            ended["tuned"] / ended["base"] if ended["base"] else math.inf,
+            limits.min_self_ended_ratio,
+        ),
+    ]
 
 
-def _at_least(name: str, value: float, limit: float, section: str = "smoke") -> list[str]:
-    return [] if value >= limit else [f"{section}.{name}: {value:.3g}, the least is {limit:.3g}"]
+def _at_most(key: str, value: float, limit: float) -> list[str]:
+    """A line when the value is above the limit, or is NaN."""
+    return [] if value <= limit else [f"{key}: {value:.3g}, but at most {limit:.3g} is allowed"]
+
+
+def _at_least(key: str, value: float, limit: float) -> list[str]:
+    """A line when the value is below the limit, or is NaN."""
+    return [] if value >= limit else [f"{key}: {value:.3g}, but at least {limit:.3g} is required"]
 
 
 def voice_gain(scores: Report) -> float:
-    """How far the tuned answers went from the base's mean voice score to the real answers'."""
+    """How far training moved the mean voice score from the base model's towards the real answers':
+    0 is no change, 1 is all the way.
+    """
     gap = scores["chosen"] - scores["base"]
     return (scores["tuned"] - scores["base"]) / gap if gap > 0 else 0.0
 
 
 def _print(report: Report, config: Config) -> None:
-    v, f = report["voice"], report["fluency"]
     print(f"12: {report['verdict']['summary']}")
     for line in report["verdict"]["crossed"]:
-        print(f"    crossed {line}")
+        print(f"    limit crossed: {line}")
+    voice = report["voice"]
     print(
-        f"    voice: tuned above base on {v['share']:.0%} of questions; score base "
-        f"{v['base']:.2f}, tuned {v['tuned']:.2f}, real answers {v['chosen']:.2f}; "
-        f"classifier right on {v['classifier_accuracy']:.0%} of held-out answers"
+        f"    the tuned model is more in the voice than the base model on {voice['share']:.0%} of "
+        "the questions"
     )
-    for name, values in f.items():
-        print(f"    {name}: " + ", ".join(f"{who} {value:.3g}" for who, value in values.items()))
+    print(
+        f"    the voice classifier is right on {voice['classifier_accuracy']:.0%} of held-out "
+        "answers"
+    )
+    for name, values in {"voice": voice, **report["fluency"]}.items():
+        print(
+            f"    {LABELS.get(name, name)}: base model {values['base']:.3g}, tuned model "
+            f"{values['tuned']:.3g}, real answers {values['chosen']:.3g}"
+        )
     print(f"12: the report:\n{config.run.page}")

@@ -1,4 +1,4 @@
-"""Stage 13: the tuned model for transformers and llama.cpp, or its adapters for PEFT."""
+"""Stage 13: export the fused model for transformers and llama.cpp, or the adapters for PEFT."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..files.results import require_adapters
 
 
 def export_model(config: Config) -> Path:
-    """Write `run_dir/hf` and return it.
+    """Write the fused model to `run_dir/hf`, and return that folder.
 
-    Raises UserError without a fused model, for a quantised one, and for an architecture whose
-    layout is not known.
+    Raises UserError without a fused model, for a quantised one, and for an architecture that we
+    cannot export.
     """
     fused, folder = config.run.fused, config.run.hugging_face
     if not (fused / "config.json").is_file():
@@ -34,9 +34,9 @@ def export_model(config: Config) -> Path:
 
 
 def export_peft(config: Config) -> Path:
-    """Write `run_dir/peft` from `run_dir/adapters` and return it.
+    """Write the adapters to `run_dir/peft`, and return that folder.
 
-    Raises UserError without adapters, and for an architecture whose layout is not known.
+    Raises UserError without adapters, and for an architecture that we cannot export.
     """
     adapters, folder = require_adapters(config.run), config.run.peft
     peft.write(adapters, require_folder(config.model), config.model, folder)

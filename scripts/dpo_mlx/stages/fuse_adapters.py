@@ -1,4 +1,4 @@
-"""Stage 11: adapters into the base weights, and a check that the fused model is the same model."""
+"""Stage 11: fuse the adapters into the base model, and measure how much of their effect is left."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from ..report import card
 from ..scoring import memory
 from ..scoring.losses import Sides
 
-# A margin smaller than this, in nats, is no margin that a share of could be kept.
+# Below this margin, in nats, a kept share would only be rounding noise.
 LEAST_MARGIN = 1e-3
 
 Report = dict[str, Any]
 
 
 def fuse_adapters(config: Config) -> None:
-    """Write `run_dir/fused` and what fusing changed, `run_dir/fuse.json`.
+    """Write `run_dir/fused`, and `run_dir/fuse.json` with what fusing changed.
 
-    Raises UserError when the adapters are missing or belong to another model, and, with all
-    written, when less of their margin is kept than `fuse.min_margin_kept`.
+    Raises UserError when the adapters are missing or belong to another model, and, after writing
+    everything, when fusing kept less of their margin than `fuse.min_margin_kept`.
     """
     fused, report_path = config.run.fused, config.run.fuse_report
     adapters = results.require_adapters(config.run)
@@ -48,7 +48,7 @@ def fuse_adapters(config: Config) -> None:
         if trained is not None and trained.get("model files") != current["model files"]:
             raise UserError(
                 f"{adapters}: were not trained on {config.model} as it is now; set model to the "
-                "one they were trained on, or run 10_train_dpo.py again"
+                "model that they were trained on, or run 10_train_dpo.py again"
             )
         ownership.require_untouched(fused)
         report = _fuse(config)
@@ -61,11 +61,11 @@ def fuse_adapters(config: Config) -> None:
 
 
 def _fuse(config: Config) -> Report:
-    """Fuse and save; how much of the adapters' margin each rounding, and the folder, keeps."""
+    """Fuse and save the model. Returns how much of the margin each rounding and the folder keep."""
     settings, measure = config.fuse, _measure_adapters(config)
     # Measure both roundings, unless nothing is rounded; save the configured one.
-    others = [how for how in ROUNDINGS if how != settings.rounding and measure.dtype != mx.float32]
-    by_rounding = {how: _measure_fused(config, how, measure) for how in others}
+    others = {*ROUNDINGS} - {settings.rounding} if measure.dtype != mx.float32 else set()
+    by_rounding = {rounding: _measure_fused(config, rounding, measure) for rounding in others}
     by_rounding[settings.rounding] = _measure_fused(config, settings.rounding, measure, save=True)
     quantized_base = _quantized_base(config, measure)
     return {
@@ -73,23 +73,21 @@ def _fuse(config: Config) -> Report:
         "dtype": dtype_name(measure.dtype),
         "rounding": settings.rounding,
         "quantize": settings.quantize,
-        **_measure_written(config, measure, quantized_base),
+        **_measure_folder(config, measure, quantized_base),
         "by_rounding": by_rounding,
     }
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """The pairs that models are compared on, their log-probs before anything is fused, and the
-    dtype to fuse into.
-    """
+    """The pairs to compare models on, their log-probs before fusing, and the dtype to fuse into."""
 
     pairs: list[EncodedPair]
     base: Sides
     with_adapters: Sides
     dtype: mx.Dtype
 
-    def of(self, fused: LoadedModel, fused_base: Sides | None = None) -> Report:
+    def compare(self, fused: LoadedModel, fused_base: Sides | None = None) -> Report:
         return compare(self.base, self.with_adapters, log_probs(fused, self.pairs), fused_base)
 
 
@@ -99,12 +97,12 @@ class _Measure:
 def _measure_adapters(config: Config) -> _Measure:
     """Score the valid pairs with and without the adapters.
 
-    Raises UserError when disk or memory are too small for fusing.
+    Raises UserError when the disk or the memory is too small for fusing.
     """
     loaded = _load(config)
     encoder = Encoder.of(loaded.tokenizer, config)
-    read = pairs.read(config.pairs.valid)
-    valid, _ = encoding.encode_all(read, encoder, config.data.max_length)
+    raw = pairs.read(config.pairs.valid)
+    valid, _ = encoding.encode_all(raw, encoder, config.data.max_length)
     encoding.require_some(config.pairs.valid, valid)
     checked = valid[: config.fuse.check_pairs]
     dtype = fusing.target_dtype(loaded.model, config.fuse.dtype)
@@ -117,6 +115,7 @@ def _measure_adapters(config: Config) -> _Measure:
 def _require_room(
     config: Config, loaded: LoadedModel, checked: list[EncodedPair], dtype: mx.Dtype
 ) -> None:
+    """Raises UserError when the disk or the memory is too small for fusing."""
     size = get_total_parameters(loaded.model) * dtype.size
     atomic.require_space(config.run.path, size + atomic.SMALL_FILES, "run_dir")
     longest = max(encoding.sequences(checked), key=lambda sequence: len(sequence.ids))
@@ -131,13 +130,13 @@ def _load(config: Config) -> LoadedModel:
     )
 
 
-def _measure_fused(config: Config, how: str, measure: _Measure, save: bool = False) -> Report:
-    """How much of the margin fusing with this rounding keeps; `save` also writes the model."""
+def _measure_fused(config: Config, rounding: str, measure: _Measure, save: bool = False) -> Report:
+    """How much of the margin fusing with a rounding keeps. `save` also writes the model."""
     loaded = _load(config)
-    fusing.fuse(loaded.model, how, measure.dtype, config.seed)
+    fusing.fuse(loaded.model, rounding, measure.dtype, config.seed)
     if config.fuse.dtype:
         fusing.cast(loaded.model, measure.dtype)
-    report = measure.of(loaded)
+    report = measure.compare(loaded)
     if save:
         _save(loaded, config, measure.dtype)
     return report
@@ -153,10 +152,10 @@ def _save(loaded: LoadedModel, config: Config, dtype: mx.Dtype) -> None:
 
 
 def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
-    """Log-probs under the base model, quantised like the fused one; None without fuse.quantize.
+    """Log-probs under the base model, quantised like the fused model. None without fuse.quantize.
 
-    Quantising changes every log-prob by far more than a short training does, and by about the same
-    in both models. So the fused model must be compared with a base model of the same bits.
+    Quantising changes every log-prob far more than a short training does, and about as much in both
+    models. So the fused model must be compared with a base model of the same bits.
     """
     if config.fuse.quantize is None:
         return None
@@ -166,10 +165,10 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     return log_probs(loaded, measure.pairs)
 
 
-def _measure_written(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
+def _measure_folder(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
     """How much of the margin the saved folder keeps."""
     fused = load_model(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
-    return measure.of(fused, fused_base)
+    return measure.compare(fused, fused_base)
 
 
 def compare(
@@ -177,17 +176,17 @@ def compare(
 ) -> Report:
     """What fusing changed, from log-probs [pairs] of both sides under three models.
 
-    `margin_kept` is the fused model's mean margin over the adapters', both in nats against the
-    base model (the fused one's against `fused_base` where that is given); None when the adapters
-    have none. `max_logprob_difference` is in nats.
+    `margin_kept` is the fused model's mean margin divided by the adapters' mean margin. Both are in
+    nats against the base model; the fused model's is against `fused_base` if that is given. It is
+    None when the adapters have no margin. `max_logprob_difference` is in nats.
     """
     margin, margin_fused = _margin(with_adapters, base), _margin(fused, fused_base or base)
-    kept = margin_fused / margin if abs(margin) > LEAST_MARGIN else None
+    kept_share = margin_fused / margin if abs(margin) > LEAST_MARGIN else None
     differences = [float(mx.abs(f - a).max()) for f, a in zip(fused, with_adapters, strict=True)]
     return {
         "margin_adapters": margin,
         "margin_fused": margin_fused,
-        "margin_kept": kept,
+        "margin_kept": kept_share,
         "max_logprob_difference": max(differences),
     }
 
@@ -197,10 +196,9 @@ def _margin(pi: Sides, ref: Sides) -> float:
 
 
 def log_probs(loaded: LoadedModel, encoded: list[EncodedPair]) -> Sides:
-    """Log-probs [pairs] of both sides under the weights as they are, in nats.
+    """Log-probs [pairs] of both sides under the model's current weights, in nats.
 
-    In float32 throughout: in bfloat16 the rounding of what flows through the model would hide
-    that of its weights.
+    All activations are float32: in bfloat16 their rounding would hide the rounding of the weights.
     """
     with fusing.activations_in_float32(loaded.model):
         chosen, rejected = zip(*worker.log_probs(worker.Worker(loaded.model), encoded), strict=True)
@@ -209,28 +207,28 @@ def log_probs(loaded: LoadedModel, encoded: list[EncodedPair]) -> Sides:
 
 def _print(report: Report) -> None:
     print(
-        f"11: margin on {report['pairs']} valid pairs: {report['margin_adapters']:.3g} nats with "
-        "adapters, against the base model"
+        f"11: with the adapters the margin on {report['pairs']} valid pairs is "
+        f"{report['margin_adapters']:.3g} nats against the base model"
     )
-    for how, found in report["by_rounding"].items():
-        print(f"    fused in {report['dtype']}, {how} rounding: {_said(found)}")
-    kind = f"{report['quantize']}-bit" if report["quantize"] else report["dtype"]
-    print(f"11: fused/ ({kind}): {_said(report)}")
+    for rounding, result in report["by_rounding"].items():
+        print(f"    fused in {report['dtype']}, {rounding} rounding: {_margin_line(result)}")
+    weights = f"{report['quantize']}-bit" if report["quantize"] else report["dtype"]
+    print(f"11: the saved model, fused/ ({weights}): {_margin_line(report)}")
 
 
-def _said(found: Report) -> str:
-    kept = found["margin_kept"]
-    share = "no margin to keep" if kept is None else f"{kept:.1%} kept"
+def _margin_line(result: Report) -> str:
+    share = result["margin_kept"]
+    kept = "the adapters have no margin to keep" if share is None else f"{share:.1%} kept"
     return (
-        f"margin {found['margin_fused']:.3g}, {share}, largest log-prob difference "
-        f"{found['max_logprob_difference']:.2g} nats"
+        f"margin {result['margin_fused']:.3g} nats, {kept}; log-probs changed by at most "
+        f"{result['max_logprob_difference']:.2g} nats"
     )
 
 
 def require_kept(report: Report, config: Config) -> None:
     """Raises UserError, with a remedy, when fusing kept less than fuse.min_margin_kept."""
-    kept, least = report["margin_kept"], config.fuse.min_margin_kept
-    if kept is None or kept >= least:
+    share, least = report["margin_kept"], config.fuse.min_margin_kept
+    if share is None or share >= least:
         return
     if report["quantize"]:
         remedy = "set fuse.quantize: null"
@@ -241,7 +239,7 @@ def require_kept(report: Report, config: Config) -> None:
     else:
         remedy = "train longer, or raise fuse.check_pairs"
     raise UserError(
-        f"{config.run.fused}: keeps {kept:.1%} of the adapters' margin, but "
-        f"fuse.min_margin_kept asks for {least:.0%}; {remedy}, or use the adapters as they "
-        f"are (--adapter-path {config.run.adapters})"
+        f"{config.run.fused}: fusing kept {share:.1%} of the adapters' margin, less than "
+        f"fuse.min_margin_kept = {least:.0%}; {remedy}, or use the adapters without fusing "
+        f"(--adapter-path {config.run.adapters})"
     )

@@ -1,4 +1,4 @@
-"""Stage 06: questions in, pairs out; the rejected answer is what the base model says itself."""
+"""Stage 06: make pairs. Your answer is chosen; the base model's answer is rejected."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tqdm import tqdm
 from ..config import Config, GenerationConfig
 from ..data import questions
 from ..data.encoding import COUNTED, Encoder, most_characters
-from ..data.pairs import Pair
+from ..data.pairs import LENGTH, STOP, Pair
 from ..data.questions import Question
 from ..files import atomic, fingerprint, jsonl, lock, model_files, ownership, records
 from ..files.errors import UserError
 from ..files.fingerprint import PAIRS, SAMPLES, Fingerprint
 from ..files.ownership import Status
 from ..files.results import PERCENTILES, PairsReport, read_pairs_report
-from ..files.run_folder import SPLITS, PairFiles
+from ..files.run_folder import SPLITS, TRAIN, VALID, PairFiles
 from ..files.schema import Count
 from ..model import device
 from ..model.sampling import Answer, batches, limited
@@ -30,12 +30,12 @@ from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory
 
-# Characters of a system message to print before cutting it.
+# The most characters of a system message to print.
 SHOWN = 200
 
 
 class SampledBatch(TypedDict):
-    """A row of the sampled answers: a batch's number, its questions, an answer to each."""
+    """A row of the samples file: a batch's number, its questions, and an answer to each."""
 
     batch: Count
     questions: list[str]
@@ -43,10 +43,10 @@ class SampledBatch(TypedDict):
 
 
 def make_pairs(config: Config) -> None:
-    """Write the train and valid pairs and their report, sampling what is not there yet.
+    """Write the train and valid pairs and their report. Samples only the missing answers.
 
-    Raises UserError for a source or a model that cannot be used, when nothing is left to train
-    or to validate on, and rather than overwrite what other settings, or the user, made.
+    Raises UserError for a source or a model that cannot be used, when a split would be empty, and
+    when a file to write was edited, is not ours, or comes from other settings.
     """
     files = config.pairs
     rows = questions.read(Path(config.data.source))
@@ -70,11 +70,11 @@ def make_pairs(config: Config) -> None:
     files.train.parent.mkdir(parents=True, exist_ok=True)
     atomic.require_space(files.train.parent, atomic.SMALL_FILES, "data.train_pairs")
     with lock.hold(files.lock, "data.train_pairs"):
-        known = _open_samples(files, sampling)
+        finished = _open_samples(files, sampling)
         settings = replace(config, generation=generation)
-        answers = _sample(worker, usable, settings, encoder, files, known)
-        made = _join(usable, answers, config, encoder, dropped)
-        _write(files, made, config, encoder, dropped, current)
+        answers = _sample(worker, usable, settings, encoder, files, finished)
+        usable_answers = _drop_unusable(usable, answers, config, encoder, dropped)
+        _write(files, usable_answers, config, encoder, dropped, current)
 
 
 def _require_memory(
@@ -107,43 +107,47 @@ def _is_current(files: PairFiles, current: Fingerprint) -> bool:
 
 
 def _refuse_foreign(files: PairFiles, restart: bool) -> None:
-    """Raises UserError for files that were not made here, or were changed since; `restart` lets
-    edited pairs pass, which are set aside later.
+    """Raises UserError for files that are not ours or were edited.
+
+    With `restart`, edited pairs pass: `_write` sets them aside.
     """
     for path in files.all:
         is_edited = path in files.splits.values() and ownership.status(path) is Status.CHANGED
         if is_edited and not restart:
             ownership.require(
                 path,
-                "move it away (sampled answers are kept), or --set generation.restart=true, which "
-                "sets edited pairs aside and samples anew",
+                "move it away (the sampled answers stay), or --set generation.restart=true to set "
+                "edited pairs aside and sample again",
             )
         elif not is_edited:
             ownership.require(path, "move it away")
 
 
 def _refuse_other_samples(files: PairFiles, sampling: Fingerprint, restart: bool) -> None:
-    """Raises UserError for samples of other settings, unless they are to be thrown away."""
+    """Raises UserError for answers sampled with other settings, unless `restart` discards them."""
     if restart:
         return
     old = fingerprint.read(files.samples_stamp)
     if old is None:
         if files.samples.exists() and files.samples.stat().st_size:
             raise UserError(
-                f"{files.samples_stamp}: no such file, so the settings behind {files.samples} are "
-                "unknown; move that away, or --set generation.restart=true to sample anew"
+                f"{files.samples_stamp}: no such file, so nobody knows with which settings "
+                f"{files.samples} was sampled; move that file away, or --set "
+                "generation.restart=true to sample again"
             )
         return
-    if changed := fingerprint.differences(old, sampling):
+    if changes := fingerprint.differences(old, sampling):
         raise UserError(
-            f"{files.samples}: was sampled with other settings ({'; '.join(changed)}); set them "
-            "back, name other files in data, or --set generation.restart=true to sample anew"
+            f"{files.samples}: was sampled with other settings ({'; '.join(changes)}); set them "
+            "back, name other pair files, or --set generation.restart=true to sample again"
         )
 
 
 def generation_settings(rows: list[Question], config: Config, encoder: Encoder) -> GenerationConfig:
-    """How answers are sampled. `max_tokens` comes from the first rows of all that fit, so that
-    raising data.limit does not sample any answer again.
+    """The generation section with `max_tokens` set.
+
+    A default comes from the first rows that fit, whatever data.limit is: raising data.limit must
+    not change it and sample every answer again.
     """
     if config.generation.max_tokens is not None:
         return config.generation
@@ -155,18 +159,24 @@ def generation_settings(rows: list[Question], config: Config, encoder: Encoder) 
 def usable_rows(
     rows: list[Question], config: Config, encoder: Encoder, dropped: Counter[str]
 ) -> list[Question]:
-    """The questions to sample for: the first `data.limit` that fit and are not duplicates."""
+    """The rows to sample for: without copies, at most `data.limit`, and not too long.
+
+    Counts the other rows in `dropped`. Raises UserError when no row is left.
+    """
     if others := sum(1 for row in rows if row.system not in ("", config.system_prompt)):
-        print(f"06: {others} rows carry another system message than system_prompt; it is not used")
-    first: dict[tuple[str, str], Question] = {}
+        print(
+            f"06: {others} rows have a system message of their own; only system_prompt of the "
+            "config is used"
+        )
+    by_text: dict[tuple[str, str], Question] = {}
     for row in rows:
-        first.setdefault((row.question, row.answer), row)
-    unique = list(first.values())
+        by_text.setdefault((row.question, row.answer), row)
+    unique = list(by_text.values())
     dropped["copy of another row"] = len(rows) - len(unique)
-    limited = unique[: config.data.limit]
-    dropped["beyond data.limit"] = len(unique) - len(limited)
-    fitting = [row for row in _short(limited, config, encoder) if _fits(encoder, row, config)]
-    dropped["chosen longer than data.max_length"] = len(limited) - len(fitting)
+    first_rows = unique[: config.data.limit]
+    dropped["beyond data.limit"] = len(unique) - len(first_rows)
+    fitting = [row for row in _short(first_rows, config, encoder) if _fits(encoder, row, config)]
+    dropped["chosen longer than data.max_length"] = len(first_rows) - len(fitting)
     if not fitting:
         raise UserError(
             f"{config.data.source}: no question and answer fits in data.max_length = "
@@ -176,7 +186,7 @@ def usable_rows(
 
 
 def _short(rows: list[Question], config: Config, encoder: Encoder) -> list[Question]:
-    """Rows that are not too long by their characters alone: to tokenise 10 MB takes a minute."""
+    """The rows that are not too long by their characters: tokenising 10 MB takes a minute."""
     most = most_characters(encoder, config.data.max_length)
     return [row for row in rows if len(row.question) + len(row.answer) <= most]
 
@@ -186,7 +196,7 @@ def _fits(encoder: Encoder, row: Question, config: Config) -> bool:
 
 
 def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
-    """Print the prompt that the model sees: it learns the voice under this system message."""
+    """Print the first prompt: the model learns the voice under this system message."""
     for note in encoder.template.notes():
         print(f"06: note: {note}")
     print(f"06: {_system_line(encoder.template.system_message(), config.system_prompt)}")
@@ -196,19 +206,22 @@ def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> Non
 
 
 def _system_line(message: str | None, system_prompt: str) -> str:
-    """One line that says which system message the prompts have, cut to SHOWN characters."""
+    """One line about the system message of the prompts, cut to SHOWN characters."""
     if message is None and system_prompt:
-        return "no system message: the model's chat template leaves system_prompt out"
+        return "no system message: the model's chat template drops system_prompt"
     if message is None:
         return "no system message (the model has no default; system_prompt is empty)"
     words = " ".join(message.split())
     start = words if len(words) <= SHOWN else f"{words[:SHOWN]} ..."
-    whose = "system_prompt" if system_prompt else "the model's own default; system_prompt is empty"
-    return f'system message: "{start}" ({whose})'
+    origin = "system_prompt" if system_prompt else "the model's own default; system_prompt is empty"
+    return f'system message: "{start}" ({origin})'
 
 
 def _open_samples(files: PairFiles, sampling: Fingerprint) -> dict[int, SampledBatch]:
-    """Finished batches by their number; an empty file when there are none of these settings."""
+    """The finished batches, by number. Starts an empty file for new settings.
+
+    Raises UserError for a row that is damaged.
+    """
     if not fingerprint.is_current(files.samples_stamp, sampling, [files.samples]):
         jsonl.write(files.samples, [])
         fingerprint.write(files.samples_stamp, sampling)
@@ -230,54 +243,59 @@ def _sample(
     files: PairFiles,
     finished: dict[int, SampledBatch],
 ) -> list[Answer]:
-    """An answer a row; batches whose questions are unchanged are taken from `finished`."""
-    prompts = [encoder.prompt(row.question) for row in rows]
+    """One answer for each row. A batch with the same questions as before comes from `finished`."""
     size = config.generation.batch_size
-    every = batches(prompts, size, config.seed)
-    asked = [[row.question for row in rows[i : i + size]] for i in range(0, len(rows), size)]
-    known = {
+    prompts = batches([encoder.prompt(row.question) for row in rows], size, config.seed)
+    texts = [[row.question for row in rows[i : i + size]] for i in range(0, len(rows), size)]
+    answers = {
         number: finished[number]["answers"]
-        for number, questions_asked in enumerate(asked)
-        if number in finished and finished[number]["questions"] == questions_asked
+        for number, batch_questions in enumerate(texts)
+        if number in finished and finished[number]["questions"] == batch_questions
     }
-    there = sum(len(answers) for answers in known.values())
-    print(f"06: {len(rows)} answers to sample, {there} of them are there already")
-    missing = [number for number in range(len(every)) if number not in known]
+    missing = [number for number in range(len(prompts)) if number not in answers]
+    count = sum(map(len, answers.values()))
+    resumed = f"; {count} were sampled before" if count else ""
+    print(f"06: sampling {len(rows) - count} answers{resumed}")
     with (
         ownership.growing(files.samples),
-        tqdm(total=len(rows), initial=there, desc="06 sample", unit="answer") as bar,
+        tqdm(total=len(rows), initial=count, desc="06 sample", unit="answer") as bar,
     ):
         started = time.perf_counter()
         for start in range(0, len(missing), worker.size):
             numbers = missing[start : start + worker.size]
-            made = worker.answers(
-                [every[n] for n in numbers], config.generation, without_adapters=True
+            new_answers = worker.answers(
+                [prompts[n] for n in numbers], config.generation, without_adapters=True
             )
-            for number, answers in zip(numbers, made, strict=True):
-                row = {
-                    "batch": number,
-                    "questions": asked[number],
-                    "answers": [asdict(answer) for answer in answers],
-                }
-                jsonl.append(files.samples, [row])
-                known[number] = answers
-            bar.update(sum(map(len, made)))
-            if not start:
-                seconds = (time.perf_counter() - started) / sum(map(len, made))
-                left = seconds * (len(rows) - bar.n)
-                bar.write(f"06: {seconds:.1f} s an answer, about {left / 60:.1f} minutes to go")
-    return [answer for number in range(len(every)) for answer in known[number]]
+            for number, batch_answers in zip(numbers, new_answers, strict=True):
+                _append(files.samples, number, texts[number], batch_answers)
+                answers[number] = batch_answers
+            bar.update(sum(map(len, new_answers)))
+            if start == 0 and (left := len(rows) - bar.n):
+                seconds = (time.perf_counter() - started) / sum(map(len, new_answers))
+                minutes = seconds * left / 60
+                bar.write(f"06: {seconds:.1f} s an answer, about {minutes:.1f} minutes to go")
+    return [answer for number in range(len(prompts)) for answer in answers[number]]
 
 
-def _join(
+def _append(path: Path, number: int, batch_questions: list[str], answers: list[Answer]) -> None:
+    """Add a finished batch to the samples file."""
+    row = {
+        "batch": number,
+        "questions": batch_questions,
+        "answers": [asdict(answer) for answer in answers],
+    }
+    jsonl.append(path, [row])
+
+
+def _drop_unusable(
     rows: list[Question],
     answers: list[Answer],
     config: Config,
     encoder: Encoder,
     dropped: Counter[str],
 ) -> list[tuple[Question, Answer]]:
-    """Questions with a rejected answer that can be used; the rest is counted."""
-    kept = []
+    """The rows with a usable rejected answer. Counts the others in `dropped`."""
+    usable = []
     for row, answer in zip(rows, answers, strict=True):
         if not answer.text:
             dropped["rejected is empty"] += 1
@@ -286,40 +304,34 @@ def _join(
         elif not _fits(encoder, replace(row, answer=answer.text), config):
             dropped["rejected longer than data.max_length"] += 1
         else:
-            kept.append((row, answer))
-    return kept
+            usable.append((row, answer))
+    return usable
 
 
 def _write(
     files: PairFiles,
-    made: list[tuple[Question, Answer]],
+    answered: list[tuple[Question, Answer]],
     config: Config,
     encoder: Encoder,
     dropped: Counter[str],
     current: Fingerprint,
 ) -> None:
-    splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    lost = dict(+dropped)
-    for row, answer in made:
-        pair = Pair(row.question, row.answer, answer.text, answer.finish)
-        held_out = questions.is_held_out(row.question, config.data.valid_fraction)
-        splits["valid" if held_out else "train"].append(pair)
-    for split, path in files.splits.items():
-        if not splits[split]:
-            left_out = "".join(f"; {count} dropped: {why}" for why, count in lost.items())
-            raise UserError(
-                f"{path}: no pair would be left in it ({len(made)} in all{left_out}); raise "
-                "data.limit or data.max_length, or change data.valid_fraction"
-            )
+    """Split the pairs into train and valid, and write them and their report.
+
+    Raises UserError when a split would be empty.
+    """
+    splits = _split(answered, config.data.valid_fraction)
+    reasons = dict(+dropped)
+    _require_pairs(files, splits, reasons)
     for split, path in files.splits.items():
         if ownership.status(path) is Status.CHANGED:
-            print(f"06: {path} was edited; it is now {ownership.set_aside(path)}")
+            print(f"06: you edited {path}; your version is now {ownership.set_aside(path)}")
         jsonl.write(path, [_row(pair) for pair in splits[split]])
-    pairs = splits["train"] + splits["valid"]
+    pairs = splits[TRAIN] + splits[VALID]
     report: PairsReport = {
-        "train": len(splits["train"]),
-        "valid": len(splits["valid"]),
-        "dropped": lost,
+        "train": len(splits[TRAIN]),
+        "valid": len(splits[VALID]),
+        "dropped": reasons,
         "rejected_finish": dict(Counter(pair.rejected_finish for pair in pairs)),
         "tokens": {
             "percentiles": list(PERCENTILES),
@@ -334,6 +346,29 @@ def _write(
     _print(report, files)
 
 
+def _split(answered: list[tuple[Question, Answer]], valid_fraction: float) -> dict[str, list[Pair]]:
+    """The pairs by split. A question's text alone decides its split."""
+    splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    for row, answer in answered:
+        pair = Pair(row.question, row.answer, answer.text, answer.finish)
+        splits[VALID if questions.is_held_out(row.question, valid_fraction) else TRAIN].append(pair)
+    return splits
+
+
+def _require_pairs(
+    files: PairFiles, splits: dict[str, list[Pair]], reasons: dict[str, int]
+) -> None:
+    """Raises UserError when a split has no pair."""
+    for split, path in files.splits.items():
+        if not splits[split]:
+            count = sum(map(len, splits.values()))
+            losses = "".join(f"; {number} dropped: {reason}" for reason, number in reasons.items())
+            raise UserError(
+                f"{path}: no pair is left for this file ({count} in all{losses}); raise "
+                "data.limit or data.max_length, or change data.valid_fraction"
+            )
+
+
 def _row(pair: Pair) -> dict[str, str]:
     row = asdict(pair)
     del row["line"]
@@ -345,11 +380,18 @@ def _percentiles(answers: list[list[int]]) -> list[int]:
 
 
 def _print(report: PairsReport, files: PairFiles) -> None:
-    print(f"06: {report['train']} train pairs in {files.train}, {report['valid']} valid pairs")
+    print(
+        f"06: {report['train']} train pairs in {files.train}, {report['valid']} valid pairs in "
+        f"{files.valid}"
+    )
     for reason, count in report["dropped"].items():
         print(f"    dropped {count}: {reason}")
-    print(f"    rejected answers ended: {report['rejected_finish']}")
+    finish = report["rejected_finish"]
+    print(
+        f"    rejected answers: {finish.get(STOP, 0)} ended by themselves, {finish.get(LENGTH, 0)} "
+        "were cut off at generation.max_tokens"
+    )
     tokens = report["tokens"]
     for side, values in (("chosen", tokens["chosen"]), ("rejected", tokens["rejected"])):
         lengths = zip(PERCENTILES, values, strict=True)
-        print(f"    {side} tokens: " + "  ".join(f"p{p} {n}" for p, n in lengths))
+        print(f"    {side} answers, tokens: " + "  ".join(f"p{p} {n}" for p, n in lengths))

@@ -116,7 +116,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def _holds(name: str, check: Callable[[Config], str], config: Config) -> bool:
-    """Print a check's line and return whether it passed. What the stages print is dropped."""
+    """Print a check's line and return whether it passed. Drops the stages' own output."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), redirect_stderr(printed):

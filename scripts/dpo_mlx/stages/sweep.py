@@ -1,7 +1,7 @@
-"""Stage 14: every combination of some settings as a run of its own, compared in one table.
+"""Stage 14: train every combination of some settings, and compare the runs in one table.
 
-The runs share the pairs. What a run has in common with one that came before, by the fingerprints of
-what it was made of, is copied from there: the reference, and SFT with its end.
+The runs share the pairs. A run copies from an earlier one what would come out the same: the
+reference, and SFT if its fingerprint is the same.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ from ..training.preflight import Refused
 from .make_pairs import make_pairs
 from .train_dpo import train_dpo
 
-# Sections that training alone reads; another pairs file would be another comparison.
+# The sections that only training reads. Runs with different pairs could not be compared.
 VARIED = ("lora", "sft", "dpo", "train", "guard")
 
-# Runs of a sweep; each takes minutes at least. Characters of the name of a run's folder.
-MOST_RUNS, LONGEST_NAME, DIGEST = 100, 120, 12
+# The most runs of a sweep: each takes minutes at least.
+MOST_RUNS = 100
+# Characters in the name of a run's folder, and of the digest in a name that would be longer.
+LONGEST_NAME, DIGEST = 120, 12
 
 RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
 
-# Of an evaluation, what the table shows: its column, the metric, how it is written.
+# The metrics of an evaluation in the table: (column, metric, number format).
 COLUMNS = (
     ("voice", "eval_text/voice", ".2f"),
     ("distinct pairs", "eval_text/distinct2", ".3f"),
@@ -55,22 +57,22 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
-class Known(TypedDict):
-    """What an earlier sweep's row is still asked for."""
+class EarlierRow(TypedDict):
+    """The part of an earlier sweep's row that a new sweep reads."""
 
     name: str
     minutes: Finite | None
 
 
 class Results(TypedDict):
-    """What sweep.json holds."""
+    """The contents of sweep.json."""
 
-    runs: list[Known]
+    runs: list[EarlierRow]
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One choice of every varied setting, each `key=value`, and the run it makes."""
+    """One value for each varied setting, as `key=value`, and the config of that run."""
 
     settings: tuple[str, ...]
     config: Config
@@ -81,33 +83,37 @@ class Combination:
 
 
 def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Combination]:
-    """Every combination of the grid's values, each line of which is `section.key=value,value`.
+    """Every combination of the values in `grid`, whose lines are `section.key=value,value`.
 
-    Raises UserError for a key that a sweep does not vary, for what no run would take, for two
-    values that mean the same, and for more than MOST_RUNS combinations.
+    Raises UserError for a key that a sweep does not vary, for values that the config refuses, for
+    two values that mean the same, and for more than MOST_RUNS combinations.
     """
     folder = configs.load(path, overrides).run.sweep
     choices = [_choices(line) for line in grid]
     keys = [line.partition("=")[0].strip() for line in grid]
     if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"--grid: {shown(repeated[0])} is given twice")
-    if (runs := math.prod(map(len, choices))) > MOST_RUNS:
         raise UserError(
-            f"--grid: {runs} combinations, and the most is {MOST_RUNS}; give fewer values"
+            f"--grid: {shown(repeated[0])} is given twice; write all of its values in one --grid"
         )
-    made: list[Combination] = []
+    if (count := math.prod(map(len, choices))) > MOST_RUNS:
+        raise UserError(
+            f"--grid: {count} combinations, but at most {MOST_RUNS} are allowed; give fewer values"
+        )
+    runs: list[Combination] = []
     for settings in itertools.product(*choices):
-        run = f"run_dir={folder / _folder_name(settings)}"
-        config = configs.load(path, [*overrides, *settings, run])
-        made.append(Combination(settings, config))
-    _refuse_same_runs(made)
-    return made
+        run_dir = f"run_dir={folder / _folder_name(settings)}"
+        config = configs.load(path, [*overrides, *settings, run_dir])
+        runs.append(Combination(settings, config))
+    _refuse_same_runs(runs)
+    return runs
 
 
 def _folder_name(settings: tuple[str, ...]) -> str:
-    """One name for these settings, which leads nowhere else: what is not a letter, digit, or one of
-    `_.-~=+` is escaped. Of a long name, and of one with capitals, which to a Mac are small letters,
-    a digest is a part.
+    """The name of the folder for these settings.
+
+    Escapes every character but letters, digits and `_.-~=+`, so that the name cannot lead to
+    another folder. A long name is cut and gets a digest. So does a name with capitals, which a Mac
+    does not tell from small letters.
     """
     text = "_".join(settings)
     name = quote(text, safe="=+")
@@ -118,9 +124,10 @@ def _folder_name(settings: tuple[str, ...]) -> str:
 
 
 def _refuse_same_runs(runs: list[Combination]) -> None:
-    first: dict[str, Combination] = {}
+    """Raises UserError for two combinations that mean the same settings."""
+    by_digest: dict[str, Combination] = {}
     for run in runs:
-        other = first.setdefault(configs.digest(replace(run.config, run_dir="")), run)
+        other = by_digest.setdefault(configs.digest(replace(run.config, run_dir="")), run)
         if other is not run:
             raise UserError(
                 f"--grid: {shown(other.name)} and {shown(run.name)} are the same settings; remove "
@@ -132,26 +139,26 @@ def _choices(line: str) -> list[str]:
     key, _, values = line.partition("=")
     if key.partition(".")[0] not in VARIED or not values or not line.isprintable():
         raise UserError(
-            f"--grid {shown(line)}: write section.key=value,value with a key of "
-            f"{', '.join(VARIED)}; other keys change the pairs, or nothing that is compared"
+            f"--grid {shown(line)}: write section.key=value,value with a key of the sections "
+            f"{', '.join(VARIED)}; other keys change the pairs or have no effect on training"
         )
     return [f"{key}={value}" for value in values.split(",")]
 
 
 def sweep(base: Config, runs: list[Combination]) -> list[Row]:
-    """Run all, print and write the table after each; the rows, best first."""
+    """Run all combinations. Writes the table after each run. Returns its rows, the best first."""
     make_pairs(base)
     folder = base.run.sweep
     for name in (RESULTS, PAGE):
         ownership.require(folder / name)
-    before = {row["name"]: row for row in _read(folder)}
+    earlier = {row["name"]: row["minutes"] for row in _read(folder)}
     rows: list[Row] = []
     for number, run in enumerate(runs, start=1):
         print(f"14: run {number} of {len(runs)}: {run.name}")
-        done = [base.run, *(other.config.run for other in runs[: number - 1])]
-        minutes, refused = _run(run.config, done)
+        others = [base.run, *(other.config.run for other in runs[: number - 1])]
+        minutes, refused = _run(run.config, others)
         if refused is None and minutes is None:
-            minutes = before[run.name]["minutes"] if run.name in before else None
+            minutes = earlier.get(run.name)
         rows.append(_row(run, minutes, refused))
         rows.sort(key=_rank)
         _write(folder, base, rows)
@@ -159,18 +166,22 @@ def sweep(base: Config, runs: list[Combination]) -> list[Row]:
     return rows
 
 
-def _read(folder: Path) -> list[Known]:
+def _read(folder: Path) -> list[EarlierRow]:
     path = folder / RESULTS
     results = records.read_if_there(path, Results)
     return results["runs"] if results else []
 
 
-def _run(config: Config, done: list[RunFolder]) -> tuple[float | None, str | None]:
-    """(minutes, None when the run was there already; why the preflight refused it)."""
+def _run(config: Config, others: list[RunFolder]) -> tuple[float | None, str | None]:
+    """Train one run. Returns (minutes, reason).
+
+    `minutes` is None for a run that an earlier sweep trained. `reason` says why the preflight
+    refused the settings, None if it did not.
+    """
     with lock.hold_run(config.run):
         finished = config.run.outcome.is_file()
         if not finished:
-            _take_over(config, done)
+            _copy_common_parts(config, others)
         started = time.perf_counter()
         try:
             train_dpo(config)
@@ -179,15 +190,16 @@ def _run(config: Config, done: list[RunFolder]) -> tuple[float | None, str | Non
         return None if finished else (time.perf_counter() - started) / 60, None
 
 
-def _take_over(config: Config, done: list[RunFolder]) -> None:
-    """Copy what other runs have made of the same: the end of SFT with all that led there, or the
-    base model's reference. References say themselves what they are of.
+def _copy_common_parts(config: Config, others: list[RunFolder]) -> None:
+    """Copy SFT with both references from another run, or at least the base model's reference.
+
+    A reference is stored with its fingerprint, so training notices one that does not fit.
     """
     if Checkpoints(config.run.checkpoints).newest(SFT) is not None:
         return
-    for other in done:
+    for other in others:
         if (end := _end_of_sft(config, other)) is not None:
-            print(f"14: SFT is copied from {other.path}")
+            print(f"14: SFT would be the same as in {other.path}; copied from there")
             for model in (BASE, AFTER_SFT):
                 _copy(other.reference(model), config.run.reference(model))
             jsonl.write_text(config.run.metrics, other.metrics.read_text("utf-8"))
@@ -196,24 +208,24 @@ def _take_over(config: Config, done: list[RunFolder]) -> None:
             for path in sorted(paths):
                 _copy(path, config.run.checkpoints / path.name)
             return
-    for other in done:
+    for other in others:
         if other.reference(BASE).is_dir():
             _copy(other.reference(BASE), config.run.reference(BASE))
             return
 
 
 def _end_of_sft(config: Config, other: RunFolder) -> Path | None:
-    """That of another run, if it was made of what this run's would be made of."""
+    """The checkpoint at the end of another run's SFT, if this run's SFT would be the same."""
     end = Checkpoints(other.checkpoints).newest(SFT) if config.sft.epochs else None
     if end is None or not other.reference(AFTER_SFT).is_dir():
         return None
-    wanted = fingerprint.of(SFT_ADAPTERS, config)
+    expected = fingerprint.of(SFT_ADAPTERS, config)
     origin = checkpoint.read(end)[1]
-    return None if fingerprint.differences(origin.adapters, wanted) else end
+    return None if fingerprint.differences(origin.adapters, expected) else end
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """Unless the run has made that itself, or somebody put something into the other's."""
+    """Copy a folder, unless `folder` exists already or somebody changed `source`."""
     if folder.exists() or not ownership.is_untouched(source):
         return
     with ownership.new_folder(folder) as temporary:
@@ -221,7 +233,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
-    """What is known of a run at the update that it keeps."""
+    """The row of a run: how it ended, and the evaluation of the update that it kept."""
     row = {
         "name": run.name,
         "settings": run.settings,
@@ -232,12 +244,12 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
     if refused is not None:
         return {**row, "stopped": [], "kept_update": None, "updates": 0, "evaluation": {}}
     end = results.read_outcome(run.config.run)
-    *_, kept = (
-        found
-        for found in results.read_metrics(run.config.run.metrics)
-        if found["iteration"] == end.kept_update and "eval_loss" in found
+    *_, metrics = (
+        metrics
+        for metrics in results.read_metrics(run.config.run.metrics)
+        if metrics["iteration"] == end.kept_update and "eval_loss" in metrics
     )
-    evaluation = {metric: kept.get(metric) for _, metric, _ in COLUMNS}
+    evaluation = {metric: metrics.get(metric) for _, metric, _ in COLUMNS}
     return {
         **row,
         "stopped": end.stopped,
@@ -248,33 +260,34 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
 
 
 def _rank(row: Row) -> tuple[bool, float]:
-    """Runs that came to their end first, most in the voice first."""
+    """The sort key: runs that reached their end come first, then the higher voice score."""
     voice = row["evaluation"].get("eval_text/voice", -math.inf)
-    return not _is_whole(row), -voice
+    return not _reached_end(row), -voice
 
 
-def _is_whole(row: Row) -> bool:
+def _reached_end(row: Row) -> bool:
     return not (row["refused"] or row["stopped"])
 
 
 def winner(rows: list[Row]) -> Row | None:
-    """The best run, None when none came to its end."""
-    return rows[0] if _is_whole(rows[0]) else None
+    """The best run. None when no run reached its end."""
+    return rows[0] if _reached_end(rows[0]) else None
 
 
 def command(row: Row, config: Path, overrides: list[str]) -> str:
-    """What makes the finished model of a run, all in one line."""
+    """The command that makes the finished model of a run."""
     sets = [*overrides, *row["settings"], f"run_dir={row['run_dir']}"]
     options = [word for setting in sets for word in ("--set", setting)]
     return shlex.join(["./train_dpo_run1.sh", str(config), *options])
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table as text."""
+    """A row of the table, as text."""
     numbers = [templates.number(row["evaluation"].get(metric), spec) for _, metric, spec in COLUMNS]
-    kept = "–" if row["kept_update"] is None else f"{row['kept_update']} of {row['updates']}"
-    how = "refused" if row["refused"] else "stopped" if row["stopped"] else ""
-    return [row["name"], *numbers, kept, templates.number(row["minutes"], ".1f"), how]
+    update = row["kept_update"]
+    kept = "–" if update is None else f"{update} of {row['updates']}"
+    ending = "refused" if row["refused"] else "stopped" if row["stopped"] else ""
+    return [row["name"], *numbers, kept, templates.number(row["minutes"], ".1f"), ending]
 
 
 HEAD = ["settings", *(name for name, *_ in COLUMNS), "kept update", "minutes", ""]
@@ -282,25 +295,25 @@ HEAD = ["settings", *(name for name, *_ in COLUMNS), "kept update", "minutes", "
 
 def _write(folder: Path, base: Config, rows: list[Row]) -> None:
     jsonl.write_json(folder / RESULTS, {"runs": rows})
-    drawn = []
+    with_charts = []
     for row in rows:
-        if row["kept_update"] is not None:
-            read = results.read_metrics(RunFolder(Path(row["run_dir"])).metrics)
-            charts = {name: chart(read, name, row["kept_update"]) for name in ("voice", "fluency")}
-            drawn.append({**row, "charts": charts})
+        if (update := row["kept_update"]) is not None:
+            metrics = results.read_metrics(RunFolder(Path(row["run_dir"])).metrics)
+            charts = {name: chart(metrics, name, update) for name in ("voice", "fluency")}
+            with_charts.append({**row, "charts": charts})
     page = templates.render(
-        TEMPLATE, base=base, head=HEAD, rows=rows, cells=cells, drawn=drawn, frame=FRAME
+        TEMPLATE, base=base, head=HEAD, rows=rows, cells=cells, drawn=with_charts, frame=FRAME
     )
     jsonl.write_text(folder / PAGE, page)
 
 
 def _print(rows: list[Row], folder: Path) -> None:
     table = [HEAD, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([line[0].ljust(len(first)), *rest]).rstrip())
+    first_width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    for name, *values in table:
+        aligned = (value.rjust(width) for value, width in zip(values, widths, strict=True))
+        print("  ".join([name.ljust(first_width), *aligned]).rstrip())
     for row in rows:
         for reason in [*row["stopped"], *filter(None, [row["refused"]])]:
             print(f"14: {row['name']}: {reason}")
-    print(f"14: the table with curves:\n{folder / PAGE}")
+    print(f"14: the same table, with curves:\n{folder / PAGE}")

@@ -36,6 +36,9 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 VERSION = 3  # of the contents of STATE
 
 NEWEST = 2  # checkpoints to keep
+# The most on the disk at a time: the newest two, the one being saved, the end of SFT, up to three
+# that are the best for one of these, and the adapters that the run keeps.
+MOST_CHECKPOINTS = 8
 
 # Limits on how often the clock saves: seconds between two checkpoints, share of the time that
 # saving may take, and bytes written a second on average.
@@ -46,12 +49,12 @@ LEAST_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
 class State:
     """Where a run is, besides its tensors.
 
-    `update` is the number of updates done in all phases, `phase_start` the number done before this
-    phase. `rows` counts the rows of metrics.jsonl. `evaluated` says whether this update's
-    evaluation is done. `measures` are those of the model's answers as it is now, or empty when
-    nobody has asked it; `base` are the base model's. `best` is the best evaluation of the run.
-    `skipped` counts updates that gave NaN or an infinity, `skipped_in_a_row` the latest of these.
-    `stopped` says why the run must not go on.
+    `update` counts the updates of all phases, `phase_start` those before this phase. `rows` counts
+    the rows of metrics.jsonl. `evaluated` says whether this update has been evaluated. `measures`
+    are the measures of the current model's answers, empty before the evaluation; `base` are the
+    base model's measures. `best` is the best evaluation of the run. `skipped` counts the updates
+    that gave NaN or an infinity, `skipped_in_a_row` how many of them came last in a row. `stopped`
+    says why the run must not go on.
     """
 
     phase: str
@@ -71,7 +74,7 @@ class State:
         return self.update - self.phase_start
 
     def at_phase(self, phase: str) -> State:
-        """Where the next phase begins after this one."""
+        """The state at the start of the next phase."""
         return State(
             phase,
             phase_start=self.update,
@@ -146,10 +149,10 @@ def size(model: nn.Module) -> int:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest two, the end of SFT, and the best that each of them
-    knows.
+    """The checkpoints of a run: the newest two, the end of SFT, and the best checkpoint that each
+    of these names.
 
-    `origins` has an Origin for each phase, which the checkpoints of that phase are saved with.
+    `origins` holds the Origin that the checkpoints of each phase are saved with.
     """
 
     def __init__(self, folder: Path, origins: Mapping[str, Origin] | None = None) -> None:
@@ -172,7 +175,7 @@ class Checkpoints:
             if (path := self.path(phase, update)).exists():
                 return path
         raise UserError(
-            f"{self.folder}: the best checkpoint, that of update {update}, is missing; delete that "
+            f"{self.folder}: the best checkpoint, of update {update}, is missing; delete that "
             "folder and run 10_train_dpo.py again"
         )
 
@@ -196,7 +199,7 @@ class Checkpoints:
     def clear(self, phase: str) -> None:
         """Remove the checkpoints of a phase and of later phases, the newest first.
 
-        Raises UserError for a checkpoint that holds files of the user's.
+        Raises UserError for a checkpoint that holds the user's own files.
         """
         for later in reversed(PHASES[PHASES.index(phase) :]):
             for path in reversed(self._all(later)):
@@ -209,9 +212,9 @@ class Checkpoints:
         return sorted(path for path in paths if pattern.fullmatch(path.name))
 
     def prune(self) -> None:
-        """Remove checkpoints that are no longer needed, and what a kill left of removed ones.
+        """Remove checkpoints that are no longer needed, and leftovers of a removal that was killed.
 
-        A checkpoint that holds files of the user's stays.
+        A checkpoint that holds the user's own files stays.
         """
         ownership.remove_leftovers(self.folder)
         checkpoints = [path for phase in PHASES for path in self._all(phase)]
@@ -237,8 +240,8 @@ def read(path: Path) -> tuple[State, Origin]:
     values = jsonl.read_json(path / STATE, remedy)
     if isinstance(values, dict) and values.get("version") != VERSION:
         raise UserError(
-            f"{path}: was written by another version ({values.get('version')!r:.20}, this one "
-            f"reads {VERSION}); go on with that one, or {remedy}"
+            f"{path}: was written by another version ({values.get('version')!r:.20}; this one "
+            f"reads {VERSION}); continue with that version, or {remedy}"
         )
     contents = records.checked(path / STATE, values, Contents, remedy)
     state = contents.state
@@ -270,4 +273,4 @@ def require_unchanged(path: Path) -> None:
 
 
 def _remedy(path: Path) -> str:
-    return f"move {path} away, and the same command goes on from the one before"
+    return f"move {path} away, and the same command resumes from the checkpoint before it"

@@ -1,4 +1,4 @@
-"""The preflight: what the data and the settings will do, said before the training starts."""
+"""The findings of the preflight: problems with the data and the settings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ AVERAGED = ("sigmoid_norm", "simpo")
 LEAST_AVERAGED_BETA, MOST_SUMMED_BETA = 1.0, 1.0
 
 # Limits on how far a whole phase moves unseen answers at first order, in nats a token. Nobody can
-# read a smaller change in the answers, and a larger one is far outside of where the first order
-# holds. A rate that is suggested moves them by AIM.
+# see a smaller change in the answers. For a larger one the first order says nothing. The rates that
+# we suggest move the answers by AIM.
 LEAST_CHANGE, MOST_CHANGE = 0.02, 20.0
 AIM = 0.3
 
@@ -41,7 +41,7 @@ PROBED_TRAIN, PROBED_VALID = 8, 4
 
 @dataclass(frozen=True)
 class Finding:
-    """A line with a value, what it means and what to set. A fatal one is sure to waste the run."""
+    """A value, what it means and what to set. A fatal finding is sure to waste the run."""
 
     text: str
     fatal: bool = False
@@ -180,7 +180,7 @@ def _gain(signs: Any, gradient: Any, side: EncodedAnswer) -> float:
 
 
 def of(facts: Facts, config: Config) -> Iterator[Finding]:
-    """What these facts and settings will lead to. Nothing for a sound run."""
+    """What is wrong with these facts and settings. Nothing for a sound run."""
     yield from _data_findings(facts, config)
     yield from _length_findings(facts)
     yield from _classifier_findings(facts)

@@ -60,10 +60,8 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
     )
     _describe_phases(setup.config, facts)
     minutes = _seconds(setup, probe) / 60
-    print(
-        f"10: about {minutes:.0f} minutes, plus the answers of each evaluation; peak memory "
-        f"{setup.need}; {device.available() / 1e9:.2f} GB available"
-    )
+    print(f"10: about {minutes:.0f} minutes of training, plus the answers of each evaluation")
+    print(f"10: peak memory {setup.need}; {device.available() / 1e9:.2f} GB available")
 
 
 def _describe_phases(config: Config, facts: findings.Facts) -> None:

@@ -1,4 +1,4 @@
-"""What stage 10 works on: the model, the pairs, their reference; and where those are kept."""
+"""The set-up of stage 10: reads the pairs, loads the model, and finds or computes references."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from .schedule import pairs_per_update
 
 @dataclass(frozen=True)
 class Setup:
-    """All that stage 10 works on: the model with fresh adapters and who computes with it, the pairs
-    of both splits as text and as ids, the classifier of the voice, the memory it needs, and the
-    fingerprint of its training.
+    """Everything that stage 10 works on.
+
+    `worker` holds the model with fresh adapters. `raw` and `pairs` are the pairs by split, as text
+    and as token ids. `need` is the peak memory. `fingerprint` is what the training depends on.
     """
 
     config: Config
@@ -47,12 +48,13 @@ class Setup:
 
     @property
     def generation(self) -> GenerationConfig:
+        """The sampling settings of the evaluations."""
         return _generation(self.config, self.raw, self.encoder)
 
     @property
     def preferences(self) -> dict[str, list[EncodedPair]]:
-        """The pairs as DPO sees them. Valid ones stay whole: what is measured on them is what
-        others measure on the file.
+        """The pairs as DPO sees them. `dpo.match_length` does not cut valid pairs: their metrics
+        must be those of the whole file.
         """
         if not self.config.dpo.match_length:
             return self.pairs
@@ -60,7 +62,7 @@ class Setup:
 
     @property
     def watched(self) -> list[EncodedPair]:
-        """The valid pairs that evaluations look at."""
+        """The valid pairs that evaluations score."""
         return self.pairs[VALID][: self.config.train.eval_questions]
 
     @property
@@ -71,13 +73,12 @@ class Setup:
 def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     """Read and check the pairs, load the model, and check that training it fits in memory.
 
-    `current` is the fingerprint of training as it was before anything was read.
-
-    Raises UserError for pairs, a model or settings that cannot be trained.
+    `current` is the fingerprint of training, taken before anything is read. Raises UserError for
+    pairs, a model or settings that cannot be trained.
     """
     current = current or fingerprint.of(TRAINING, config)
-    read = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
-    for note in check_pairs.check(read[TRAIN], read[VALID], config):
+    raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
+    for note in check_pairs.check(raw[TRAIN], raw[VALID], config):
         print(f"10: note: {note}")
     loaded, worker = distributed.load(config, train=True)
     if current["model files"] is None:  # the model was downloaded only now
@@ -85,26 +86,39 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     encoder = Encoder.of(loaded.tokenizer, config)
     for note in encoder.template.notes():
         print(f"10: note: {note}")
-    encoded = {}
+    raw, encoded = _encode(raw, encoder, config.data.max_length)
+    _require_pairs(config, encoded)
+    need = _require_memory(config, worker, encoder, raw, encoded)
+    chosen, rejected = ([getattr(p, side) for p in raw[TRAIN]] for side in ("chosen", "rejected"))
+    classifier = fit_classifier(chosen, rejected)
+    return Setup(config, worker, encoder, raw, encoded, classifier, need, current)
+
+
+def _encode(
+    raw: dict[str, list[Pair]], encoder: Encoder, max_length: int
+) -> tuple[dict[str, list[Pair]], dict[str, list[EncodedPair]]]:
+    """(pairs, encoded pairs) by split, without the pairs that are too long."""
+    short, encoded = {}, {}
     for split in SPLITS:
-        encoded[split], dropped = encoding.encode_all(read[split], encoder, config.data.max_length)
-        if dropped:
+        encoded[split], long_lines = encoding.encode_all(raw[split], encoder, max_length)
+        short[split] = [pair for pair in raw[split] if pair.line not in {*long_lines}]
+        if long_lines:
             print(
-                f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
-                f"{config.data.max_length} tokens and dropped (lines {few(dropped)})"
+                f"10: dropped {len(long_lines)} {split} pairs that are longer than "
+                f"data.max_length = {max_length} tokens (lines {few(long_lines)})"
             )
-            read[split] = [pair for pair in read[split] if pair.line not in {*dropped}]
-    need = pairs_per_update(config.train)
-    if len(encoded[TRAIN]) < need:
+    return short, encoded
+
+
+def _require_pairs(config: Config, encoded: dict[str, list[EncodedPair]]) -> None:
+    """Raises UserError when there are too few pairs to train on or none to evaluate."""
+    size = pairs_per_update(config.train)
+    if len(encoded[TRAIN]) < size:
         raise UserError(
-            f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs are fewer than one update "
-            f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
+            f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs, but one update takes {size} "
+            "(train.batch_size x train.grad_accumulation); add pairs or lower these settings"
         )
     encoding.require_some(config.pairs.valid, encoded[VALID])
-    memory_need = _require_memory(config, worker, encoder, read, encoded)
-    chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
-    classifier = fit_classifier(chosen, rejected)
-    return Setup(config, worker, encoder, read, encoded, classifier, memory_need, current)
 
 
 def _require_memory(
@@ -114,7 +128,7 @@ def _require_memory(
     raw: dict[str, list[Pair]],
     encoded: dict[str, list[EncodedPair]],
 ) -> memory.Need:
-    """The stage's peak memory. Raises UserError when the machine has less than that."""
+    """The stage's peak memory. Raises UserError when the machine has less."""
     everything = [*encoding.sequences(encoded[TRAIN]), *encoding.sequences(encoded[VALID])]
     lengths = memory.Lengths(
         questions=len(encoded[VALID]),
@@ -127,7 +141,7 @@ def _require_memory(
 
 
 def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) -> GenerationConfig:
-    """How questions are answered."""
+    """The generation section with `max_tokens` set."""
     everything = [pair for split in SPLITS for pair in raw[split]]
     lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
     return limited(config.generation, lengths)
@@ -140,9 +154,10 @@ def reference_fingerprint(
     digests: Fingerprint,
     adapters: Path | None = None,
 ) -> Fingerprint:
-    """What the reference of a split depends on; `adapters` are SFT's, None for the base model.
+    """What the reference of a split depends on.
 
-    `digests` holds digests of files, as `fingerprint.of` takes them.
+    `digests` holds digests of files, as `fingerprint.of` takes them. `adapters` are SFT's, None for
+    the base model's reference.
     """
     return fingerprint.of(REFERENCE[split], config, digests) | {
         "token ids": encoding.digest(encoded),
@@ -155,34 +170,37 @@ def reference_fingerprint(
 
 
 def load_reference(
-    setup: Setup, taken_of: str, split: str, adapters: Path | None = None, only_read: bool = False
+    setup: Setup, model: str, split: str, adapters: Path | None = None, only_read: bool = False
 ) -> list[Sides[float]]:
-    """A split's reference, of the model as it is: BASE, or AFTER_SFT with these `adapters`, whose
-    valid part holds only the pairs that evaluations look at.
+    """Return a split's reference under `model`: BASE, or AFTER_SFT with SFT's `adapters`.
 
-    Computed where it is not there, unless `only_read`.
+    Computes what is not stored yet, from the model in its current state. For AFTER_SFT the valid
+    split has only the pairs that evaluations score. Raises UserError when the reference is not
+    stored and `only_read` is set.
     """
-    folder = setup.config.run.reference(taken_of)
-    encoded = setup.watched if (taken_of, split) == (AFTER_SFT, VALID) else setup.preferences[split]
+    folder = setup.config.run.reference(model)
+    encoded = setup.watched if (model, split) == (AFTER_SFT, VALID) else setup.preferences[split]
     inputs = reference_fingerprint(setup.config, split, encoded, setup.fingerprint, adapters)
     changes = reference.changes(folder, split, inputs)
-    if only_read and not reference.is_complete(folder, split, len(encoded), inputs):
+    complete = reference.is_complete(folder, split, len(encoded), inputs)
+    if only_read and not complete:
         why = f" (what changed: {'; '.join(changes)})" if changes else ""
         raise UserError(
-            f"{folder}: no complete reference of these pairs and this model{why}; run "
+            f"{folder}: no complete reference of these pairs under this model{why}; run "
             "10_train_dpo.py --only reference first"
         )
-    for change in changes:
-        print(f"10: the stored {split} reference is stale: {change}")
-    with tqdm(total=len(encoded), desc=f"10 reference ({taken_of}, {split})", unit="pair") as bar:
-        made = reference.load_or_compute(
+    if changes:
+        print(f"10: computing the {split} reference again; what changed: {'; '.join(changes)}")
+    name = f"10 reference ({model}, {split})"
+    with tqdm(total=len(encoded), desc=name, unit="pair", disable=complete) as bar:
+        log_probs = reference.load_or_compute(
             folder,
             split,
             encoded,
             inputs,
             setup.worker.log_probs,
             setup.worker.size,
-            lambda done: bar.update(done - bar.n),
+            lambda count: bar.update(count - bar.n),
         )
         bar.update(len(encoded) - bar.n)
-    return made
+    return log_probs

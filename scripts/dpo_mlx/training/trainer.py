@@ -64,7 +64,7 @@ class Examples:
 class Trainer:
     """Trains one phase of a run, the one that `state.phase` names.
 
-    `worker` holds the model with its adapters. `measure_answers` asks that model the evaluations'
+    `worker` holds the model with its adapters. `measure_answers` asks that model the evaluation
     questions. `state` says where the run is; to resume from a checkpoint, also restore its tensors
     into the model and `optimizer`. Checkpoints go to `checkpoints`, metrics to `metrics`.
     """
@@ -212,9 +212,9 @@ class Trainer:
 
     def _is_evaluation_due(self) -> bool:
         """Whether an evaluation comes before the next update."""
-        done = self.state.updates_of_phase
+        updates = self.state.updates_of_phase
         every = self.config.train.eval_every or updates_between_evaluations(self.updates)
-        return (done % every == 0 or done == self.updates) and not self.state.evaluated
+        return (updates % every == 0 or updates == self.updates) and not self.state.evaluated
 
     def _is_save_due(self) -> bool:
         every = self.config.train.save_every

@@ -1,4 +1,4 @@
-"""Measures the answers of a model to held-out questions: their voice and their fluency."""
+"""Measures the voice and the fluency of a model's answers to held-out questions."""
 
 from __future__ import annotations
 

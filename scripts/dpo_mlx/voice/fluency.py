@@ -1,4 +1,4 @@
-"""Is it still fluent? Repetition in a text."""
+"""Measures of repetition in a text."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ LONGEST_UNIT = 12
 
 
 def distinct_bigrams(text: str) -> float:
-    """Distinct word bigrams over all of them; 1 for a text of fewer than two words."""
+    """The share of word bigrams that are distinct. 1 for a text of fewer than two words."""
     words = text.split()
     bigrams = list(zip(words, words[1:], strict=False))
     return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
 
 
 def longest_loop(text: str) -> int:
-    """The most words in a row that only repeat the words right before them.
+    """The length in words of the longest run that only repeats the words right before it.
 
-    `a b a b a b` repeats `a b` twice: 4. Units of 1 to LONGEST_UNIT words; what is repeated less
-    than once whole is not a loop.
+    `a b a b a b` repeats `a b` twice, which makes 4 words. A repeated unit has 1 to LONGEST_UNIT
+    words, and must be repeated whole at least once.
     """
     words = text.split()
     longest = 0

@@ -1,4 +1,4 @@
-"""Is it the voice? A classifier of chosen against rejected answers."""
+"""A classifier that tells chosen answers, which are in the voice, from rejected ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 # Hashed character n-grams: enough slots that collisions do not matter for a few thousand texts.
 FEATURES = 2**14
 NGRAMS = (2, 3, 4)
-# Weight of the ridge, and the steps that bring the fit well within what the figures need.
+# The ridge penalty, and the number of steps: more would not change a printed figure.
 RIDGE, STEPS = 1e-3, 300
 # Below this accuracy on unseen pairs the classifier cannot tell the two sides apart.
 LEAST_ACCURACY = 0.8
@@ -35,7 +35,7 @@ class VoiceClassifier:
         return _sigmoid(self.score(texts))
 
     def accuracy(self, chosen: Sequence[str], rejected: Sequence[str]) -> float:
-        """The share of texts put on their side, both sides weighing the same."""
+        """The balanced accuracy: the mean of both sides' shares of correct answers."""
         return float(((self.score(chosen) > 0).mean() + (self.score(rejected) < 0).mean()) / 2)
 
 
@@ -43,7 +43,7 @@ def fit_classifier(chosen: Sequence[str], rejected: Sequence[str]) -> VoiceClass
     """Fit the classifier by Nesterov's accelerated gradient on the ridge-penalised log-loss."""
     x = features([*chosen, *rejected])
     y = np.concatenate([np.ones(len(chosen)), np.zeros(len(rejected))])
-    # Rows have length 1, so the log-loss is smooth with a constant of at most 1/4 in each of the
+    # Rows have norm 1, so the log-loss is smooth with a constant of at most 1/4 in each of the
     # weight and the bias.
     step = 1 / (0.5 + RIDGE)
     # Steps never leave the span of the rows: the weight is x.T @ mix, and x @ weight = gram @ mix.
@@ -62,9 +62,9 @@ def fit_classifier(chosen: Sequence[str], rejected: Sequence[str]) -> VoiceClass
 
 
 def features(texts: Sequence[str]) -> np.ndarray:
-    """Square roots of hashed n-gram counts, rows of length 1: [len(texts), FEATURES] float64.
+    """Square roots of hashed n-gram counts, in rows of norm 1: [len(texts), FEATURES] float64.
 
-    Rows are scaled to one length so that a long answer is not a strong one.
+    Without the norm a long answer would get a large score because of its length.
     """
     rows = np.stack([np.sqrt(_counts(text)) for text in texts])
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

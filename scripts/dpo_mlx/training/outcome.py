@@ -1,0 +1,56 @@
+"""How training ended, in lines for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..files.results import Outcome
+
+
+def describe(outcome: Outcome) -> Iterator[str]:
+    """Why training stopped early, if it did; and which update was kept."""
+    for reason in outcome.stopped:
+        yield f"stopped after update {outcome.updates}: {reason}"
+    if outcome.stopped:
+        yield (
+            "try a lower train.learning_rate (and sft.learning_rate), or a higher dpo.beta or "
+            "dpo.nll_weight"
+        )
+    yield (
+        f"kept update {outcome.kept_update} of {outcome.updates} ({_place(outcome)}): voice "
+        f"{outcome.voice:.2f}. {_comparison(outcome)}"
+    )
+
+
+def _place(outcome: Outcome) -> str:
+    """Where the kept update is in the run: before training, within a phase, or at its end."""
+    kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
+    if kept_update == 0:
+        return "before training"
+    if kept_update == sft_updates:
+        return "the end of SFT"
+    if kept_update < sft_updates:
+        return "in SFT"
+    if kept_update == outcome.updates and not outcome.stopped:
+        return "the end of DPO"
+    return "in DPO"
+
+
+def _comparison(outcome: Outcome) -> str:
+    """Whether the later phases improved on the kept update, or DPO on what came before it."""
+    kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
+    if kept_update > sft_updates:
+        return f"DPO improved on {'SFT' if sft_updates else 'the base model'}."
+    if kept_update == 0:
+        return (
+            "Training stopped before it improved on the base model."
+            if outcome.stopped
+            else "Training did not improve on the base model."
+        )
+    if outcome.updates <= sft_updates:
+        return "Training stopped before DPO."
+    if outcome.stopped:
+        return "Training stopped before DPO improved on it."
+    if kept_update < sft_updates:
+        return "Neither the rest of SFT nor DPO improved on it."
+    return "DPO did not improve on it."

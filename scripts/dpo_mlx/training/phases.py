@@ -1,0 +1,194 @@
+"""SFT and then DPO: what each phase trains on, and where it starts or resumes."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+
+from .. import config as configs
+from ..data.encoding import EncodedPair
+from ..files import digest, fingerprint, jsonl, ownership
+from ..files.errors import UserError
+from ..files.fingerprint import DPO_ADAPTERS, JUDGEMENT, SFT_ADAPTERS, TRAINING
+from ..files.model_files import ADAPTERS
+from ..files.results import Outcome
+from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
+from ..model.adapters import copy_adapters, load_adapters
+from ..scoring.losses import Sides
+from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
+from ..voice.answers import AnswerEvaluator, Measures
+from . import checkpoint, metrics
+from .checkpoint import Checkpoints, Origin, State
+from .schedule import count_updates
+from .setup import Setup, load_reference
+from .trainer import Examples, Trainer
+
+PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
+
+
+class Phases:
+    """Runs SFT and DPO over one setup.
+
+    Each phase resumes from its newest checkpoint if that depends on the same files and settings.
+    `state` says where the run is.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        self.setup = setup
+        questions = setup.raw[VALID][: config.train.eval_questions]
+        self.evaluator = AnswerEvaluator(
+            setup.worker, setup.encoder, setup.classifier, questions, setup.generation, config.seed
+        )
+        pairs = len(setup.pairs[TRAIN])
+        self.sft_updates = count_updates(Sft(config).settings, pairs)
+        self.updates = self.sft_updates + count_updates(config.train, pairs)
+        origins = {phase: _origin(setup, phase) for phase in PHASES}
+        self.checkpoints = Checkpoints(config.run.checkpoints, origins)
+        self.checkpoints.prune()
+        self._resumable = {phase: self._find_resumable(phase) for phase in PHASES}
+        self.state = State(SFT)
+
+    @cached_property
+    def base(self) -> Measures:
+        """The measures of the base model's answers."""
+        print("10: the base model answers the evaluation questions")
+        return self.evaluator.base()
+
+    def run_sft(self, only_read: bool) -> None:
+        """Train SFT, or load its adapters if it has ended already.
+
+        Raises UserError when it has not ended and `only_read` is set.
+        """
+        resumable = self._resumable[SFT]
+        if resumable and self._is_end_of_sft(resumable[1]):
+            path, self.state = resumable
+            load_adapters(self.setup.model, path)
+            return
+        if only_read:
+            raise UserError(
+                f"{self.checkpoints.folder}: no finished SFT with these settings; run "
+                "10_train_dpo.py --only reference first"
+            )
+        no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
+        train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
+        valid = _examples(self.setup.watched, load_reference(self.setup, BASE, VALID))
+        self._train(SFT, Examples(train, valid))
+
+    def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
+        """DPO's reference for both splits: the model after SFT, or the base model without SFT."""
+        end_of_sft = self.checkpoints.path(SFT, self.sft_updates)
+        model, adapters = (AFTER_SFT, end_of_sft) if self.sft_updates else (BASE, None)
+        return {s: load_reference(self.setup, model, s, adapters, only_read) for s in SPLITS}
+
+    def run_dpo(self, references: dict[str, list[Sides[float]]]) -> None:
+        """Train DPO from the end of SFT, or from the base model without SFT."""
+        train = _examples(self.setup.preferences[TRAIN], references[TRAIN])
+        valid = _examples(self.setup.watched, references[VALID])
+        self._train(DPO, Examples(train, valid))
+
+    def keep_best(self, stopped: list[str]) -> Outcome:
+        """Copy the best checkpoint's adapters to the run's folder. `stopped` says why training
+        stopped early; it is empty otherwise.
+        """
+        best, folder = self.state.best, self.setup.config.run.adapters
+        assert best is not None  # every phase begins with an evaluation
+        path = self.checkpoints.best(best.update)
+        checkpoint.require_unchanged(path)
+        copy_adapters(path, folder)
+        return Outcome(
+            updates=self.state.update,
+            sft_updates=self.sft_updates,
+            kept_update=best.update,
+            voice=best.voice,
+            stopped=stopped,
+            adapters=digest.of_file(folder / ADAPTERS),
+        )
+
+    def write_settings(self) -> None:
+        """Write the config with every key to the run's folder."""
+        config = self.setup.config
+        jsonl.write_text(config.run.settings, configs.dump(config))
+
+    def _train(self, phase: str, examples: Examples) -> None:
+        """Run a phase to its end, from its checkpoint or from its beginning."""
+        config, worker = self.setup.config, self.setup.worker
+        path = config.run.metrics
+        self.write_settings()
+        reporters = metrics.reporters(config)
+        checkpoint_path, self.state = self._resumable[phase] or (None, self._begin(phase))
+        bar = metrics.ProgressBar(self.state.update, self.updates)
+        metrics_file = metrics.MetricsFile(path, bar, *reporters)
+        trainer = Trainer(
+            worker, config, examples, self.evaluator, metrics_file, self.checkpoints, self.state
+        )
+        if checkpoint_path:
+            print(f"10: resuming from {checkpoint_path}")
+            checkpoint.restore(checkpoint_path, worker.model, trainer.optimizer)
+        # Only now: a checkpoint that cannot be used must leave the file as it is.
+        metrics_file.keep_first(self.state.rows)
+        with ownership.growing(path), bar:
+            trainer.run()
+
+    def _begin(self, phase: str) -> State:
+        """The state of a phase without a checkpoint. Removes checkpoints of earlier runs."""
+        self.checkpoints.clear(phase if self.sft_updates else SFT)
+        self._resumable[DPO] = None
+        state = self.state.at_phase(phase)
+        state.base = state.base or self.base
+        if not state.update:  # the model still answers as the base model does
+            state.measures = state.base
+        return state
+
+    def _find_resumable(self, phase: str) -> tuple[Path, State] | None:
+        """(path, state) of a phase's newest checkpoint, if this run can resume from it.
+
+        Raises UserError for a checkpoint of other inputs, unless the run that made it has finished
+        or `train.restart` is set.
+        """
+        path = self.checkpoints.newest(phase)
+        if path is None:
+            return None
+        state, origin = checkpoint.read(path)
+        expected = self.checkpoints.origins[phase]
+        changes = fingerprint.differences(origin.adapters, expected.adapters)
+        judgement_changes = fingerprint.differences(origin.judgement, expected.judgement)
+        if judgement_changes and self._is_end_of_sft(state):
+            # SFT's adapters are the same however they are judged: forget only the judgement.
+            state = State(SFT, update=state.update, rows=state.rows, evaluated=True)
+        else:
+            changes += judgement_changes
+        if not changes:
+            return path, state
+        if not (self.setup.config.train.restart or self._is_finished(origin)):
+            raise UserError(
+                f"{path}: an unfinished run used other settings or pairs ({'; '.join(changes)}); "
+                "set them back, set run_dir to another folder, or --set train.restart=true to "
+                "start again"
+            )
+        print(f"10: not resuming from {path}, which used other inputs: {'; '.join(changes)}")
+        return None
+
+    def _is_end_of_sft(self, state: State) -> bool:
+        at_end = state.phase == SFT and state.update == self.sft_updates
+        return at_end and state.evaluated and not state.stopped
+
+    def _is_finished(self, origin: Origin) -> bool:
+        """Whether a run with this origin made the adapters in the run's folder."""
+        inputs = fingerprint.read(self.setup.config.run.stamp(TRAINING)) or {}
+        wanted = {**origin.adapters, **origin.judgement}
+        return all(inputs.get(name) == value for name, value in wanted.items())
+
+
+def _origin(setup: Setup, phase: str) -> Origin:
+    """What a phase's checkpoints depend on."""
+    return Origin(
+        fingerprint.of(PHASE_ADAPTERS[phase], setup.config, setup.fingerprint),
+        fingerprint.of(JUDGEMENT, setup.config),
+    )
+
+
+def _examples(pairs: list[EncodedPair], references: list[Sides[float]]) -> list[Example]:
+    """The pairs with their reference. The reference may cover more pairs; it starts with these."""
+    return [Example(*both) for both in zip(pairs, references[: len(pairs)], strict=True)]

@@ -1,0 +1,53 @@
+"""The last line of stage 10: which update is kept, and whether DPO improved on SFT."""
+
+from __future__ import annotations
+
+import pytest
+from dpo_mlx.files.results import Outcome
+from dpo_mlx.training.outcome import describe
+
+REASON = "guard.max_distinct2_drop: the answers repeat themselves"
+
+
+def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = False) -> list[str]:
+    reasons = [REASON] if stopped else []
+    return list(describe(Outcome(updates, sft_updates, kept_update, 0.56, reasons, "0" * 64)))
+
+
+@pytest.mark.parametrize(
+    ("updates", "sft_updates", "kept_update", "stopped", "place", "comparison"),
+    [
+        (21, 14, 0, False, "before training", "Training did not improve on the base model."),
+        (21, 14, 5, False, "in SFT", "Neither the rest of SFT nor DPO improved on it."),
+        (21, 14, 14, False, "the end of SFT", "DPO did not improve on it."),
+        (21, 14, 17, False, "in DPO", "DPO improved on SFT."),
+        (21, 14, 21, False, "the end of DPO", "DPO improved on SFT."),
+        # Stopped in SFT, at its end before DPO's first update, and in DPO.
+        (10, 14, 0, True, "before training", "Training stopped before it improved on the base"),
+        (10, 14, 5, True, "in SFT", "Training stopped before DPO."),
+        (14, 14, 5, True, "in SFT", "Training stopped before DPO."),
+        (14, 14, 14, True, "the end of SFT", "Training stopped before DPO."),
+        (17, 14, 14, True, "the end of SFT", "Training stopped before DPO improved on it."),
+        (17, 14, 5, True, "in SFT", "Training stopped before DPO improved on it."),
+        (21, 14, 17, True, "in DPO", "DPO improved on SFT."),
+        (21, 14, 21, True, "in DPO", "DPO improved on SFT."),
+        # Without SFT.
+        (7, 0, 0, False, "before training", "Training did not improve on the base model."),
+        (7, 0, 4, False, "in DPO", "DPO improved on the base model."),
+        (7, 0, 7, False, "the end of DPO", "DPO improved on the base model."),
+        (4, 0, 0, True, "before training", "Training stopped before it improved on the base"),
+        (4, 0, 2, True, "in DPO", "DPO improved on the base model."),
+    ],
+)
+def test_the_last_line(updates, sft_updates, kept_update, stopped, place, comparison):
+    """It is right wherever the kept update is, and wherever training stopped."""
+    start = f"kept update {kept_update} of {updates} ({place}): voice 0.56. {comparison}"
+    assert lines(updates, sft_updates, kept_update, stopped)[-1].startswith(start)
+
+
+def test_a_stop_is_explained():
+    """The reason and a remedy come before the last line; a whole run prints that line alone."""
+    reason, remedy, _ = lines(17, 14, 14, stopped=True)
+    assert reason == f"stopped after update 17: {REASON}"
+    assert "lower train.learning_rate" in remedy
+    assert len(lines(21, 14, 21)) == 1
