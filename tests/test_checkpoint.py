@@ -352,7 +352,7 @@ DAMAGES = {
     "no optimizer": (lambda f: (f / OPTIMIZER).unlink(), f"{OPTIMIZER}: cannot be read"),
     "optimizer of another model": (
         lambda f: mx.save_safetensors(str(f / OPTIMIZER), {"step": mx.array(1)}),
-        f"{OPTIMIZER}: cannot be used: its tensors are of another model",
+        f"{OPTIMIZER}: cannot be used: its tensors belong to another model",
     ),
 }
 

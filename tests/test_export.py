@@ -189,7 +189,7 @@ def test_large_models_are_split(granite, tmp_path, monkeypatch):
 def test_unknown_layouts_are_refused_by_name(change, named):
     """Rather than written in a layout that transformers reads as random weights."""
     config = {**tiny.config("granite"), **change}
-    with pytest.raises(UserError, match=f"architecture {named}.*run in mlx-lm as they are"):
+    with pytest.raises(UserError, match=f"architecture {named}.*in mlx-lm instead"):
         hugging_face.hugging_face_layout(config, {})
 
 

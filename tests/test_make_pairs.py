@@ -297,13 +297,13 @@ def test_answers_that_do_not_fit_set_no_limit(settings, questions, sampled, monk
     """
     settings["generation"]["max_tokens"] = None
     lengths: list[list[int]] = []
-    original = make_pairs.limited
+    original = make_pairs.with_max_tokens
 
     def looked_at(generation: Any, chosen: list[int]) -> Any:
         lengths.append(chosen)
         return original(generation, chosen)
 
-    monkeypatch.setattr(make_pairs, "limited", looked_at)
+    monkeypatch.setattr(make_pairs, "with_max_tokens", looked_at)
     for question in questions[:10]:
         question["answer"] = "x" * 300
     Path(settings["data"]["source"]).write_text("".join(json.dumps(q) + "\n" for q in questions))

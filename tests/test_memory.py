@@ -154,7 +154,7 @@ def test_sampling_is_planned(kind: str, batch: int, prompt: int, answer: int) ->
     device.release()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    with memory.short_of_memory():
+    with memory.lowest_memory_limit():
         sample_batch(model, tokenizer, Batch(prompts, seed=0), settings)
     peak = mx.get_peak_memory() - before
     assert (peak - 1e6) / 1.15 <= need.work <= 1.4 * peak
@@ -237,6 +237,6 @@ def test_the_stage_that_needs_most_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         memory.require([small, large], "m")
     assert str(error.value) == (
         "m: needs 6.00 GB for sampling 32 answers (weights 1.00, work 2.00, in each of 2 "
-        "processes), but this machine offers 5.00 GB; start the runner with --launch none, lower "
-        "b, or set model to a smaller or a quantised one"
+        "processes), but this machine has 5.00 GB available; start the runner with --launch none, "
+        "lower b, or set model to a smaller or quantised model"
     )

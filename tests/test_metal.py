@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dpo_mlx.config import STOCHASTIC, Config
 from dpo_mlx.model import device
-from dpo_mlx.model.rounding import LEAST_EXPONENT, MANTISSA, rounded
+from dpo_mlx.model.rounding import LEAST_EXPONENT, MANTISSA, round_to
 from dpo_mlx.stages import selftest
 from test_rounding import weights
 from test_virtual_mac import (
@@ -75,7 +75,7 @@ def test_the_device_tells_what_is_read() -> None:
 def test_limits_are_taken() -> None:
     """Each call returns the previous limit, and accepts what Metal recommends."""
     recommended = int(mx.device_info()["max_recommended_working_set_size"])
-    device.bound()
+    device.limit_memory()
     for set_limit in (mx.set_wired_limit, mx.set_cache_limit, mx.set_memory_limit):
         before = set_limit(recommended)
         assert set_limit(before) == recommended
@@ -111,5 +111,5 @@ def test_rounding_s_bits_are_numpy_s(name: str) -> None:
     step = np.maximum(power, np.float32(2.0 ** LEAST_EXPONENT[dtype])) * 2.0 ** -MANTISSA[dtype]
     below = np.floor(values / step)
     expected = (below + (draws < values / step - below)) * step
-    found = np.array(rounded(x, dtype, STOCHASTIC, key).astype(mx.float32))
+    found = np.array(round_to(x, dtype, STOCHASTIC, key).astype(mx.float32))
     assert np.array_equal(found, expected.astype(np.float32))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dpo_mlx.config import NEAREST, ROUNDINGS, STOCHASTIC
-from dpo_mlx.model.rounding import rounded
+from dpo_mlx.model.rounding import round_to
 
 TYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
 DRAWS = 4000
@@ -39,7 +39,7 @@ def neighbours(x: mx.array, name: str) -> tuple[np.ndarray, np.ndarray]:
 def draws(x: mx.array, name: str) -> np.ndarray:
     """[DRAWS, len(x)] by as many seeds."""
     keys = mx.random.split(mx.random.key(0), DRAWS)
-    made = mx.stack([rounded(x, TYPES[name], STOCHASTIC, key).astype(mx.float32) for key in keys])
+    made = mx.stack([round_to(x, TYPES[name], STOCHASTIC, key).astype(mx.float32) for key in keys])
     return np.array(made)
 
 
@@ -65,7 +65,7 @@ def test_right_on_average_and_only_to_neighbours(name):
 def test_what_the_type_holds_stays(name, how):
     """Values already of the type, zero among them, come back as they are."""
     exact = weights().astype(TYPES[name])
-    found = rounded(exact.astype(mx.float32), TYPES[name], how, mx.random.key(3))
+    found = round_to(exact.astype(mx.float32), TYPES[name], how, mx.random.key(3))
     assert mx.array_equal(found, exact)
 
 
@@ -77,7 +77,7 @@ def test_small_changes_are_lost_to_nearest_alone(name):
     step = 2**-8 if name == "bfloat16" else 2**-11
     x = mx.full((10_000,), 0.5 + 0.1 * step)
     nearest, stochastic = (
-        rounded(x, TYPES[name], how, mx.random.key(0)) for how in ROUNDINGS[::-1]
+        round_to(x, TYPES[name], how, mx.random.key(0)) for how in ROUNDINGS[::-1]
     )
     assert (nearest == 0.5).all()
     found = stochastic.astype(mx.float32).mean().item() - 0.5
@@ -88,7 +88,7 @@ def test_small_changes_are_lost_to_nearest_alone(name):
 def test_nearest_is_torch_s(name):
     """Halves go to even, as everywhere."""
     x = mx.concatenate([weights(), mx.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11])])
-    found = rounded(x, TYPES[name], NEAREST, mx.random.key(0)).astype(mx.float32)
+    found = round_to(x, TYPES[name], NEAREST, mx.random.key(0)).astype(mx.float32)
     expected = torch.tensor(np.array(x)).to(getattr(torch, name)).float().numpy()
     assert np.array_equal(np.array(found), expected)
 
@@ -96,11 +96,11 @@ def test_nearest_is_torch_s(name):
 def test_chance_is_the_key_s():
     """One key, one result; another key, another."""
     x, one, other = weights(), mx.random.key(5), mx.random.key(6)
-    first, again, third = (rounded(x, mx.bfloat16, STOCHASTIC, key) for key in (one, one, other))
+    first, again, third = (round_to(x, mx.bfloat16, STOCHASTIC, key) for key in (one, one, other))
     assert mx.array_equal(first, again)
     assert not mx.array_equal(first, third)
 
 
 @pytest.mark.parametrize("how", ROUNDINGS)
 def test_float32_needs_no_rounding(how):
-    assert mx.array_equal(rounded(weights(), mx.float32, how, mx.random.key(0)), weights())
+    assert mx.array_equal(round_to(weights(), mx.float32, how, mx.random.key(0)), weights())

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from dpo_mlx.config import GenerationConfig
-from dpo_mlx.model.sampling import limited, sampler
+from dpo_mlx.model.sampling import sampler, with_max_tokens
 from mlx_lm.sample_utils import make_sampler
 
 DRAWS = 40_000
@@ -40,6 +40,6 @@ def test_zero_is_the_likeliest() -> None:
 def test_the_limit_lets_nearly_all_real_answers_fit() -> None:
     """95 of 100 lengths fit, in steps of 64; a number in the config is taken as it is."""
     lengths = list(range(1, 101))  # the 95th percentile of 1 to 100 is 95.05
-    assert limited(GenerationConfig(), lengths).max_tokens == 128
-    assert limited(GenerationConfig(), [64] * 99 + [500]).max_tokens == 64
-    assert limited(GenerationConfig(max_tokens=7), lengths).max_tokens == 7
+    assert with_max_tokens(GenerationConfig(), lengths).max_tokens == 128
+    assert with_max_tokens(GenerationConfig(), [64] * 99 + [500]).max_tokens == 64
+    assert with_max_tokens(GenerationConfig(max_tokens=7), lengths).max_tokens == 7

@@ -207,7 +207,7 @@ def test_memory_beyond_the_working_set_fails_the_test(virtual_mac: VirtualMac) -
 def test_the_device_is_a_16_gb_mac(virtual_mac: VirtualMac) -> None:
     """The memory plan sees its working set, and a test can read the limits that were set."""
     assert device.available() == virtual_mac.working_set == 11_450_000_000
-    device.bound()
+    device.limit_memory()
     assert virtual_mac.limits["set_wired_limit"] == [11_450_000_000]
     assert virtual_mac.limits["set_cache_limit"] == [1_145_000_000]
 

@@ -50,7 +50,7 @@ from dpo_mlx.files import jsonl, ownership
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.files.run_folder import TRAIN, VALID
 from dpo_mlx.model.loading import LoadedModel, load_model
-from dpo_mlx.model.sampling import Answer, limited
+from dpo_mlx.model.sampling import Answer, with_max_tokens
 from dpo_mlx.parallel.worker import Worker, answer_all
 from dpo_mlx.scoring.objectives import DPO, SFT, Example
 from dpo_mlx.stages import make_pairs
@@ -245,7 +245,7 @@ def decodings(lengths: list[int]) -> dict[str, GenerationConfig]:
     """How the held-out questions are answered, whose real answers have these lengths: as the
     shipped config samples, and greedily.
     """
-    sampled = limited(configs.load(DEMO).generation, lengths)
+    sampled = with_max_tokens(configs.load(DEMO).generation, lengths)
     return {SAMPLED: sampled, GREEDY: replace(sampled, temperature=0.0)}
 
 
@@ -447,7 +447,7 @@ def raw_pairs(config: Config) -> Config:
     for split, file in files.items():
         rows = pairs.read(config.pairs.splits[split])
         lengths = encoding.chosen_lengths(rows, encoder, config.data.max_length)
-        limits = limited(config.generation, lengths)
+        limits = with_max_tokens(config.generation, lengths)
         answers = answer(loaded, encoder, rows, limits, config.seed)
         made = [
             {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text or row.rejected}

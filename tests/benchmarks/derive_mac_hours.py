@@ -35,7 +35,7 @@ from dpo_mlx import config as configs
 from dpo_mlx.data.encoding import EncodedAnswer
 from dpo_mlx.model import fusing
 from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
-from dpo_mlx.model.sampling import limited
+from dpo_mlx.model.sampling import with_max_tokens
 from dpo_mlx.scoring import memory
 from dpo_mlx.scoring.objectives import Dpo, Sft
 from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
@@ -119,7 +119,7 @@ def markdown(rows: list[int], prompt: int, answer: int) -> str:
 def shipped(answer: int) -> configs.Config:
     """The shipped config; answers are cut where stage 06 would cut them."""
     config = configs.load(CONFIG)
-    return replace(config, generation=limited(config.generation, [answer]))
+    return replace(config, generation=with_max_tokens(config.generation, [answer]))
 
 
 def granite() -> Model:
@@ -129,7 +129,7 @@ def granite() -> Model:
     attach_lora(model, configs.load(CONFIG).lora)
     width = settings["mamba_n_heads"] * settings["mamba_d_head"]
     state = settings["layer_types"].count("mamba") * width * settings["mamba_d_state"] * 4
-    layers = fusing.in_largest_layers(model)
+    layers = fusing.size_in_largest_layers(model)
     adapted = [m for m in model.modules() if isinstance(m, LORA_LAYERS)]
     largest = max(layer.linear.weight.size for layer in adapted)
     return Model(parameters, state, checkpoint.size(model), largest, layers)

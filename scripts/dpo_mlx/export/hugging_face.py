@@ -1,4 +1,4 @@
-"""A fused model in Hugging Face's own layout, as transformers and llama.cpp read it."""
+"""Exports a fused model in Hugging Face's layout, for transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -17,58 +17,60 @@ from ..model.loading import load_model
 from ..model.saving import INDEX, config_for, copy_settings
 from ..model.tensors import save_tensors
 
-# Architectures whose weights have the same names and axes in mlx-lm and in transformers.
+# Architectures whose weights have the same names and axes in mlx-lm and transformers.
 SAME_LAYOUT = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 GRANITE_HYBRID = "granitemoehybrid"
-FOR_TORCH = {"format": "pt"}  # metadata without which transformers reads no safetensors
-SHARD_GB = 2  # each file is put together in memory
+# transformers refuses a safetensors file without this metadata.
+FOR_TORCH = {"format": "pt"}
+SHARD_GB = 2  # MLX builds each file in memory
 
 Weights = Mapping[str, mx.array]
 
 
 def write(source: Path, base: Path, folder: Path) -> None:
-    """The weights of the folder `source`, with everything else as the base model's folder has it.
+    """Export the model in `source` to `folder`, with the other files of the folder `base`.
 
-    Of config.json's keys only those of dtype and quantisation may change: transformers would
-    rewrite others, which llama.cpp and mlx-lm then read wrongly.
+    config.json is the base model's, with changes only to the keys of dtype and quantisation.
+    transformers' own `save_pretrained` rewrites other keys, and llama.cpp and mlx-lm then misread
+    them. Raises UserError for a quantised model or an architecture whose layout is unknown.
     """
     loaded = load_model(str(source), lazy=True)
     if fusing.is_quantized(loaded.model):
         raise UserError(
-            f"{source}: is quantised, which transformers and llama.cpp do each in their own way; "
-            "set fuse.quantize: null and run 11_fuse_adapters.py again"
+            f"{source}: is quantised for MLX, which transformers and llama.cpp cannot read; set "
+            "fuse.quantize: null and run 11_fuse_adapters.py again"
         )
     dtype = fusing.dtype_of(loaded.model)
-    about = config_for(jsonl.read_json(base / "config.json"), dtype)
+    model_config = config_for(jsonl.read_json(base / "config.json"), dtype)
     parameters: Any = dict(tree_flatten(loaded.model.parameters()))
-    weights = {**hugging_face_layout(about, parameters)}
-    del loaded, parameters
+    weights = {**hugging_face_layout(model_config, parameters)}
+    del loaded, parameters  # so that _save_weights can free each tensor
     with ownership.new_folder(folder) as temporary:
-        copy_settings(base, temporary, about)
+        copy_settings(base, temporary, model_config)
         _save_weights(weights, temporary)
 
 
 def require_layout(config: Mapping[str, Any]) -> None:
-    """Raises UserError, which names the architecture, when transformers' layout is not known."""
+    """Raises UserError for an architecture whose layout in transformers is unknown."""
     kind, experts = config.get("model_type"), config.get("num_local_experts")
     if kind in SAME_LAYOUT or (kind == GRANITE_HYBRID and not experts):
         return
     raise UserError(
-        f"model: how architecture {kind}{' with experts' if experts else ''} is laid out in "
-        f"transformers is not known here; known are {', '.join((*SAME_LAYOUT, GRANITE_HYBRID))}. "
-        "The adapters and fused/ run in mlx-lm as they are"
+        f"model: cannot export architecture {kind}{' with experts' if experts else ''}; this "
+        f"pipeline knows the layout of {', '.join((*SAME_LAYOUT, GRANITE_HYBRID))}. Use fused/ or "
+        "the adapters in mlx-lm instead"
     )
 
 
 def hugging_face_layout(config: Mapping[str, Any], weights: Weights) -> Weights:
-    """The weights of mlx-lm's model under transformers' names and with its axes."""
+    """mlx-lm's weights with the names and axes of transformers."""
     require_layout(config)
     hybrid = config["model_type"] == GRANITE_HYBRID
     return dict(_granite_hybrid(weights)) if hybrid else weights
 
 
 def _granite_hybrid(weights: Weights) -> Iterator[tuple[str, Any]]:
-    """conv1d [C, K, 1] -> [C, 1, K]; gate over up in one input_linear; down is output_linear."""
+    """conv1d [C, K, 1] -> [C, 1, K]; gate stacked on up -> input_linear; down -> output_linear."""
     for name, weight in weights.items():
         if name.endswith("conv1d.weight"):
             yield name, mx.swapaxes(weight, 1, 2)
@@ -82,9 +84,9 @@ def _granite_hybrid(weights: Weights) -> Iterator[tuple[str, Any]]:
 
 
 def _save_weights(weights: dict[str, Any], folder: Path) -> None:
-    """Safetensors with the metadata that transformers asks for, and their index."""
+    """Write the weights as safetensors files and an index. Empties `weights`."""
     shards, sizes = make_shards(weights, SHARD_GB), [w.nbytes for w in weights.values()]
-    weights.clear()  # each shard is let go once it is on the disk
+    weights.clear()  # so that each shard is freed once it is on the disk
     index = {}
     for number in range(1, len(shards) + 1):
         shard = shards.pop(0)

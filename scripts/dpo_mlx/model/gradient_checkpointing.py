@@ -1,4 +1,4 @@
-"""Gradient checkpointing for as long as a block of code runs."""
+"""Switches gradient checkpointing on and off."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Recompute each block in the backward pass instead of keeping its activations.
+    """Inside the context, recompute each block in the backward pass instead of keeping activations.
 
-    mlx-lm's `grad_checkpoint` replaces the blocks' class method for good; it is put back here.
+    mlx-lm's `grad_checkpoint` replaces `__call__` of the blocks' class for good. This restores it.
     """
     kinds = {type(layer) for layer in model.layers}
-    plain = {kind: kind.__call__ for kind in kinds}
+    original_calls = {kind: kind.__call__ for kind in kinds}
     try:
         if enabled:
             for kind in kinds:
                 grad_checkpoint(next(layer for layer in model.layers if type(layer) is kind))
         yield
     finally:
-        for kind, call in plain.items():
+        for kind, call in original_calls.items():
             kind.__call__ = call

@@ -1,4 +1,4 @@
-"""Load a model with its tokenizer, from a folder or from the hub."""
+"""Loads a model and its tokenizer from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from . import device, scan
 from .adapters import check_adapters, require_all_adapters
 from .lora import round_once
 
-# Code that comes with a model is never run. Without this, the tokenizer's loader would ask for it.
+# The pipeline never runs code that comes with a model. Without this setting, the tokenizer's loader
+# would ask the user whether to run it.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
@@ -37,15 +38,15 @@ class LoadedModel:
 def load_model(
     name: str, adapters: Path | None = None, lazy: bool = False, scan_chunk: int | None = None
 ) -> LoadedModel:
-    """Load a model from a folder or the hub, with adapters if given. A lazy model reads its weights
-    when they are first used. Pass `train.scan_chunk`: results that are compared with training must
-    come from the same scan.
+    """Load a model from a folder or the hub, and optionally adapters.
 
-    Raises UserError, with remedies, when the model cannot be loaded, is damaged, or its tokenizer
-    belongs to another one.
+    A lazy model reads each weight when it is first used. Pass `train.scan_chunk` if the results
+    are compared with training: both must use the same scan.
+
+    Raises UserError when the model cannot be loaded, is damaged, or has another model's tokenizer.
     """
     device.release()
-    device.bound()
+    device.limit_memory()
     try:
         with doing("loading", name):
             return _load(name, adapters, lazy, scan_chunk)
@@ -54,7 +55,7 @@ def load_model(
     except BaseException as error:
         if not tokens.is_fault(error):
             raise
-        raise UserError(_why_not(name, adapters, error)) from error
+        raise UserError(_explain(name, adapters, error)) from error
 
 
 def _load(name: str, adapters: Path | None, lazy: bool, scan_chunk: int | None) -> LoadedModel:
@@ -76,39 +77,38 @@ def _load(name: str, adapters: Path | None, lazy: bool, scan_chunk: int | None) 
     round_once(model)
     scan.use_chunks(model, scan_chunk)
     tokens.check(model, tokenizer)
-    model(mx.zeros((1, 2), dtype=mx.int32))  # fails when types or shapes do not fit; not computed
+    model(mx.zeros((1, 2), dtype=mx.int32))  # checks types and shapes; computes nothing
     return LoadedModel(model, tokenizer, folder)
 
 
-def _why_not(name: str, adapters: Path | None, error: BaseException) -> str:
+def _explain(name: str, adapters: Path | None, error: BaseException) -> str:
+    """Why a model did not load, and what to do about it."""
     cause = reason(error, 300)
     if "trust_remote_code" in str(error):
         return (
-            f"model {name}: comes with Python code of its own, which is never run here; set model "
-            "to one of mlx-lm's architectures"
+            f"model {name}: needs the Python code that comes with it, and this pipeline never runs "
+            "such code; set model to one whose architecture mlx-lm supports"
         )
     if adapters is not None:
         return (
-            f"{adapters}: does not fit model {name}: {cause}; set model to the one it was trained "
-            "on, or move the folder away and run 10_train_dpo.py again"
+            f"{adapters}: does not fit model {name}: {cause}; set model to the model that the "
+            "adapters were trained on, or move the folder away and run 10_train_dpo.py again"
         )
     if os.path.isdir(name):
         return f"model {name}: cannot be loaded: {cause}; set model to a complete model folder"
     if not is_hub_name(name):
         return f"model {name}: no such folder; set model to a model folder or a hub name owner/name"
     return (
-        f"model {name}: cannot be fetched from the hub. Download it on another machine and set "
-        "model to the folder; or check the name and log in with `hf auth login`; or try "
-        f"config/smollm2-135m_demo.yaml, which needs no hub. ({cause})"
+        f"model {name}: cannot be downloaded from the hub ({cause}). Check the name and log in "
+        "with `hf auth login`; or download the model on another machine and set model to its "
+        "folder; or try config/smollm2-135m_demo.yaml, which needs no hub"
     )
 
 
 def _fetch(name: str) -> Path:
-    """The local folder of a model, which is downloaded when it is not on this machine yet."""
+    """The local folder of a model. Downloads a hub model that is not on this machine yet."""
     try:
         return folder_of(name)
     except (OSError, ValueError):
-        snapshot_download(
-            name, allow_patterns=DEFAULT_ALLOW_PATTERNS
-        )  # the files that mlx-lm reads
+        snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)  # the files mlx-lm reads
         return folder_of(name)

@@ -1,4 +1,4 @@
-"""LoRA whose output is rounded once (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA with an output that is rounded once (Hu et al. 2021, arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sum_rounded_once(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
 
 
 def round_once(model: nn.Module) -> None:
-    """Make every LoRALinear of mlx-lm in the model round once."""
+    """Turn each of the model's LoRALinear layers into a OnceRoundedLoRA."""
     for module in model.modules():
         if type(module) is LoRALinear:
             module.__class__ = OnceRoundedLoRA

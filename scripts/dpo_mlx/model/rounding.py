@@ -1,9 +1,9 @@
-"""Float32 to a narrower float, to the nearest value or to either neighbour at random.
+"""Rounds float32 to a narrower float, to nearest or stochastically.
 
-What training adds to a weight is often less than half the distance of that weight to its bfloat16
-neighbours. Rounded to nearest every such weight falls back to what it was; rounded to a neighbour
-with the probability that its place between the two says, each is right on average, and a layer
-sums over thousands of them (Gupta et al. 2015, arXiv:1502.02551, section 3).
+Training often changes a weight by less than half the distance between bfloat16 neighbours. Rounding
+to nearest would undo every such change. Stochastic rounding picks the upper neighbour with
+probability (x - lower) / (upper - lower). So every weight is right on average, and a layer sums
+over thousands of weights (Gupta et al. 2015, arXiv:1502.02551, section 3).
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import mlx.core as mx
 
 from ..config import NEAREST
 
-# Bits of the mantissa, and the exponent below which the steps get no smaller. That of bfloat16 is
-# not its true one, -126: there its steps would be numbers that some devices flush to zero.
+# Bits of the mantissa, and the exponent below which the steps get no smaller. For bfloat16 that is
+# really -126, but some devices flush steps that small to zero.
 MANTISSA = {mx.bfloat16: 7, mx.float16: 10}
 LEAST_EXPONENT = {mx.bfloat16: -118, mx.float16: -14}
-EXPONENT_MASK = 0x7F800000  # of the bits of a float32
+EXPONENT_MASK = 0x7F800000  # the exponent's bits in a float32
 
 
-def rounded(x: mx.array, dtype: mx.Dtype, how: str, key: mx.array) -> mx.array:
-    """Float32 `x` as `dtype`, by one of config.ROUNDINGS; `key` is MLX's random key.
+def round_to(x: mx.array, dtype: mx.Dtype, how: str, key: mx.array) -> mx.array:
+    """Round float32 `x` to `dtype` by `how`, one of config.ROUNDINGS. `key` is MLX's random key.
 
-    Values that `dtype` holds stay what they are, whichever way.
+    A value that `dtype` can represent never changes.
     """
     if dtype == mx.float32 or how == NEAREST:
         return x.astype(dtype)
     step = _step(x, dtype)
-    below = mx.floor(x / step)
-    above = mx.random.uniform(shape=x.shape, key=key) < x / step - below
-    return ((below + above) * step).astype(dtype)
+    lower = mx.floor(x / step)
+    round_up = mx.random.uniform(shape=x.shape, key=key) < x / step - lower
+    return ((lower + round_up) * step).astype(dtype)
 
 
 def _step(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """The distance between the neighbours of each value in `dtype`, a power of two."""
-    power = (mx.view(x, mx.uint32) & EXPONENT_MASK).view(mx.float32)  # the largest up to |x|
+    """The distance between the two `dtype` neighbours of each value, a power of two."""
+    power = (mx.view(x, mx.uint32) & EXPONENT_MASK).view(mx.float32)  # largest power <= |x|
     return mx.maximum(power, 2.0 ** LEAST_EXPONENT[dtype]) * 2.0 ** -MANTISSA[dtype]

@@ -1,4 +1,4 @@
-"""Answers sampled from a model, in batches that are seeded one by one."""
+"""Samples answers from a model in batches. Each batch has its own seed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..config import GenerationConfig
 from ..data.pairs import LENGTH, STOP
 from ..files.schema import Count, OneOf
 
-# An answer may be as long as this share of the real ones, up to the next multiple of STEP tokens.
-LONGEST, STEP = 95, 64
+# Default limit of an answer's length: this percentile of the chosen answers' lengths, rounded up to
+# a multiple of STEP tokens.
+LENGTH_PERCENTILE, STEP = 95, 64
 
-# Questions that an evaluation answers at once. Few, because training holds most of the memory, and
-# train.eval_questions may be large.
+# Questions that an evaluation answers at once. Few, because training uses most of the memory.
 EVALUATED_AT_ONCE = 8
 
-# Under this, too many draws would fall outside the nucleus.
+# With a smaller top_p, too many draws would fall outside the nucleus.
 LEAST_TOP_P = 0.5
 
 
@@ -39,8 +39,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts (token ids) that are answered at once, and their seed; `greedy` always takes the
-    likeliest token.
+    """Prompts (token ids) to answer at once, and their seed.
+
+    `greedy` always takes the likeliest token.
     """
 
     prompts: list[list[int]]
@@ -51,10 +52,10 @@ class Batch:
 def sample_batch(
     model: nn.Module, tokenizer: Any, batch: Batch, settings: GenerationConfig
 ) -> list[Answer]:
-    """One answer a prompt, all at once; the same batch gives the same.
+    """Sample one answer per prompt, all at once. The same batch gives the same answers.
 
-    `settings.max_tokens` is a number (see `limited`). mlx-lm's `batch_generate` does not tell why
-    an answer stopped, so its generator is run here.
+    `settings.max_tokens` must be a number; see `with_max_tokens`. mlx-lm's `batch_generate` does
+    not return why an answer stopped, so this runs its generator.
     """
     assert settings.max_tokens is not None
     mx.random.seed(batch.seed)
@@ -82,18 +83,19 @@ def sample_batch(
 
 
 def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
-    """Log-probs [batch, vocabulary] to sampled tokens [batch], distributed as by mlx-lm's sampler.
+    """A function from log-probs [batch, vocabulary] to sampled tokens [batch].
 
-    mlx-lm's sorts the vocabulary at each token, which on a CPU takes as long as the model. Here a
-    token is drawn from the whole vocabulary, and again while the tokens more probable than it hold
-    `top_p` already (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751): the same
-    distribution without a sort. Where few draws would be accepted, mlx-lm's is taken.
+    It has the same distribution as mlx-lm's sampler (nucleus sampling, Holtzman et al. 2020,
+    arXiv:1904.09751). mlx-lm sorts the vocabulary for every token, which on a CPU takes as long as
+    the model. This one draws a token from the whole vocabulary, and draws again while the more
+    probable tokens already have a mass of `top_p`. For a small `top_p`, which would reject most
+    draws, it returns mlx-lm's sampler.
     """
     if temperature == 0 or not LEAST_TOP_P <= top_p < 1:
         return make_sampler(temp=temperature, top_p=top_p)
 
     def sample(log_probs: mx.array) -> mx.array:
-        # With 100,000 tokens, bfloat16 gets the sum and the small probabilities wrong.
+        # bfloat16 is too coarse for sums over 100,000 tokens and for small probabilities.
         log_probs = log_probs.astype(mx.float32)
         log_probs = log_probs - mx.logsumexp(log_probs, axis=-1, keepdims=True)
         probs, tempered = mx.exp(log_probs), log_probs / temperature
@@ -107,33 +109,35 @@ def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
 
 def _mass_above(probs: mx.array, token: mx.array) -> mx.array:
     """The probability of all tokens more probable than `token`, [batch]."""
-    own = mx.take_along_axis(probs, token[:, None], axis=-1)
-    return mx.where(probs > own, probs, 0).sum(axis=-1)
+    token_probs = mx.take_along_axis(probs, token[:, None], axis=-1)
+    return mx.where(probs > token_probs, probs, 0).sum(axis=-1)
 
 
 def _answer(tokenizer: Any, tokens: list[int], finish: str) -> Answer:
-    # An answer cut between the bytes of one character decodes to U+FFFD at its end.
+    # An answer cut within the bytes of a character ends with U+FFFD.
     text = tokenizer.decode(tokens).rstrip("\ufffd").strip()
     return Answer(text, finish, len(tokens))
 
 
 def batch_seed(seed: int, batch: int) -> int:
-    """The seed of one batch of a run."""
+    """The seed of a batch, from the run's seed and the batch's number."""
     return seed * 1_000_003 + batch
 
 
-def limited(settings: GenerationConfig, chosen: list[int]) -> GenerationConfig:
-    """The settings with `max_tokens`; where it is null, so that nearly all of the chosen answers,
-    which have these lengths in tokens, would fit. In steps, that a few more answers change nothing.
+def with_max_tokens(settings: GenerationConfig, chosen_lengths: list[int]) -> GenerationConfig:
+    """The settings with a number for `max_tokens`.
+
+    If it is null, nearly all chosen answers fit, whose lengths in tokens are `chosen_lengths`. The
+    number is a multiple of STEP, so a few more answers do not change it.
     """
     if settings.max_tokens is not None:
         return settings
-    steps = math.ceil(np.percentile(chosen, LONGEST) / STEP)
+    steps = math.ceil(np.percentile(chosen_lengths, LENGTH_PERCENTILE) / STEP)
     return replace(settings, max_tokens=steps * STEP)
 
 
 def batches(prompts: list[list[int]], size: int, seed: int, greedy: bool = False) -> list[Batch]:
-    """The prompts in batches of `size`, in the order given."""
+    """Split the prompts into batches of `size`, in order."""
     return [
         Batch(prompts[start : start + size], batch_seed(seed, number), greedy)
         for number, start in enumerate(range(0, len(prompts), size))

@@ -1,4 +1,4 @@
-"""Save a model as an ordinary folder."""
+"""Saves a model as an ordinary model folder."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ..files.atomic import disk_errors
 from ..files.model_files import config_additions
 
 INDEX = "model.safetensors.index.json"  # lists the files of weights when there are several
-QUANTIZATION = ("quantization", "quantization_config")  # keys of config.json
+QUANTIZATION = ("quantization", "quantization_config")  # keys in config.json
 
 
 def save_model_folder(
     model: nn.Module, source: Path, folder: Path, config: dict[str, Any] | None = None
 ) -> None:
-    """Into `folder`, an ordinary model folder: these weights, and the other files of `source` as
-    they stand, but for what `config_additions` adds, so that it runs as it was trained. `config` is
-    what config.json says instead of the source's.
+    """Save the model's weights to `folder`, with copies of the other files of `source`.
 
-    mlx-lm's own `save` asks the hub for a model card, and writes the tokenizer anew.
+    config.json is `config`, or the source's without one. `config_additions` are added, so that the
+    model runs as it was trained. mlx-lm's own `save` is no help: it asks the hub for a model card
+    and rewrites the tokenizer.
     """
     config = jsonl.read_json(source / "config.json") if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
     mx.eval(model.parameters())
-    mx.synchronize()  # raises here if a GPU command failed, before anything is written
+    mx.synchronize()  # raises here if a GPU command failed, before the first file is written
     with disk_errors(folder):
         copy_settings(source, folder, {**config, **config_additions(source)})
         save_model(folder, model)
 
 
 def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
-    """The files of a model beside its weights, to the byte; config.json where it must say else.
-    Other files of the folder stay where they are: copies of a model are uploaded.
+    """Copy a model's files other than its weights, byte by byte. config.json becomes `config`.
 
-    Raises UserError for a link that leads out of the model; see `model_folder.settings_files`.
+    Copies only files that belong to a model, because users upload the copy. Raises UserError for a
+    link that leads out of the model's folder; see `model_folder.settings_files`.
     """
     for path in model_folder.settings_files(source):
         if path.name == "config.json":
@@ -55,11 +55,12 @@ def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
 
 
 def config_for(config: dict[str, Any], dtype: mx.Dtype) -> dict[str, Any]:
-    """What config.json says once the weights are plain ones of `dtype`."""
-    plain = {key: value for key, value in config.items() if key not in QUANTIZATION}
-    return plain | {key: dtype_name(dtype) for key in ("torch_dtype", "dtype") if key in plain}
+    """config.json for weights of `dtype` without quantisation."""
+    unquantised = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    dtype_keys = [key for key in ("torch_dtype", "dtype") if key in unquantised]
+    return unquantised | dict.fromkeys(dtype_keys, dtype_name(dtype))
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """As config files write it: float32."""
+    """The name of a dtype in config files, such as "float32"."""
     return str(dtype).rpartition(".")[2]

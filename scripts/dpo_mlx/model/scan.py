@@ -1,8 +1,8 @@
 """Mamba-2's scan in short chunks, for training (Dao & Gu 2024, arXiv:2405.21060, section 6).
 
-mlx-lm's scan works on chunks of 256 positions, whose decay matrices are most of what a block keeps
-for the backward pass, and carries the state from chunk to chunk by one small product a position
-and head. Here chunks are short, and the state is carried by one large product a chunk.
+mlx-lm's scan uses chunks of 256 positions. Their decay matrices are most of what a block keeps for
+the backward pass. It also carries the state between chunks with one small product per position
+and head. This scan uses short chunks, and one large product per chunk.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mlx_lm.models.ssm import compute_dt
 def scan(x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, chunk: int) -> mx.array:
     """y_t = C_t h_t with h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t, from h_0 = 0.
 
-    x [L, G, R, P] in G groups of R heads, dt [L, G, R], A [G, R], B and C [L, G, N]; the result
-    has the shape of x. All in float32.
+    x [L, G, R, P] in G groups of R heads, dt [L, G, R], A [G, R], B and C [L, G, N], all float32.
+    The result has the shape of x.
     """
     log_decay, u = dt * a, dt[..., None] * x
     outputs, state = [], None
@@ -33,10 +33,10 @@ def scan(x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, chunk
 def _chunk(
     log_decay: mx.array, u: mx.array, b: mx.array, c: mx.array, state: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """One chunk of S positions: its outputs [S, G, R, P], and the state [G, N, R P] after it.
+    """(outputs [S, G, R, P], state after the chunk [G, N, R P]) of one chunk of S positions.
 
-    With the running sum l of the log-decays, position t hears position s <= t through
-    exp(l_t - l_s) C_t B_s, and the state before the chunk through exp(l_t) C_t.
+    Let l be the running sum of the log-decays. Position s <= t contributes to position t with the
+    factor exp(l_t - l_s) C_t B_s, and the state before the chunk with exp(l_t) C_t.
     """
     size, groups, heads, width = u.shape
     total = mx.cumsum(log_decay, axis=0)  # [S, G, R]
@@ -45,19 +45,19 @@ def _chunk(
     causal = mx.tri(size, dtype=mx.bool_)
     decay = mx.exp(mx.where(causal, distance, -mx.inf))
     b, c = b.swapaxes(0, 1), c.swapaxes(0, 1)  # [G, S, N]
-    heard = decay * (c @ b.swapaxes(1, 2))[:, None]
-    y = (heard @ u.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
-    left = (u * mx.exp(total[-1] - total)[..., None]).swapaxes(0, 1).reshape(groups, size, -1)
-    after = b.swapaxes(1, 2) @ left  # [G, N, R P]
+    weights = decay * (c @ b.swapaxes(1, 2))[:, None]  # [G, R, S, S]
+    y = (weights @ u.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
+    decayed = (u * mx.exp(total[-1] - total)[..., None]).swapaxes(0, 1).reshape(groups, size, -1)
+    new_state = b.swapaxes(1, 2) @ decayed  # [G, N, R P]
     if state is not None:
-        carried = (c @ state).reshape(groups, size, heads, width).swapaxes(0, 1)
-        y = y + mx.exp(total)[..., None] * carried
-        after = after + mx.repeat(mx.exp(total[-1]), width, axis=-1)[:, None] * state
-    return y, after
+        from_state = (c @ state).reshape(groups, size, heads, width).swapaxes(0, 1)
+        y = y + mx.exp(total)[..., None] * from_state
+        new_state = new_state + mx.repeat(mx.exp(total[-1]), width, axis=-1)[:, None] * state
+    return y, new_state
 
 
 class ChunkedMixer(GraniteMoeHybridMamba2Mixer):
-    """Granite's Mamba block with this scan where there is neither cache nor mask nor batch."""
+    """Granite's Mamba block. It uses this scan for one sequence without cache and mask."""
 
     chunk: int
 
@@ -89,9 +89,9 @@ class ChunkedMixer(GraniteMoeHybridMamba2Mixer):
 
 
 def use_chunks(model: nn.Module, chunk: int | None) -> None:
-    """Give every Mamba block of a Granite this scan, in chunks of so many positions.
+    """Make every Mamba block of a Granite model use this scan, with `chunk` positions per chunk.
 
-    None leaves the scan to mlx-lm; models of another kind are left as they are.
+    None keeps mlx-lm's scan. Other models do not change.
     """
     if chunk is None:
         return

@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file: written the same way every time, checked when they are read."""
+"""Saves tensors to a safetensors file, and loads them with checks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ from ..files.weights_file import Damaged
 def save_tensors(
     path: Path, tensors: dict[str, mx.array], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file; the same tensors are the same bytes, whatever order they come in."""
+    """Save a safetensors file. The same tensors give the same bytes in any order."""
     with disk_errors(path):
         mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata)
 
 
 def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.array]:
-    """What `save_tensors` wrote. Raises UserError for other names, shapes or types than
-    `expected`.
+    """Load the tensors that `save_tensors` saved.
+
+    Raises UserError for a damaged file, or for other names, shapes or dtypes than `expected`.
     """
     try:
         model_folder.require_regular(path)
         weights_file.require_finite(path)
         tensors: Any = mx.load(str(path))
-        mx.eval(tensors)  # now: the file may be written anew while they are in use
-        found, right = (
-            {name: (tensor.shape, tensor.dtype) for name, tensor in some.items()}
-            for some in (tensors, expected)
-        )
-        if found != right:
-            raise ValueError("its tensors are of another model or rank")
+        mx.eval(tensors)  # now, because training may replace the file while they are in use
+        if _types(tensors) != _types(expected):
+            raise ValueError("its tensors belong to another model or rank")
     except Damaged as fault:
         raise UserError(
             f"{fault}; move {path.parent} away and run 10_train_dpo.py again"
@@ -47,3 +44,7 @@ def load_tensors(path: Path, expected: dict[str, mx.array]) -> dict[str, mx.arra
             "run 10_train_dpo.py again"
         ) from error
     return tensors
+
+
+def _types(tensors: dict[str, mx.array]) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
-"""A tiny Granite with random weights, in the hub's format, made in a moment without a network.
+"""Builds a tiny Granite model with random weights, in the hub's format, without a network.
 
-The self-test and the tests run on it. Its shapes are small, but those that choose Metal's kernels
-are Granite's own: heads of 64, and a Mamba state that is a multiple of 32.
+The self-test and the tests use it. It is small, but the sizes that select Metal's kernels are those
+of the real Granite: heads of 64, and a Mamba state that is a multiple of 32.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TEMPLATE = (
     "{% endfor -%}"
     "{%- if add_generation_prompt -%}<|start_of_role|>assistant<|end_of_role|>{%- endif -%}"
 )
-# The first ends a turn, the last pads.
+# The first token ends a turn. The last one pads.
 SPECIAL_TOKENS = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>"]
 
-# Parameters that keep mlx-lm's initial values; all others are drawn at random.
-KEPT = ("norm.weight", "A_log", ".D", "dt_bias", "layernorm.weight")
-SPREAD = 0.15  # standard deviation of the random weights: large enough that answers differ
+# Parameters that keep mlx-lm's initial values. All others are random.
+NOT_RANDOM = ("norm.weight", "A_log", ".D", "dt_bias", "layernorm.weight")
+SPREAD = 0.15  # standard deviation of the random weights; large enough that answers differ
 
 
 def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
-    """config.json of a hybrid with both kinds of layers; `changes` override it."""
+    """config.json of a hybrid model with Mamba and attention layers; `changes` override keys."""
     return {
         "model_type": "granitemoehybrid",
         "architectures": ["GraniteMoeHybridForCausalLM"],
@@ -58,8 +58,8 @@ def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
         "tie_word_embeddings": True,
-        # Granite has 12, 1 / 64 and 8. With those, random layers would add next to nothing to a
-        # token's embedding, and all tokens would be about equally likely.
+        # The real Granite has 12, 1 / 64 and 8. With these values, random layers would add almost
+        # nothing to a token's embedding, and all tokens would be about equally likely.
         "embedding_multiplier": 1.0,
         "attention_multiplier": 1 / 16,
         "logits_scaling": 2.0,
@@ -74,41 +74,43 @@ def settings(dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
 
 
 def folder(path: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a model folder with these changed settings to `path`, which must not exist yet."""
-    about = settings(**changes)
+    """Write a model folder to `path`, which must not exist yet. `changes` override `settings`."""
+    config = settings(**changes)
     mx.random.seed(seed)
-    model = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(about))
+    model = granitemoehybrid.Model(granitemoehybrid.ModelArgs.from_dict(config))
     randomise(model)
-    write(path, model, about, SPECIAL_TOKENS, TEMPLATE)
+    write(path, model, config, SPECIAL_TOKENS, TEMPLATE)
     return path
 
 
 def randomise(model: Any) -> None:
-    """Draw a model's weights from MLX's random state."""
-    model.update(tree_map_with_path(_drawn, model.parameters()))
+    """Give a model random weights, drawn from MLX's random state."""
+    model.update(tree_map_with_path(_random_weight, model.parameters()))
     mx.eval(model.parameters())
 
 
-def _drawn(path: str, value: mx.array) -> mx.array:
-    return value if path.endswith(KEPT) else SPREAD * mx.random.normal(value.shape)
+def _random_weight(path: str, value: mx.array) -> mx.array:
+    return value if path.endswith(NOT_RANDOM) else SPREAD * mx.random.normal(value.shape)
 
 
-def write(path: Path, model: Any, about: dict[str, Any], special: list[str], template: str) -> None:
+def write(
+    path: Path, model: Any, config: dict[str, Any], special: list[str], template: str
+) -> None:
     """Write a model folder in the hub's layout: config, weights in its `torch_dtype`, tokenizer,
-    template.
+    chat template.
 
-    `special` tokens: the first ends a turn, the last pads.
+    `special` holds the special tokens: the first ends a turn, the last pads.
     """
     path.mkdir(parents=True)
-    dtype = getattr(mx, about["torch_dtype"])
+    dtype = getattr(mx, config["torch_dtype"])
     weights = {name: w.astype(dtype) for name, w in dict(tree_flatten(model.parameters())).items()}
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (path / "config.json").write_text(json.dumps(about))
+    (path / "config.json").write_text(json.dumps(config))
     write_tokenizer(path, special, template)
 
 
 def write_tokenizer(path: Path, special: list[str], template: str) -> None:
-    """Write the tokenizer's two files, with the chat template, into a folder."""
+    """Write the tokenizer's two files, including the chat template, into a folder."""
     byte_tokenizer(special).save(str(path / "tokenizer.json"))
     tokenizer_settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -120,7 +122,7 @@ def write_tokenizer(path: Path, special: list[str], template: str) -> None:
 
 
 def byte_tokenizer(special: list[str]) -> Tokenizer:
-    """A tokenizer with one token for each byte, and the special tokens."""
+    """A tokenizer with one token per byte, and the special tokens."""
     tokens = vocabulary(special)
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,5 +132,5 @@ def byte_tokenizer(special: list[str]) -> Tokenizer:
 
 
 def vocabulary(special: list[str]) -> list[str]:
-    """Special tokens, and the 256 bytes in ByteLevel's alphabet."""
+    """The special tokens, then the 256 bytes in ByteLevel's alphabet."""
     return [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]

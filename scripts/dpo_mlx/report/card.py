@@ -1,4 +1,4 @@
-"""The model card: what a folder holds, what it was made of, how good it is, how to run it."""
+"""The model card: data, training settings, measurements, and commands to run the model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ TEMPLATE = "card.md.j2"
 
 
 def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
-    """Put the card into a model folder.
+    """Write the card into a model folder.
 
-    `report` holds `training`, how that ended, `fuse`, what stage 11 measured, and `voice` and
-    `fluency` once stage 12 has.
+    `report` holds `training` (updates and best checkpoint), `fuse` (stage 11's measurements), and
+    after stage 12 also `voice` and `fluency`.
     """
     jsonl.write_text(folder / CARD, render(config, report))
 
 
 def render(config: Config, report: Mapping[str, Any]) -> str:
+    """The text of the card. For `report` see `write`."""
     return templates.render(
         TEMPLATE,
         config=config,
@@ -44,12 +45,12 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
 
 
 def _template_args(arguments: Mapping[str, Scalar]) -> dict[str, str] | None:
-    """The chat template's arguments as a shell word and as Python keywords; None without any."""
+    """The chat template's arguments as one shell word and as Python keywords; None if empty."""
     if not arguments:
         return None
-    are_names = all(name.isidentifier() and not iskeyword(name) for name in arguments)
+    all_identifiers = all(name.isidentifier() and not iskeyword(name) for name in arguments)
     keywords = ", ".join(f"{name}={value!a}" for name, value in arguments.items())
     return {
         "shell": shlex.quote(json.dumps(arguments)),
-        "python": keywords if are_names else f"**{ascii(dict(arguments))}",
+        "python": keywords if all_identifiers else f"**{ascii(dict(arguments))}",
     }

@@ -1,4 +1,4 @@
-"""What happened, in one HTML file: no network, no script, every text from outside escaped."""
+"""The report of a run as one HTML file: no network, no script, all outside text escaped."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TEMPLATE = "report.html.j2"
 
 
 def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
-    """Replace `path` by the page, atomically."""
+    """Write the page to `path` atomically."""
     jsonl.write_text(path, render(report, read_metrics(metrics_path)))
 
 
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
-    """The page, from what the smoke test found and the rows of metrics.jsonl."""
+    """The page, from the content of report.json and the rows of metrics.jsonl."""
     training, pairs = report["training"], report["run"]["pairs"]
     kept = None if training is None else training["kept_update"]
     return templates.render(
@@ -36,7 +36,11 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
 
 
 def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """A box a side, from the percentiles of answer lengths: the x of each percentile."""
+    """The box plot of answer lengths in tokens.
+
+    For chosen and for rejected answers: `values` is each percentile's length, `boxes` its x in SVG
+    units.
+    """
     sides = {
         side: dict(zip(tokens["percentiles"], tokens[side], strict=True))
         for side in ("chosen", "rejected")
@@ -48,8 +52,9 @@ def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cost(rows: Sequence[Row]) -> dict[str, Any]:
-    """Updates of the run and of its SFT phase, speed and memory over them; None where nothing was
-    measured.
+    """The run's number of updates, of SFT updates, its peak memory and its median speed.
+
+    Memory and speed are None when no row has them.
     """
     memory = [value for _, value in series(rows, "peak_memory_gb")]
     speed = [value for _, value in series(rows, "tokens_per_second")]
@@ -62,6 +67,6 @@ def cost(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The config as {section: {key: value}}, keys outside any section under "run"."""
+    """The config as {section: {key: value}}. Keys outside any section come under "run"."""
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
     return {"run": top, **{key: value for key, value in config.items() if isinstance(value, dict)}}

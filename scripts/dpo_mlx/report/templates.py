@@ -1,6 +1,6 @@
-"""Templates into pages: what comes from outside is quoted for where it stands.
+"""Renders the templates in this folder, and quotes outside text for its place.
 
-HTML is escaped everywhere; Markdown, YAML and shell have filters. A missing value is an error.
+Jinja escapes HTML by itself. Markdown, YAML and shell have filters. A missing value is an error.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ ENVIRONMENT = Environment(
 
 
 def number(value: float | None, spec: str = ".2f") -> str:
-    """A number for reading, a dash for one that is missing or not finite."""
+    """A number as text; a dash for None, NaN and infinities."""
     if value is None or not math.isfinite(value):
         return "–"
     return format(value, spec).replace("-", "−")
 
 
 def setting(value: Any) -> str:
-    """A config value as it stands in the YAML file; a text without quotes."""
+    """A config value as in the YAML file, but text without quotes."""
     is_text = isinstance(value, str) and value
     return value if is_text else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def markdown(text: str) -> str:
-    """Text as a line of Markdown that shows it as it is, also in a table's cell."""
+    """Text escaped for one line of Markdown or one table cell."""
     escaped = re.sub(r"[\\`*_{}\[\]()#!|~$]", r"\\\g<0>", one_line(text))
-    # At the start of a line these would begin a list, a rule or a heading.
+    # At the start of a line these characters begin a list, a rule or a heading.
     return html.escape(re.sub(r"^(\d*)([-+=.])", r"\1\\\2", escaped), quote=False)
 
 
 def code(text: str) -> str:
-    """Text on one line as code within Markdown."""
+    """Text as inline code in Markdown, on one line."""
     marks = "`" * (_longest_backticks(text) + 1)
     blank = " " if "`" in text else ""
     return f"{marks}{blank}{one_line(text)}{blank}{marks}"
 
 
 def fenced(text: str) -> str:
-    """Text as a block of code in Markdown."""
+    """Text as a code block in Markdown."""
     fence = "`" * max(3, _longest_backticks(text) + 1)
     return f"{fence}text\n{visible(text)}\n{fence}"
 
@@ -66,12 +66,12 @@ def _longest_backticks(text: str) -> int:
 
 
 def yaml_text(text: str) -> str:
-    """Text as a quoted YAML scalar on one line."""
+    """Text as a double-quoted YAML scalar on one line."""
     return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")
 
 
 def shell(text: str) -> str:
-    """Text on one line as one word of a shell command, which is not an option."""
+    """Text as one argument of a shell command, on one line. It never reads as an option."""
     word = one_line(text)
     return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
@@ -89,5 +89,5 @@ ENVIRONMENT.filters |= FILTERS
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template of this folder."""
+    """Fill a template of this folder with values."""
     return ENVIRONMENT.get_template(template).render(**values)

@@ -1,8 +1,8 @@
-"""Log-probs of a sequence's answer; the vocabulary's logits never fill memory.
+"""Log-probs of an answer's tokens, computed without all logits in memory at once.
 
-The head is frozen, so all that training needs of it is log p and d(log p)/d(hidden) for each answer
-position. Both come out of one pass over blocks of the vocabulary, in float32 whatever the model's
-own dtype (a bfloat16 logit of 20 is off by up to 0.06, and hundreds of them are summed).
+The head is frozen, so training needs only log p and d(log p)/d(hidden) at each answer position. One
+pass over blocks of the vocabulary gives both. It runs in float32 for every dtype of the model: a
+bfloat16 logit of 20 is off by up to 0.06, and a log-prob sums hundreds of tokens.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import mlx.nn as nn
 
 from ..files.errors import UserError
 
-# Rows of the head in float32 at a time: 8192 x 2048 x 4 bytes = 64 MiB for Granite's width.
+# Rows of the head in float32 at once: 8192 x 2048 x 4 bytes = 64 MiB for Granite.
 VOCABULARY_BLOCK = 8192
 
-# Share of the largest logit by which the model's own logits may differ from the head's.
+# How far the head's logits may be from the model's, as a share of the largest logit.
 HEAD_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: softcap(scale * (hidden @ weight.T + bias)).
+    """Maps hidden states to logits: softcap(scale * (hidden @ weight.T + bias)).
 
-    `layer` is the linear layer, or the embedding it is tied to, plain or quantised.
+    `layer` is the linear layer, or the embedding that it is tied to. Either may be quantised.
     """
 
     layer: nn.Module
@@ -36,10 +36,11 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
+        """The number of tokens."""
         return self.layer.weight.shape[0]
 
     def weight(self, rows: slice | mx.array, after: mx.array | None = None) -> mx.array:
-        """Rows of the weight, [rows, D] float32; not before `after` is computed."""
+        """Rows of the weight, [rows, D] float32. MLX computes them after `after`."""
         weight = self.layer.weight[rows]
         if after is not None:
             weight = mx.depends(weight, after)
@@ -56,21 +57,21 @@ class Head:
         return weight.astype(mx.float32)
 
     def logits(self, raw: mx.array, rows: slice | mx.array) -> mx.array:
-        """The logits of raw products hidden @ weight.T with these rows (last axis)."""
+        """The logits of `raw` = hidden @ weight.T, for these rows of the weight (last axis)."""
         if "bias" in self.layer:
             raw = raw + self.layer.bias[rows]
         logits = self.scale * raw
         return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
 
     def slope(self, logits: mx.array) -> mx.array | float:
-        """d(logits)/d(raw), of the shape of `logits` or one number for all."""
+        """d(logits)/d(raw), in the shape of `logits` or as one number."""
         if self.softcap is None:
             return self.scale
         return self.scale * (1 - mx.square(logits / self.softcap))
 
 
 def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
-    """(the backbone, ids [B, L] -> hidden states [B, L, D]; the head) of an mlx-lm model.
+    """(backbone, head) of an mlx-lm model. The backbone maps ids [B, L] to hidden states [B, L, D].
 
     Raises UserError for a model without these two parts.
     """
@@ -86,14 +87,15 @@ def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
 
 
 def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
-    """Raises UserError when the model's own logits are not the head's: its final scaling is none
-    of those known here; and when they are not finite.
+    """Raises UserError when the head does not reproduce the model's logits, or they are not finite.
+
+    The head differs if the model scales its logits in a way that `find_head` does not know.
     """
     ids = mx.arange(1, 9)[None] % head.vocabulary
     expected = model(ids)[0].astype(mx.float32)
     if not mx.isfinite(expected).all():
         raise UserError(
-            "model: its logits are NaN or infinite, though its weights are finite; correct the "
+            "model: its weights are finite, but its logits are NaN or infinite; correct the "
             "numbers in the model's config.json (multipliers, epsilons), lower lora.scale, or use "
             "another model"
         )
@@ -102,17 +104,17 @@ def check_head(model: nn.Module, backbone: nn.Module, head: Head) -> None:
     for rows in _blocks(head.vocabulary):
         blocks.append(head.logits(hidden @ head.weight(rows).T, rows))
         mx.eval(blocks)  # otherwise the whole head would be in memory in float32
-    own_logits = mx.concatenate(blocks, axis=-1)
-    # On a CPU MLX sums the products of a quantised bfloat16 head in bfloat16, which is off by 3%.
+    logits = mx.concatenate(blocks, axis=-1)
+    # On a CPU, MLX sums the products of a quantised bfloat16 head in bfloat16. That is off by 3%.
     # An unknown scaling is off by far more.
-    if own_logits.shape != expected.shape or not (
-        mx.abs(own_logits - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
+    if logits.shape != expected.shape or not (
+        mx.abs(logits - expected).max() <= HEAD_TOLERANCE * mx.abs(expected).max()
     ):
         raise _unknown_head(model)
 
 
 def _blocks(vocabulary: int) -> Iterator[slice]:
-    """The rows of the head, VOCABULARY_BLOCK at a time."""
+    """Slices of the head's rows, VOCABULARY_BLOCK rows each."""
     for start in range(0, vocabulary, VOCABULARY_BLOCK):
         yield slice(start, min(start + VOCABULARY_BLOCK, vocabulary))
 
@@ -120,21 +122,20 @@ def _blocks(vocabulary: int) -> Iterator[slice]:
 def _unknown_head(model: nn.Module) -> UserError:
     kind = getattr(model, "model_type", type(model).__name__)
     return UserError(
-        f"model: the output layer of architecture {kind} is not one that can be trained here; "
-        "use a granitemoehybrid, granite, llama, qwen or mistral model"
+        f"model: this pipeline cannot train architecture {kind}, because it does not know its "
+        "output layer; use a granitemoehybrid, granite, llama, qwen or mistral model"
     )
 
 
 def token_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
-    """log p(target) at each position, [T] float32, of hidden [T, D] and targets [T]."""
+    """log p(target) at each position, [T] float32, from hidden [T, D] and targets [T]."""
     return _scores_and_slopes(hidden, targets, head, slopes=False)[0]
 
 
 def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
-    """The same, with a gradient; the slopes are computed too, whether they are used or not.
+    """Like `token_log_probs`, but with a gradient in `hidden` (the head is frozen).
 
-    Differentiable in `hidden` alone; the head is frozen. The backward pass only scales what the
-    forward pass kept, [T, D].
+    The forward pass computes d(log p)/d(hidden) [T, D], and the backward pass only scales it.
     """
 
     @mx.custom_function
@@ -154,18 +155,18 @@ def _scores_and_slopes(
 ) -> tuple[mx.array, mx.array]:
     """(log p(target) [T], d(log p)/d(hidden) [T, D]), float32, in blocks of the vocabulary.
 
-    Without `slopes` the second is not to be used.
+    Without `slopes`, do not use the second value.
 
-    With z the raw products and l(z) the logits, log p = l_target - log sum exp l, and
-    d(log p)/d(hidden) = W^T (l'(z) (onehot - softmax(l))). The softmax's part is summed up block
-    by block against the largest logit so far, and rescaled when a larger one turns up.
+    With raw products z and logits l(z), log p = l_target - log sum exp l, and
+    d(log p)/d(hidden) = W^T (l'(z) (onehot - softmax(l))). The sums over the softmax run block by
+    block, relative to the largest logit so far. They are rescaled when a larger logit comes up.
     """
     x = hidden.astype(mx.float32)
     top = mx.full((x.shape[0], 1), -mx.inf)  # largest logit so far
     total = mx.zeros((x.shape[0], 1))  # sum of exp(l - top)
     pull = mx.zeros_like(x)  # sum of exp(l - top) l' W
     for rows in _blocks(head.vocabulary):
-        # Block after block, or all of them would stand in memory in float32 at once.
+        # `after` orders the blocks. Otherwise all of them could be in memory at once.
         weight = head.weight(rows, after=pull if slopes else total)
         logits = head.logits(x @ weight.T, rows)
         new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))

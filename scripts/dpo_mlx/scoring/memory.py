@@ -1,8 +1,8 @@
-"""Estimate a stage's peak memory by running a few blocks of its model.
+"""Estimates a stage's peak memory by running a few blocks of its model.
 
-A few blocks of a lazily loaded model do what the stage will do: compute a gradient of the
-longest sequence, sample a batch, score an answer, fuse a layer. We extrapolate what each further
-block adds to the whole model. An estimate takes seconds, and reflects the real device, dtype,
+A few blocks of a lazily loaded model do the stage's work: compute a gradient of the longest
+sequence, sample a batch, score an answer, fuse a layer. We measure what each further block adds
+and extrapolate to the whole model. An estimate takes seconds. It reflects the real device, dtype,
 architecture and gradient checkpointing.
 """
 
@@ -38,16 +38,16 @@ TRAINED_COPIES = 5
 # Copies while a training run answers questions: parameters and AdamW's two moments.
 HELD_COPIES = 3
 
-# At most this many blocks of a kind are run. The more there are, the less a chance overlap at one
-# peak counts.
-MEASURED = 5
+# Run at most this many blocks of a kind. With more blocks, a chance overlap of buffers at one peak
+# matters less.
+MOST_BLOCKS = 5
 
 
 @dataclass(frozen=True)
 class Need:
     """Peak bytes of one activity of a stage, in each of its processes on a machine.
 
-    `what` names the activity, `remedy` says what to change when it does not fit.
+    `what` names the activity. `remedy` says what to change when it does not fit.
     """
 
     what: str
@@ -59,6 +59,7 @@ class Need:
 
     @property
     def total(self) -> int:
+        """Bytes of all processes together."""
         return self.processes * (self.weights + self.adapters + self.work)
 
     def __str__(self) -> str:
@@ -76,21 +77,21 @@ def largest(needs: List[Need]) -> Need:
 
 
 def require(needs: List[Need], model: str) -> Need:
-    """The largest need. Raises UserError when the device offers less than that."""
-    need, offered = largest(needs), device.available()
-    if need.total > offered:
+    """The largest need. Raises UserError when it exceeds the device's memory."""
+    need, available = largest(needs), device.available()
+    if need.total > available:
         one_process = "start the runner with --launch none, " if need.processes > 1 else ""
         raise UserError(
-            f"{model}: needs {need}, but this machine offers {offered / 1e9:.2f} GB; {one_process}"
-            f"{need.remedy}, or set model to a smaller or a quantised one"
+            f"{model}: needs {need}, but this machine has {available / 1e9:.2f} GB available; "
+            f"{one_process}{need.remedy}, or set model to a smaller or quantised model"
         )
     return need
 
 
 def training(model: nn.Module, longest: EncodedAnswer, processes: int = 1) -> Need:
-    """The need of one update with the longest sequence; the model carries adapters.
+    """The need of one update with the longest sequence. The model must have adapters.
 
-    Call it inside `models.gradient_checkpointing`, as training runs.
+    Call it inside `gradient_checkpointing`, as training does.
     """
     adapters, scorer = adapter_bytes(model), Scorer(model, check=False)
     model.train()
@@ -107,11 +108,12 @@ def training(model: nn.Module, longest: EncodedAnswer, processes: int = 1) -> Ne
 def sampling(
     model: nn.Module, batch: int, prompt: int, answer: int, key: str, processes: int = 1
 ) -> Need:
-    """The need of sampling `batch` answers at once, of up to `answer` tokens, to prompts of up to
-    `prompt` tokens. `key` is the config key that lowers the batch. If the model carries adapters,
-    their optimizer state counts too.
+    """The need of sampling `batch` answers at once.
+
+    Prompts have up to `prompt` tokens, answers up to `answer` tokens. `key` is the config key that
+    sets the batch. If the model has adapters, their optimizer state counts too.
     """
-    find_head(model)  # report a model that cannot be trained before it fails below
+    find_head(model)  # raises UserError for a model that would fail below
     model.eval()
     adapters = adapter_bytes(model)
     empty, kinds = make_prompt_cache(model), _kinds(model.layers)
@@ -130,7 +132,7 @@ def sampling(
             zip(kinds, _growth(caches[: len(model.layers)], prompt + answer), strict=False)
         )
 
-    with short_of_memory():
+    with lowest_memory_limit():
         reading, writing = _work(model, read_prompts), _work(model, write_answers)
     return Need(
         f"sampling {batch} answers at once",
@@ -143,11 +145,11 @@ def sampling(
 
 
 @contextmanager
-def short_of_memory() -> Iterator[None]:
-    """Within, MLX waits for memory as it does at its limit.
+def lowest_memory_limit() -> Iterator[None]:
+    """Inside the context, MLX waits for running work before it allocates, as at its memory limit.
 
-    Where there is room, MLX allocates for work that it has only queued, and how far it gets ahead
-    depends on the device. Reading a batch of prompts then takes far more than it needs.
+    With memory to spare, MLX also allocates for work that it has only queued. How much depends on
+    the device, and reading a batch of prompts then takes far more memory than it needs.
     """
     limit = mx.set_memory_limit(1)
     try:
@@ -157,7 +159,7 @@ def short_of_memory() -> Iterator[None]:
 
 
 def scoring(model: nn.Module, longest: EncodedAnswer) -> Need:
-    """The need of scoring the longest sequence."""
+    """The need of scoring the longest sequence, without a gradient."""
     adapters, scorer = adapter_bytes(model), Scorer(model, check=False)
     return Need(
         f"scoring answers of {len(longest.ids)} tokens",
@@ -170,8 +172,10 @@ def scoring(model: nn.Module, longest: EncodedAnswer) -> Need:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The most that a stage works with: questions to answer, tokens of a prompt, tokens of a
-    sampled answer, and the longest prompt with its answer.
+    """The largest sizes in a stage.
+
+    `questions` to answer, tokens of a `prompt`, tokens of a sampled `answer`, and the `longest`
+    prompt with its answer.
     """
 
     questions: int
@@ -181,7 +185,7 @@ class Lengths:
 
     @property
     def scored(self) -> EncodedAnswer:
-        """The longest sequence to score. Sampled answers are scored too."""
+        """The longest sequence to score, which may be a sampled answer."""
         return max(
             self.longest,
             EncodedAnswer((0,) * (self.prompt + self.answer), self.prompt),
@@ -190,14 +194,14 @@ class Lengths:
 
 
 def stage_06(model: nn.Module, config: Config, lengths: Lengths, processes: int = 1) -> list[Need]:
-    """Sampling the rejected answers."""
+    """The need of stage 06: sampling the rejected answers."""
     batch = min(config.generation.batch_size, lengths.questions)
     key = "generation.batch_size"
     return [sampling(model, batch, lengths.prompt, lengths.answer, key, processes)]
 
 
 def stage_10(model: nn.Module, config: Config, lengths: Lengths, processes: int = 1) -> list[Need]:
-    """Updates, and the answers of the evaluations; the model carries adapters."""
+    """The needs of stage 10: updates and evaluations. The model must have adapters."""
     batch = min(EVALUATED_AT_ONCE, config.train.eval_questions, lengths.questions)
     key = "train.eval_questions"
     with gradient_checkpointing(model, config.train.grad_checkpoint):
@@ -210,7 +214,7 @@ def stage_10(model: nn.Module, config: Config, lengths: Lengths, processes: int 
 
 
 def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[Need]:
-    """Fusing a model that carries adapters, and comparing both by scoring in float32."""
+    """The needs of stage 11: fusing, and scoring in float32. The model must have adapters."""
     adapters = adapter_bytes(model)
     dtype = fusing.target_dtype(model, config.fuse.dtype)
     before = nbytes(model.parameters()) - adapters
@@ -218,10 +222,11 @@ def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[N
     weights = max(before, after)
     quantized = after * (config.fuse.quantize or 0) // (8 * dtype.size)
     smaller = "set fuse.dtype: null, or " if dtype == mx.float32 and config.fuse.dtype else ""
-    remedy = f"{smaller}use the adapters as they are (--adapter-path)"
+    remedy = f"{smaller}use the adapters without fusing (--adapter-path)"
     with fusing.activations_in_float32(model):
         comparing = scoring(model, longest)
-        embedding = nbytes(model.model.embed_tokens.parameters())  # beside the model's own
+        # This float32 copy is in memory beside the model's own embedding.
+        embedding = nbytes(model.model.embed_tokens.parameters())
     # Scoring has loaded the largest layer, so its own weights do not count as work here.
     layer = _peak(lambda: fusing.fuse_largest_layer(model, dtype))
     return [
@@ -233,9 +238,10 @@ def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[N
 def stage_12(
     model: nn.Module, config: Config, lengths: Lengths, other_weights: int = 0
 ) -> list[Need]:
-    """Answering the held-out questions, and scoring pairs and answers.
+    """The needs of stage 12: answering the held-out questions, and scoring pairs and answers.
 
-    The base and the fused model take turns in memory: `other_weights` is the other one's bytes.
+    The base model and the fused model take turns in memory. `other_weights` is the size of the
+    other model's weights in bytes.
     """
     batch = min(config.generation.batch_size, config.smoke.questions, lengths.questions)
     key = "generation.batch_size"
@@ -253,6 +259,7 @@ def _read_prompts(model: nn.Module, caches: list[Any], batch: int, prompt: int) 
 
 
 def _write_two_tokens(model: nn.Module, caches: list[Any], batch: int) -> None:
+    """Sample two tokens per answer, as mlx-lm's BatchGenerator does."""
     token = mx.zeros((batch, 1), dtype=mx.int32)
     for _ in range(2):
         log_probs = nn.log_softmax(model(token, cache=caches)[:, -1].astype(mx.float32), axis=-1)
@@ -261,24 +268,24 @@ def _write_two_tokens(model: nn.Module, caches: list[Any], batch: int) -> None:
 
 
 def _growth(caches: list[Any], length: int) -> list[int]:
-    """Bytes by which each cache will grow until it holds `length` tokens."""
+    """The bytes that each cache still grows by until it holds `length` tokens."""
+    final = -(-length // KVCache.step) * KVCache.step  # tokens, a multiple of KVCache.step
     growth = []
     for cache in caches:
         more = 0
         if isinstance(cache, KVCache) and cache.keys is not None and cache.values is not None:
             allocated = cache.keys.shape[2]
-            final = -(-length // KVCache.step) * KVCache.step
-            more = (cache.keys.nbytes + cache.values.nbytes) * max(0, final - allocated)
-            more //= allocated
+            size = cache.keys.nbytes + cache.values.nbytes
+            more = size * max(0, final - allocated) // allocated
         growth.append(more)
     return growth
 
 
 def _work(model: nn.Module, run: Callable[[], Any], first: int = 0) -> int:
-    """Peak bytes of `run` on the whole model, beside its weights.
+    """Estimate the peak bytes of `run` on the whole model, without its weights.
 
-    Runs it on the blocks from `first` on, at least one of each kind, and counts each further block
-    like the measured ones of its kind.
+    Calls `run` on some blocks, from `first` on and at least one of each kind. Every other block
+    counts like the measured blocks of its kind.
     """
     kinds = _kinds(model.layers[first:] + model.layers[:first])
     spans = {kind: _span(kinds, kinds.index(kind)) for kind in set(kinds)}
@@ -294,25 +301,27 @@ def _work(model: nn.Module, run: Callable[[], Any], first: int = 0) -> int:
 
 
 def _lowest_adapted(model: nn.Module) -> int:
-    """The lowest block that holds adapters; 0 when none does. A gradient needs such a block, and
-    costs nothing in the blocks below it.
+    """The index of the lowest block with adapters; 0 without adapters.
+
+    A gradient needs a block with adapters, and takes no memory in the blocks below the lowest.
     """
     return next((i for i, layer in enumerate(model.layers) if adapter_bytes(layer)), 0)
 
 
 def _span(kinds: list[str], first: int) -> tuple[int, int]:
-    """(start, end) such that blocks start to end - 1 are alike: up to MEASURED of them from the
-    first of a kind on. The very first two blocks are always run: from the second on, one block's
-    buffers overlap with another's.
+    """(start, end) so that runs of `start` and of `end` blocks differ by blocks of one kind.
+
+    The kind is that of the block `first`, and at most MOST_BLOCKS of it are run. `start` is 2 or
+    more where possible, because only from the second block on do the blocks' buffers overlap.
     """
     end = first + 1
-    while end < min(len(kinds), first + MEASURED) and kinds[end] == kinds[first]:
+    while end < min(len(kinds), first + MOST_BLOCKS) and kinds[end] == kinds[first]:
         end += 1
     return max(1, first, min(2, end - 1)), end
 
 
 def _kinds(layers: List[nn.Module]) -> list[str]:
-    """What kind of block each is, told by the names and shapes of its parameters."""
+    """The kind of each block: the names and shapes of its parameters, as text."""
     return [
         str([(name, array.shape) for name, array in dict(tree_flatten(layer.parameters())).items()])
         for layer in layers
@@ -320,8 +329,9 @@ def _kinds(layers: List[nn.Module]) -> list[str]:
 
 
 def _peak_of(model: nn.Module, first: int, count: int, run: Callable[[], Any]) -> int:
-    """Peak bytes of `run` on `count` blocks: those from `first` on, then those before it, all in
-    the model's order.
+    """Peak bytes of `run` on `count` blocks, in the model's order.
+
+    They are the blocks from `first` on. If those are too few, the lowest blocks come on top.
     """
     layers = model.model.layers
     after = layers[first : first + count]
@@ -334,8 +344,9 @@ def _peak_of(model: nn.Module, first: int, count: int, run: Callable[[], Any]) -
 
 
 def _peak(run: Callable[[], Any]) -> int:
-    """Peak bytes of `run` beyond what is in memory already; `models.load` has left no garbage that
-    could be freed meanwhile.
+    """Peak bytes of `run`, beyond the bytes in memory before it.
+
+    `load_model` leaves no garbage, so `run` cannot free memory from before.
     """
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -345,5 +356,5 @@ def _peak(run: Callable[[], Any]) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree of parameters, loaded or not."""
+    """Bytes of all arrays in a tree of parameters, even if not loaded yet."""
     return sum(array.nbytes for array in dict(tree_flatten(tree)).values())

@@ -107,7 +107,7 @@ def check_run(config: Config) -> None:
     _check_memory(sampled, loaded.model, [*splits[0], *splits[1]])
     _check_disk(config, loaded.model)
     signals.check()
-    workload = Workload(*splits, layers=fusing.in_largest_layers(loaded.model))
+    workload = Workload(*splits, layers=fusing.size_in_largest_layers(loaded.model))
     print(f"check: timing {config.model} on this machine", flush=True)
     minutes = minutes_of(sampled, workload, _probe(sampled, loaded, workload.rows))
     _print_minutes(minutes, workload, sampled)

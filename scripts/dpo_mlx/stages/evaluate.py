@@ -18,7 +18,7 @@ from ..files.results import FuseReport, read_metrics
 from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
 from ..model import device
 from ..model.loading import LoadedModel, load_model
-from ..model.sampling import Answer, limited
+from ..model.sampling import Answer, with_max_tokens
 from ..parallel.worker import Worker, answer_all, log_probs
 from ..report import card
 from ..report.html_report import write_html
@@ -129,7 +129,7 @@ def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     encoding.require_some(config.pairs.valid, encoded)
     everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
     lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
-    generation = limited(config.generation, lengths)
+    generation = with_max_tokens(config.generation, lengths)
     config = replace(config, generation=generation)
     questions = valid[: config.smoke.questions]
     _require_memory(config, loaded, encoder, encoded, questions)

@@ -25,7 +25,7 @@ from ..files.results import PERCENTILES, PairsReport, read_pairs_report
 from ..files.run_folder import SPLITS, TRAIN, VALID, PairFiles
 from ..files.schema import Count
 from ..model import device
-from ..model.sampling import Answer, batches, limited
+from ..model.sampling import Answer, batches, with_max_tokens
 from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory
@@ -153,7 +153,7 @@ def generation_settings(rows: list[Question], config: Config, encoder: Encoder) 
         return config.generation
     fitting = (row for row in _short(rows, config, encoder) if _fits(encoder, row, config))
     counted = islice(fitting, COUNTED)
-    return limited(config.generation, [len(encoder.answer(row.answer)) for row in counted])
+    return with_max_tokens(config.generation, [len(encoder.answer(row.answer)) for row in counted])
 
 
 def usable_rows(

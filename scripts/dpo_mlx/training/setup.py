@@ -20,7 +20,7 @@ from ..files.fingerprint import REFERENCE, TRAINING, Fingerprint
 from ..files.model_files import ADAPTERS
 from ..files.run_folder import AFTER_SFT, SPLITS, TRAIN, VALID
 from ..model import device
-from ..model.sampling import limited
+from ..model.sampling import with_max_tokens
 from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory, reference
@@ -144,7 +144,7 @@ def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) ->
     """The generation section with `max_tokens` set."""
     everything = [pair for split in SPLITS for pair in raw[split]]
     lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
-    return limited(config.generation, lengths)
+    return with_max_tokens(config.generation, lengths)
 
 
 def reference_fingerprint(
