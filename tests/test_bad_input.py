@@ -588,7 +588,7 @@ def test_reporter_that_is_not_installed_keeps_the_metrics(work, monkeypatch, cap
         (errno.EDQUOT, "the disk is full; free some space"),
         (errno.EROFS, "Read-only file system; make it writable"),
         (errno.EACCES, "Permission denied; make it writable"),
-        (errno.ENOENT, "No such file or directory; put back what was moved"),
+        (errno.ENOENT, "No such file or directory; put back the file or the disk that was moved"),
         (errno.EIO, "Input/output error; put back"),
     ],
 )

@@ -278,7 +278,7 @@ def test_a_long_pair_is_not_tokenised(llama, here):
     assert encoding.chosen_lengths(rows, encoder, 200) == [2, 151, 251]
     source = [questions.Question(*sides, 1) for sides in (("q", huge), (huge, "a"), ("q", "a"))]
     lost: Counter[str] = Counter()
-    assert usable_rows(source, config.of_values(MINIMAL), encoder, lost) == source[2:]
+    assert usable_rows(source, config.from_values(MINIMAL), encoder, lost) == source[2:]
     assert lost["chosen longer than data.max_length"] == 2
     assert tokenizer.characters < 5000
 
@@ -288,12 +288,12 @@ def test_few_answers_are_enough_to_see_how_long_they_are(llama, here, monkeypatc
     from dpo_mlx.stages import make_pairs
 
     encoder = encoding.Encoder(load_model(str(llama)).tokenizer)
-    loaded = config.of_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
+    loaded = config.from_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
     rows = [questions.Question(f"q {i}", "a" * (100 if i < 2000 else 500), i) for i in range(3000)]
     started = time.perf_counter()
     assert make_pairs.generation_settings(rows, loaded, encoder).max_tokens == 128
     assert time.perf_counter() - started < 10
-    as_said = config.of_values({**MINIMAL, "generation": {"max_tokens": 7}})
+    as_said = config.from_values({**MINIMAL, "generation": {"max_tokens": 7}})
     monkeypatch.setattr(make_pairs, "_short", None)  # nothing is looked at
     assert make_pairs.generation_settings(rows, as_said, encoder).max_tokens == 7
 
@@ -414,13 +414,13 @@ def test_a_number_beyond_its_bounds_is_refused(key, here):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("generation.temperature=1e-300", "set 0, which takes the likeliest token, or at least"),
-        ("model=a\nb", "model: holds the control character '\\n'"),
-        ("run_dir=a\x1b[31m", "run_dir: holds the control character '\\x1b'"),
-        ("run_dir=a\0b", "run_dir: holds the control character '\\x00'"),
-        ("data.source=\udcff", "data.source: holds the control character '\\udcff'"),
-        ("system_prompt=a\x07", "system_prompt: holds the control character '\\x07'"),
-        (f"system_prompt={'x' * 100_001}", "system_prompt: has 100001 characters; the most is 10"),
+        ("generation.temperature=1e-300", "set 0 for greedy decoding, or at least"),
+        ("model=a\nb", "model: contains the control character '\\n'"),
+        ("run_dir=a\x1b[31m", "run_dir: contains the control character '\\x1b'"),
+        ("run_dir=a\0b", "run_dir: contains the control character '\\x00'"),
+        ("data.source=\udcff", "data.source: contains the control character '\\udcff'"),
+        ("system_prompt=a\x07", "system_prompt: contains the control character '\\x07'"),
+        (f"system_prompt={'x' * 100_001}", "system_prompt: has 100001 characters; shorten it to"),
         (f"chat_template_args.x={'x' * 100_001}", "chat_template_args.x: has 100001 characters"),
         (f"chat_template_args.{'x' * 1000}=1", "is too long for a name"),
         (
@@ -428,15 +428,18 @@ def test_a_number_beyond_its_bounds_is_refused(key, here):
             "chat_template_args.x: 99999999999999999999 i",
         ),
         ("chat_template_args.x=1e999", None),  # text to YAML
-        (f"run_dir={'r/' * 5000}", "run_dir: has 10000 characters; the most is 1000"),
-        (f"data.source={'s' * 255}", "data.source: a name of 255 bytes in it; the most is 200"),
-        (f"data.source={'é' * 120}", "data.source: a name of 240 bytes in it"),
-        ("run_dir=~nobody-here/x", "run_dir: no user's home is ~nobody-here"),
+        (f"run_dir={'r/' * 5000}", "run_dir: has 10000 characters; shorten it to at most 1000"),
+        (
+            f"data.source={'s' * 255}",
+            "data.source: the path has a name of 255 bytes; use names of at",
+        ),
+        (f"data.source={'é' * 120}", "data.source: the path has a name of 240 bytes"),
+        ("run_dir=~nobody-here/x", "run_dir: ~nobody-here is not a user's home folder"),
         (f"dpo.loss={'x' * 10**6}", "dpo.loss: has 1000000"),
         (f"lora.rank={'x' * 10**6}", "lora.rank: expected a whole number, found str 'xxx"),
         (f"lora.rank=[{'1, ' * 1000}]", "lora.rank: expected a whole number, found list"),
         (f"lora.keys=[{'x' * 2000}]", "lora.keys: has 2000 characters"),
-        ('lora.keys=["a\\e[31m"]', "lora.keys: holds the control character"),
+        ('lora.keys=["a\\e[31m"]', "lora.keys: contains the control character"),
         (f"{'x' * 10**5}=1", "unknown key"),
         (f"{'x.' * 10**4}x=1", "unknown key"),
         (f"lora.rank.{'x.' * 10**4}x=1", "lora.rank: expected a whole number"),
@@ -478,7 +481,7 @@ def test_tilde_is_the_home_folder(here, monkeypatch):
     assert (loaded.model, loaded.run_dir) == (f"{home}/m", f"{home}/r")
     assert (loaded.data.source, loaded.data.train_pairs) == (f"{home}/other", f"{home}/t")
     assert loaded.data.valid_pairs == "$HOME/v"
-    assert config.of_values(yaml.safe_load(config.dump(loaded))) == loaded
+    assert config.from_values(yaml.safe_load(config.dump(loaded))) == loaded
 
 
 # Paths that meet --------------------------------------------------------------------------------
@@ -590,7 +593,7 @@ def test_the_config_of_a_run_is_no_config_to_start_from(here):
 
 def test_the_table_has_every_file_beside_the_pairs():
     """A file that stage 06 begins to write beside the train pairs must be in the table, too."""
-    loaded = config.of_values(MINIMAL)
+    loaded = config.from_values(MINIMAL)
     files = loaded.pairs
     known = {place.path for place in path_conflicts.places(loaded.paths(Path("c.yaml")))}
     named = {getattr(files, name) for name, kind in vars(PairFiles).items() if _is_path(kind)}
@@ -638,7 +641,7 @@ BAD_PAIRS: dict[str, tuple[list[Pair], list[Pair], str]] = {
 
 
 def checked(train: list[Pair], valid: list[Pair]) -> list[str]:
-    return check_pairs.check(train, valid, config.of_values(MINIMAL))
+    return check_pairs.check(train, valid, config.from_values(MINIMAL))
 
 
 @pytest.mark.parametrize("name", BAD_PAIRS)

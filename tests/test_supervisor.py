@@ -88,7 +88,7 @@ for word in (here / "todo.txt").read_text().splitlines()[start].split():
         time.sleep(60)
     elif word == "checks":
         from dpo_mlx.process import signals
-        with signals.caught():
+        with signals.deferred():
             note("waiting.txt", str(os.getpid()))
             try:
                 while True:
@@ -338,7 +338,7 @@ def test_a_stop_that_takes_long_is_explained_once(monkeypatch, capsys):
                 look()
             return 143
 
-    before = {n: signal.getsignal(n) for n in (*signals.CAUGHT, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in (*signals.DEFERRED, signal.SIGUSR1)}
     monkeypatch.setattr(supervisor, "SECONDS_OF_PATIENCE", -1)
     try:
         code = supervisor.Supervisor("10.py", Slow, dict, 3).run()  # type: ignore[arg-type]

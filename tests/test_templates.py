@@ -372,10 +372,10 @@ def spin(seconds: float) -> None:
 def test_a_time_limit_leaves_no_trace():
     """The handler and the timer are as before, whether it ran out or not; waiting is free."""
     before = signal.getsignal(signal.SIGVTALRM)
-    with time_limit.computing(0.05):
+    with time_limit.cpu_limit(0.05):
         time.sleep(0.2)
     too_slow = pytest.raises(time_limit.TooSlow, match=r"over 0.05 seconds")
-    with too_slow, time_limit.computing(0.05):
+    with too_slow, time_limit.cpu_limit(0.05):
         spin(5)
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
@@ -387,7 +387,7 @@ def test_a_time_limit_is_harmless_in_another_thread():
     ran = []
 
     def work() -> None:
-        with time_limit.computing(0.01):
+        with time_limit.cpu_limit(0.01):
             spin(0.05)
             ran.append(True)
 

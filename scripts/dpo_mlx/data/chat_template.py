@@ -12,7 +12,7 @@ from typing import Any
 from ..config import Scalar
 from ..files.errors import UserError
 from ..files.text import reason
-from ..process.time_limit import computing
+from ..process.time_limit import cpu_limit
 
 # Sample messages to render. No template contains these words.
 QUESTION, ANSWER, SYSTEM = "The question?", "The answer.", "The system message."
@@ -96,7 +96,7 @@ class ChatTemplate:
     def _render(self, messages: list[Message], arguments: Arguments, **call: Any) -> str:
         """Raises NotRendered when the template fails, takes too long or writes too much."""
         try:
-            with computing(RENDERING):
+            with cpu_limit(RENDERING):
                 text = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, **arguments, **call
                 )
