@@ -252,7 +252,7 @@ CASES: dict[str, Case] = {
     "missing field": source(b'{"question": "q"}', '"answer" is missing'),
     "field of wrong type": source(b'{"question": "q", "answer": 4}', "must be text, found int"),
     "answer empty": source(b'{"question": "q", "answer": " "}', '"answer" is empty'),
-    "unknown format": source(b'{"q": "q", "a": "a"}', "none of the known formats"),
+    "unknown format": source(b'{"q": "q", "a": "a"}', "none of the accepted formats"),
     "invalid UTF-8": source(b'{"question": "q", "answer": "\xe9"}', "not UTF-8"),
     "half a character": source(b'{"question": "q", "answer": "\\ud83d"}', "surrogate"),
     "all too long": setting(

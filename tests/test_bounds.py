@@ -188,7 +188,7 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"question": NaN, "answer": "a"}', "must be text, found float"),
     "10^400": (b'{"question": 1' + b"0" * 400 + b', "answer": "a"}', "must be text, found int"),
     "half a character": (b'{"question": "\\ud800", "answer": "a"}', "x:1: half a surrogate"),
-    "NUL": (b'{"question": "q", "answer": "a\\u0000"}', "holds a NUL character"),
+    "NUL": (b'{"question": "q", "answer": "a\\u0000"}', "contains a NUL character"),
     "a long key": (b'{"' + b"k" * MB + b'": 1, "' + b"k" * MB + b'": 1}', "appears twice"),
     "many roles": (
         json.dumps({"messages": [{"role": "r" * MB, "content": "c"}] * 9}).encode(),
@@ -656,9 +656,10 @@ def test_a_few_odd_pairs_are_a_note():
     train, valid = some(9), some(9, 8)
     train[3] = Pair("Why x?", "same", "same", line=4)
     assert checked(train, valid) == [
-        "t.jsonl: chosen and rejected are the same text in 1 of 9 pairs (lines 4), which teach "
-        "nothing; remove them",
-        "v.jsonl: 1 of its 9 questions (lines 1) are also in t.jsonl: they are not held out",
+        "t.jsonl: chosen and rejected are the same text in 1 of 9 pairs (lines 4); the model "
+        "learns nothing from these, remove them",
+        "v.jsonl: 1 of its 9 questions (lines 1) are also in t.jsonl, so they are not held out; "
+        "remove them",
     ]
     assert checked(some(9), some(3, 9)) == []
     assert checked(some(1), some(1, 1)) == []
@@ -679,4 +680,4 @@ def test_a_nul_is_refused_where_a_user_wrote_it(here):
     """In what the base model said it is what it said."""
     rows = [{"prompt": "p", "chosen": "c", "rejected": "r\0"}, {"prompt": "p\0", "chosen": "c"}]
     jsonl.write(Path("x"), [rows[0], {**rows[0], **rows[1]}])
-    assert 'x:2: the field "prompt" holds a NUL' in line_of(lambda: pairs.read(Path("x")))
+    assert 'x:2: the field "prompt" contains a NUL' in line_of(lambda: pairs.read(Path("x")))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
 from ..data import check_pairs, encoding, pairs
-from ..data.check_pairs import few
+from ..data.check_pairs import list_lines
 from ..data.encoding import EncodedPair, Encoder
 from ..data.pairs import Pair
 from ..files import digest, fingerprint, model_files
@@ -56,7 +56,7 @@ class Setup:
         """
         if not self.config.dpo.match_length:
             return self.pairs
-        return {**self.pairs, TRAIN: [pair.matched() for pair in self.pairs[TRAIN]]}
+        return {**self.pairs, TRAIN: [pair.match_lengths() for pair in self.pairs[TRAIN]]}
 
     @property
     def watched(self) -> list[EncodedPair]:
@@ -91,7 +91,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
         if dropped:
             print(
                 f"10: {len(dropped)} {split} pairs are longer than data.max_length = "
-                f"{config.data.max_length} tokens and dropped (lines {few(dropped)})"
+                f"{config.data.max_length} tokens and dropped (lines {list_lines(dropped)})"
             )
             read[split] = [pair for pair in read[split] if pair.line not in {*dropped}]
     need = pairs_per_update(config.train)
@@ -100,7 +100,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
             f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs are fewer than one update "
             f"needs ({need} = train.batch_size x train.grad_accumulation); add pairs or lower these"
         )
-    encoding.require_some(config.pairs.valid, encoded[VALID])
+    encoding.require_pairs(config.pairs.valid, encoded[VALID])
     memory_need = _require_memory(config, worker, encoder, read, encoded)
     chosen, rejected = ([getattr(p, side) for p in read[TRAIN]] for side in ("chosen", "rejected"))
     classifier = fit_classifier(chosen, rejected)
