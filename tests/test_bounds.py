@@ -494,24 +494,24 @@ MEETINGS: dict[str, str] = {
     "data.valid_pairs=t.samples.inputs.json": "data.valid_pairs: t.samples.inputs.json is also a f",
     "data.source=.t.samples.jsonl.dpo-mlx.lock": "data.source: .t.samples.jsonl.dpo-mlx.lock is",
     "data.source=.made_by_dpo_mlx": "data.source: .made_by_dpo_mlx is also a file that stage 06",
-    "data.source=t.report.json": "data.source: t.report.json is also a file that stage 06 keeps",
-    "data.source=T.Report.JSON": "data.source: T.Report.JSON is also a file that stage 06 keeps",
+    "data.source=t.report.json": "data.source: t.report.json is also a file that stage 06 writes",
+    "data.source=T.Report.JSON": "data.source: T.Report.JSON is also a file that stage 06 writes",
     "data.valid_pairs=T.JSONL": "data.valid_pairs: T.JSONL is also data.train_pairs",
     "data.valid_pairs=./x/../t.jsonl": "data.valid_pairs: x/../t.jsonl is also data.train_pairs",
     "data.train_pairs=c.yaml": "--config: c.yaml is also data.train_pairs",
     "data.valid_pairs=c.yaml": "--config: c.yaml is also data.valid_pairs",
-    "data.train_pairs=m/t.jsonl": "model: m would have to hold data.train_pairs",
-    "run_dir=m/run": "model: m would have to hold what a run writes into run_dir",
-    "run_dir=m": "model: m would have to hold what a run writes into run_dir",
-    "model=run/fused": "model: run/fused is also what a run writes into run_dir",
-    "model=run/fused/x": "model: run/fused/x would lie inside what a run writes into run_dir",
-    "data.source=run/metrics.jsonl": "data.source: run/metrics.jsonl is also what a run writes in",
-    "data.source=run/checkpoints/s": "data.source: run/checkpoints/s would lie inside what a run w",
-    "data.train_pairs=run/report.json": "data.train_pairs: run/report.json is also what a run wri",
-    "data.train_pairs=run_sweep/t": "data.train_pairs: run_sweep/t would lie inside the folder of",
-    "data.valid_pairs=new data.source=new/s": "data.valid_pairs: new would have to hold data.sour",
-    "data.valid_pairs=run": "data.valid_pairs: run would have to hold what a run writes in",
-    "demo_model=true model=n data.source=n/s": "model: n would have to hold data.source",
+    "data.train_pairs=m/t.jsonl": "model: m contains data.train_pairs",
+    "run_dir=m/run": "model: m contains an output in run_dir",
+    "run_dir=m": "model: m contains an output in run_dir",
+    "model=run/fused": "model: run/fused is also an output in run_dir",
+    "model=run/fused/x": "model: run/fused/x is inside an output in run_dir",
+    "data.source=run/metrics.jsonl": "data.source: run/metrics.jsonl is also an output in run_dir",
+    "data.source=run/checkpoints/s": "data.source: run/checkpoints/s is inside an output",
+    "data.train_pairs=run/report.json": "data.train_pairs: run/report.json is also an output in",
+    "data.train_pairs=run_sweep/t": "data.train_pairs: run_sweep/t is inside the folder of",
+    "data.valid_pairs=new data.source=new/s": "data.valid_pairs: new contains data.source",
+    "data.valid_pairs=run": "data.valid_pairs: run contains an output in run_dir",
+    "demo_model=true model=n data.source=n/s": "model: n contains data.source",
     "data.valid_pairs=hard.jsonl data.source=s.jsonl": "data.valid_pairs: hard.jsonl is also data",
     "data.train_pairs=caf\u00e9 data.valid_pairs=cafe\u0301": "is also data.train_pairs",
     "data.valid_pairs=link/t.jsonl": "data.valid_pairs: link/t.jsonl is also data.train_pairs",
@@ -527,16 +527,16 @@ MEETINGS: dict[str, str] = {
     "run_dir=piped": "run_dir: piped/metrics.jsonl is a pipe, not a file",
     # run_dir
     "run_dir=/": "run_dir: / is the root of the disk",
-    "run_dir=~": "is your home folder, or holds it",
-    "run_dir=~/..": "is your home folder, or holds it",
-    f"run_dir={REPOSITORY}": "is among the files of this repository",
-    f"run_dir={REPOSITORY}/data": "is among the files of this repository",
-    f"run_dir={REPOSITORY}/config": "is among the files of this repository",
-    f"run_dir={REPOSITORY}/scripts/dpo_mlx": "is among the files of this repository",
+    "run_dir=~": "is your home folder or contains it",
+    "run_dir=~/..": "is your home folder or contains it",
+    f"run_dir={REPOSITORY}": "has files of this repository in it",
+    f"run_dir={REPOSITORY}/data": "has files of this repository in it",
+    f"run_dir={REPOSITORY}/config": "has files of this repository in it",
+    f"run_dir={REPOSITORY}/scripts/dpo_mlx": "has files of this repository in it",
     "run_dir=s.jsonl": "run_dir: s.jsonl is not a folder",
     "run_dir=loop": "run_dir: loop is not a folder",
-    "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes",
-    "model=n run_dir=m data.source=m/below/s.jsonl": "run_dir: m holds the folder of data.source",
+    "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes to",
+    "model=n run_dir=m data.source=m/below/s.jsonl": "run_dir: m contains the folder of data.so",
 }
 
 
@@ -588,7 +588,7 @@ def test_the_config_of_a_run_is_no_config_to_start_from(here):
     Path("run").mkdir()
     Path("run/config.yaml").write_text(yaml.safe_dump(MINIMAL))
     line = line_of(lambda: config.load(Path("run/config.yaml")))
-    assert "--config: run/config.yaml is also what a run writes into run_dir" in line
+    assert "--config: run/config.yaml is also an output in run_dir" in line
 
 
 def test_the_table_has_every_file_beside_the_pairs():

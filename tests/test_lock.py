@@ -77,7 +77,7 @@ def test_another_tool_s_lock_stays(make, tmp_path):
     path = tmp_path / LOCK
     make(path)
     before = {entry: entry.lstat() for entry in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f"{path}: is not a lock of this pipeline"):
+    with pytest.raises(UserError, match=f"{path}: is not a lock file of this pipeline"):
         lock.hold_run(RunFolder(tmp_path)).__enter__()
     assert {entry: entry.lstat().st_size for entry in tmp_path.iterdir()} == {
         entry: stat.st_size for entry, stat in before.items()
