@@ -60,7 +60,7 @@ def preferences(pairs: Sequence[Pair], encoder: Encoder) -> Any:
 
     return Dataset.from_list(
         [
-            {"prompt": encoder.rendered(p.prompt), "chosen": p.chosen, "rejected": p.rejected}
+            {"prompt": encoder.render(p.prompt), "chosen": p.chosen, "rejected": p.rejected}
             for p in pairs
         ]
     )

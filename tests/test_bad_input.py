@@ -220,7 +220,7 @@ CASES: dict[str, Case] = {
     "--set without =": setting("dpo.beta", "c.yaml", "--set dpo.beta: expected section.key=value"),
     "wrong type": setting("lora.rank=big", "lora.rank: expected a whole number", script="06"),
     "out of range": setting("dpo.beta=0", "dpo.beta", "too small", script="12"),
-    "required key empty": setting("data.train_pairs=", "data.train_pairs: missing", script="06"),
+    "required key empty": setting("data.train_pairs=", "data.train_pairs: is missing", script="06"),
     "dropout": setting("lora.dropout=0.1", "lora.dropout", "train.grad_checkpoint"),
     "report_to": setting("report_to=wnadb", "report_to", "'wnadb'", "wandb, swanlab"),
     "run_dir is a file": setting("run_dir=source.jsonl", "source.jsonl"),
@@ -229,7 +229,7 @@ CASES: dict[str, Case] = {
     "alias bomb": file("c.yaml", b"a: &a [x, x]\nb: [*a, *a]\n", "line 1: anchors"),
     "number without end": setting(f"lora.rank=0x{'f' * 9999}", "a number of 10001 characters"),
     "scale of 1e308": setting("lora.scale=1e308", "lora.scale: 1e+308 is too large", script="11"),
-    "run_dir holds the data": setting("run_dir=..", "run_dir: .. holds the folder of --config"),
+    "run_dir holds the data": setting("run_dir=..", "run_dir: .. contains the folder of --config"),
     "valid pairs are the samples": setting(
         "data.valid_pairs=run/pairs/train.samples.jsonl", "data.valid_pairs", "name another path"
     ),
@@ -252,7 +252,7 @@ CASES: dict[str, Case] = {
     "missing field": source(b'{"question": "q"}', '"answer" is missing'),
     "field of wrong type": source(b'{"question": "q", "answer": 4}', "must be text, found int"),
     "answer empty": source(b'{"question": "q", "answer": " "}', '"answer" is empty'),
-    "unknown format": source(b'{"q": "q", "a": "a"}', "none of the known formats"),
+    "unknown format": source(b'{"q": "q", "a": "a"}', "none of the accepted formats"),
     "invalid UTF-8": source(b'{"question": "q", "answer": "\xe9"}', "not UTF-8"),
     "half a character": source(b'{"question": "q", "answer": "\\ud83d"}', "surrogate"),
     "all too long": setting(
@@ -321,12 +321,12 @@ CASES: dict[str, Case] = {
     "all train pairs too long": setting(
         "data.max_length=8", TRAIN, "0 pairs, but one update takes"
     ),
-    "all valid pairs too long": file(VALID, LONG_PAIR, "no valid pairs", "data.max_length"),
+    "all valid pairs too long": file(VALID, LONG_PAIR, "no pair fits", "data.max_length"),
     "all valid pairs too long for 11": setting(
-        "data.max_length=8", VALID, "no valid pairs", "data.max_length", script="11"
+        "data.max_length=8", VALID, "no pair fits", "data.max_length", script="11"
     ),
     "all valid pairs too long for 12": setting(
-        "data.max_length=8", VALID, "no valid pairs", "data.max_length", script="12"
+        "data.max_length=8", VALID, "no pair fits", "data.max_length", script="12"
     ),
     # training
     "no reference": removed(
@@ -488,7 +488,7 @@ CASES: dict[str, Case] = {
     ),
     "run_dir holds someone else's": Case(
         "10",
-        ("home: no .made_by_dpo_mlx names config.yaml", "run_dir"),
+        ("home: no .made_by_dpo_mlx lists config.yaml", "run_dir"),
         lambda: shutil.copytree("run", "home", ignore=shutil.ignore_patterns(MANIFEST)),
         ("--set", "run_dir=home"),
     ),
@@ -594,7 +594,7 @@ def test_reporter_that_is_not_installed_keeps_the_metrics(work, monkeypatch, cap
         (errno.EDQUOT, "the disk is full; free some space"),
         (errno.EROFS, "Read-only file system; make it writable"),
         (errno.EACCES, "Permission denied; make it writable"),
-        (errno.ENOENT, "No such file or directory; put back what was moved"),
+        (errno.ENOENT, "No such file or directory; put back the file or the disk that was moved"),
         (errno.EIO, "Input/output error; put back"),
     ],
 )

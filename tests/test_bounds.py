@@ -188,7 +188,7 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"question": NaN, "answer": "a"}', "must be text, found float"),
     "10^400": (b'{"question": 1' + b"0" * 400 + b', "answer": "a"}', "must be text, found int"),
     "half a character": (b'{"question": "\\ud800", "answer": "a"}', "x:1: half a surrogate"),
-    "NUL": (b'{"question": "q", "answer": "a\\u0000"}', "holds a NUL character"),
+    "NUL": (b'{"question": "q", "answer": "a\\u0000"}', "contains a NUL character"),
     "a long key": (b'{"' + b"k" * MB + b'": 1, "' + b"k" * MB + b'": 1}', "appears twice"),
     "many roles": (
         json.dumps({"messages": [{"role": "r" * MB, "content": "c"}] * 9}).encode(),
@@ -278,7 +278,7 @@ def test_a_long_pair_is_not_tokenised(llama, here):
     assert encoding.chosen_lengths(rows, encoder, 200) == [2, 151, 251]
     source = [questions.Question(*sides, 1) for sides in (("q", huge), (huge, "a"), ("q", "a"))]
     lost: Counter[str] = Counter()
-    assert usable_rows(source, config.of_values(MINIMAL), encoder, lost) == source[2:]
+    assert usable_rows(source, config.from_values(MINIMAL), encoder, lost) == source[2:]
     assert lost["chosen longer than data.max_length"] == 2
     assert tokenizer.characters < 5000
 
@@ -288,12 +288,12 @@ def test_few_answers_are_enough_to_see_how_long_they_are(llama, here, monkeypatc
     from dpo_mlx.stages import make_pairs
 
     encoder = encoding.Encoder(load_model(str(llama)).tokenizer)
-    loaded = config.of_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
+    loaded = config.from_values({**MINIMAL, "data": {**MINIMAL["data"], "limit": 20}})
     rows = [questions.Question(f"q {i}", "a" * (100 if i < 2000 else 500), i) for i in range(3000)]
     started = time.perf_counter()
     assert make_pairs.generation_settings(rows, loaded, encoder).max_tokens == 128
     assert time.perf_counter() - started < 10
-    as_said = config.of_values({**MINIMAL, "generation": {"max_tokens": 7}})
+    as_said = config.from_values({**MINIMAL, "generation": {"max_tokens": 7}})
     monkeypatch.setattr(make_pairs, "_short", None)  # nothing is looked at
     assert make_pairs.generation_settings(rows, as_said, encoder).max_tokens == 7
 
@@ -414,13 +414,13 @@ def test_a_number_beyond_its_bounds_is_refused(key, here):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("generation.temperature=1e-300", "set 0, which takes the likeliest token, or at least"),
-        ("model=a\nb", "model: holds the control character '\\n'"),
-        ("run_dir=a\x1b[31m", "run_dir: holds the control character '\\x1b'"),
-        ("run_dir=a\0b", "run_dir: holds the control character '\\x00'"),
-        ("data.source=\udcff", "data.source: holds the control character '\\udcff'"),
-        ("system_prompt=a\x07", "system_prompt: holds the control character '\\x07'"),
-        (f"system_prompt={'x' * 100_001}", "system_prompt: has 100001 characters; the most is 10"),
+        ("generation.temperature=1e-300", "set 0 for greedy decoding, or at least"),
+        ("model=a\nb", "model: contains the control character '\\n'"),
+        ("run_dir=a\x1b[31m", "run_dir: contains the control character '\\x1b'"),
+        ("run_dir=a\0b", "run_dir: contains the control character '\\x00'"),
+        ("data.source=\udcff", "data.source: contains the control character '\\udcff'"),
+        ("system_prompt=a\x07", "system_prompt: contains the control character '\\x07'"),
+        (f"system_prompt={'x' * 100_001}", "system_prompt: has 100001 characters; shorten it to"),
         (f"chat_template_args.x={'x' * 100_001}", "chat_template_args.x: has 100001 characters"),
         (f"chat_template_args.{'x' * 1000}=1", "is too long for a name"),
         (
@@ -428,15 +428,18 @@ def test_a_number_beyond_its_bounds_is_refused(key, here):
             "chat_template_args.x: 99999999999999999999 i",
         ),
         ("chat_template_args.x=1e999", None),  # text to YAML
-        (f"run_dir={'r/' * 5000}", "run_dir: has 10000 characters; the most is 1000"),
-        (f"data.source={'s' * 255}", "data.source: a name of 255 bytes in it; the most is 200"),
-        (f"data.source={'é' * 120}", "data.source: a name of 240 bytes in it"),
-        ("run_dir=~nobody-here/x", "run_dir: no user's home is ~nobody-here"),
+        (f"run_dir={'r/' * 5000}", "run_dir: has 10000 characters; shorten it to at most 1000"),
+        (
+            f"data.source={'s' * 255}",
+            "data.source: the path has a name of 255 bytes; use names of at",
+        ),
+        (f"data.source={'é' * 120}", "data.source: the path has a name of 240 bytes"),
+        ("run_dir=~nobody-here/x", "run_dir: ~nobody-here is not a user's home folder"),
         (f"dpo.loss={'x' * 10**6}", "dpo.loss: has 1000000"),
         (f"lora.rank={'x' * 10**6}", "lora.rank: expected a whole number, found str 'xxx"),
         (f"lora.rank=[{'1, ' * 1000}]", "lora.rank: expected a whole number, found list"),
         (f"lora.keys=[{'x' * 2000}]", "lora.keys: has 2000 characters"),
-        ('lora.keys=["a\\e[31m"]', "lora.keys: holds the control character"),
+        ('lora.keys=["a\\e[31m"]', "lora.keys: contains the control character"),
         (f"{'x' * 10**5}=1", "unknown key"),
         (f"{'x.' * 10**4}x=1", "unknown key"),
         (f"lora.rank.{'x.' * 10**4}x=1", "lora.rank: expected a whole number"),
@@ -478,7 +481,7 @@ def test_tilde_is_the_home_folder(here, monkeypatch):
     assert (loaded.model, loaded.run_dir) == (f"{home}/m", f"{home}/r")
     assert (loaded.data.source, loaded.data.train_pairs) == (f"{home}/other", f"{home}/t")
     assert loaded.data.valid_pairs == "$HOME/v"
-    assert config.of_values(yaml.safe_load(config.dump(loaded))) == loaded
+    assert config.from_values(yaml.safe_load(config.dump(loaded))) == loaded
 
 
 # Paths that meet --------------------------------------------------------------------------------
@@ -491,24 +494,24 @@ MEETINGS: dict[str, str] = {
     "data.valid_pairs=t.samples.inputs.json": "data.valid_pairs: t.samples.inputs.json is also a f",
     "data.source=.t.samples.jsonl.dpo-mlx.lock": "data.source: .t.samples.jsonl.dpo-mlx.lock is",
     "data.source=.made_by_dpo_mlx": "data.source: .made_by_dpo_mlx is also a file that stage 06",
-    "data.source=t.report.json": "data.source: t.report.json is also a file that stage 06 keeps",
-    "data.source=T.Report.JSON": "data.source: T.Report.JSON is also a file that stage 06 keeps",
+    "data.source=t.report.json": "data.source: t.report.json is also a file that stage 06 writes",
+    "data.source=T.Report.JSON": "data.source: T.Report.JSON is also a file that stage 06 writes",
     "data.valid_pairs=T.JSONL": "data.valid_pairs: T.JSONL is also data.train_pairs",
     "data.valid_pairs=./x/../t.jsonl": "data.valid_pairs: x/../t.jsonl is also data.train_pairs",
     "data.train_pairs=c.yaml": "--config: c.yaml is also data.train_pairs",
     "data.valid_pairs=c.yaml": "--config: c.yaml is also data.valid_pairs",
-    "data.train_pairs=m/t.jsonl": "model: m would have to hold data.train_pairs",
-    "run_dir=m/run": "model: m would have to hold what a run writes into run_dir",
-    "run_dir=m": "model: m would have to hold what a run writes into run_dir",
-    "model=run/fused": "model: run/fused is also what a run writes into run_dir",
-    "model=run/fused/x": "model: run/fused/x would lie inside what a run writes into run_dir",
-    "data.source=run/metrics.jsonl": "data.source: run/metrics.jsonl is also what a run writes in",
-    "data.source=run/checkpoints/s": "data.source: run/checkpoints/s would lie inside what a run w",
-    "data.train_pairs=run/report.json": "data.train_pairs: run/report.json is also what a run wri",
-    "data.train_pairs=run_sweep/t": "data.train_pairs: run_sweep/t would lie inside the folder of",
-    "data.valid_pairs=new data.source=new/s": "data.valid_pairs: new would have to hold data.sour",
-    "data.valid_pairs=run": "data.valid_pairs: run would have to hold what a run writes in",
-    "demo_model=true model=n data.source=n/s": "model: n would have to hold data.source",
+    "data.train_pairs=m/t.jsonl": "model: m contains data.train_pairs",
+    "run_dir=m/run": "model: m contains an output in run_dir",
+    "run_dir=m": "model: m contains an output in run_dir",
+    "model=run/fused": "model: run/fused is also an output in run_dir",
+    "model=run/fused/x": "model: run/fused/x is inside an output in run_dir",
+    "data.source=run/metrics.jsonl": "data.source: run/metrics.jsonl is also an output in run_dir",
+    "data.source=run/checkpoints/s": "data.source: run/checkpoints/s is inside an output",
+    "data.train_pairs=run/report.json": "data.train_pairs: run/report.json is also an output in",
+    "data.train_pairs=run_sweep/t": "data.train_pairs: run_sweep/t is inside the folder of",
+    "data.valid_pairs=new data.source=new/s": "data.valid_pairs: new contains data.source",
+    "data.valid_pairs=run": "data.valid_pairs: run contains an output in run_dir",
+    "demo_model=true model=n data.source=n/s": "model: n contains data.source",
     "data.valid_pairs=hard.jsonl data.source=s.jsonl": "data.valid_pairs: hard.jsonl is also data",
     "data.train_pairs=caf\u00e9 data.valid_pairs=cafe\u0301": "is also data.train_pairs",
     "data.valid_pairs=link/t.jsonl": "data.valid_pairs: link/t.jsonl is also data.train_pairs",
@@ -524,16 +527,16 @@ MEETINGS: dict[str, str] = {
     "run_dir=piped": "run_dir: piped/metrics.jsonl is a pipe, not a file",
     # run_dir
     "run_dir=/": "run_dir: / is the root of the disk",
-    "run_dir=~": "is your home folder, or holds it",
-    "run_dir=~/..": "is your home folder, or holds it",
-    f"run_dir={REPOSITORY}": "is among the files of this repository",
-    f"run_dir={REPOSITORY}/data": "is among the files of this repository",
-    f"run_dir={REPOSITORY}/config": "is among the files of this repository",
-    f"run_dir={REPOSITORY}/scripts/dpo_mlx": "is among the files of this repository",
+    "run_dir=~": "is your home folder or contains it",
+    "run_dir=~/..": "is your home folder or contains it",
+    f"run_dir={REPOSITORY}": "has files of this repository in it",
+    f"run_dir={REPOSITORY}/data": "has files of this repository in it",
+    f"run_dir={REPOSITORY}/config": "has files of this repository in it",
+    f"run_dir={REPOSITORY}/scripts/dpo_mlx": "has files of this repository in it",
     "run_dir=s.jsonl": "run_dir: s.jsonl is not a folder",
     "run_dir=loop": "run_dir: loop is not a folder",
-    "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes",
-    "model=n run_dir=m data.source=m/below/s.jsonl": "run_dir: m holds the folder of data.source",
+    "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes to",
+    "model=n run_dir=m data.source=m/below/s.jsonl": "run_dir: m contains the folder of data.so",
 }
 
 
@@ -585,12 +588,12 @@ def test_the_config_of_a_run_is_no_config_to_start_from(here):
     Path("run").mkdir()
     Path("run/config.yaml").write_text(yaml.safe_dump(MINIMAL))
     line = line_of(lambda: config.load(Path("run/config.yaml")))
-    assert "--config: run/config.yaml is also what a run writes into run_dir" in line
+    assert "--config: run/config.yaml is also an output in run_dir" in line
 
 
 def test_the_table_has_every_file_beside_the_pairs():
     """A file that stage 06 begins to write beside the train pairs must be in the table, too."""
-    loaded = config.of_values(MINIMAL)
+    loaded = config.from_values(MINIMAL)
     files = loaded.pairs
     known = {place.path for place in path_conflicts.places(loaded.paths(Path("c.yaml")))}
     named = {getattr(files, name) for name, kind in vars(PairFiles).items() if _is_path(kind)}
@@ -638,7 +641,7 @@ BAD_PAIRS: dict[str, tuple[list[Pair], list[Pair], str]] = {
 
 
 def checked(train: list[Pair], valid: list[Pair]) -> list[str]:
-    return check_pairs.check(train, valid, config.of_values(MINIMAL))
+    return check_pairs.check(train, valid, config.from_values(MINIMAL))
 
 
 @pytest.mark.parametrize("name", BAD_PAIRS)
@@ -653,9 +656,10 @@ def test_a_few_odd_pairs_are_a_note():
     train, valid = some(9), some(9, 8)
     train[3] = Pair("Why x?", "same", "same", line=4)
     assert checked(train, valid) == [
-        "t.jsonl: chosen and rejected are the same text in 1 of 9 pairs (lines 4), which teach "
-        "nothing; remove them",
-        "v.jsonl: 1 of its 9 questions (lines 1) are also in t.jsonl: they are not held out",
+        "t.jsonl: chosen and rejected are the same text in 1 of 9 pairs (lines 4); the model "
+        "learns nothing from these, remove them",
+        "v.jsonl: 1 of its 9 questions (lines 1) are also in t.jsonl, so they are not held out; "
+        "remove them",
     ]
     assert checked(some(9), some(3, 9)) == []
     assert checked(some(1), some(1, 1)) == []
@@ -676,4 +680,4 @@ def test_a_nul_is_refused_where_a_user_wrote_it(here):
     """In what the base model said it is what it said."""
     rows = [{"prompt": "p", "chosen": "c", "rejected": "r\0"}, {"prompt": "p\0", "chosen": "c"}]
     jsonl.write(Path("x"), [rows[0], {**rows[0], **rows[1]}])
-    assert 'x:2: the field "prompt" holds a NUL' in line_of(lambda: pairs.read(Path("x")))
+    assert 'x:2: the field "prompt" contains a NUL' in line_of(lambda: pairs.read(Path("x")))

@@ -408,7 +408,7 @@ def test_a_hard_link_to_a_file_of_ours_keeps_its_content(tmp_path):
     assert backup.read_bytes() == b"first\nsecond\n"
     backup.unlink()
     backup.hardlink_to(path)
-    ownership.cut(path, 6)
+    ownership.truncate(path, 6)
     assert backup.read_bytes() == b"first\nsecond\nthird\n" and path.read_bytes() == b"first\n"
 
 
@@ -421,8 +421,8 @@ def test_a_manifest_without_a_mark_knows_nothing(tmp_path):
 
 def test_a_folder_that_another_process_has_locked(tmp_path, monkeypatch):
     """Nobody waits for ever: one line names the folder, and nothing is written."""
-    monkeypatch.setattr(ownership, "PATIENCE", 0.05)
-    with ownership._alone_in(tmp_path), pytest.raises(UserError, match="has locked this folder"):
+    monkeypatch.setattr(ownership, "LOCK_SECONDS", 0.05)
+    with ownership._lock_folder(tmp_path), pytest.raises(UserError, match="has locked this folder"):
         ownership.write(tmp_path / "a", b"x")
     assert list(tmp_path.iterdir()) == []
 

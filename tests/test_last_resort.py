@@ -23,7 +23,7 @@ from dpo_mlx.process import last_resort, terminal
 from runs import exit_code
 
 SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
-FAULT = "this is a fault of the pipeline"
+FAULT = "this is a bug in the pipeline, please report it"
 
 
 class Panic(BaseException):
@@ -97,18 +97,18 @@ FAULTS: dict[str, tuple[Callable[[], Any], int, list[str]]] = {
     "generator": (raises(GeneratorExit()), 1, ["GeneratorExit", FAULT]),
     "runtime": (raises(RuntimeError("[matmul] shapes")), 1, ["[matmul] shapes", FAULT]),
     "library": (raises(OSError("Can't load\ntokenizer")), 1, ["Can't load tokenizer", FAULT]),
-    "memory": (raises(MemoryError()), 1, ["memory ran out", "lower data.max_length"]),
+    "memory": (raises(MemoryError()), 1, ["out of memory", "lower data.max_length"]),
     "MLX memory": (
         raises(RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes.")),
         1,
-        ["memory ran out", "lower data.max_length"],
+        ["out of memory", "lower data.max_length"],
     ),
     "Metal's buffer": (
         raises(RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater")),
         1,
-        ["memory ran out", "lower data.max_length"],
+        ["out of memory", "lower data.max_length"],
     ),
-    "recursion": (recurse, 1, ["nested too deeply", "make it flatter"]),
+    "recursion": (recurse, 1, ["nested too deeply", "reduce the nesting"]),
     "package": (
         raises(ModuleNotFoundError("No module named 'mlx_lm'", name="mlx_lm")),
         1,
@@ -138,8 +138,8 @@ def test_a_fault_is_one_line_and_an_exit_code(name, config, monkeypatch, capfd):
     out, err = capfd.readouterr()
     lines = err.splitlines()
     assert code == expected and out == ""
-    assert len(lines) <= last_resort.MOST_LINES + 1 and "Traceback" not in err
-    assert max(map(len, lines)) <= last_resort.MOST_CHARACTERS
+    assert len(lines) <= last_resort.MAX_LINES + 1 and "Traceback" not in err
+    assert max(map(len, lines)) <= last_resort.MAX_CHARACTERS
     assert not CONTROL.search(err)
     assert all(word in lines[-1] for word in words), lines[-1]
     assert len(lines) == 1 or name == "many lines"
@@ -247,7 +247,7 @@ def _exit_code_of(script: Path, config: Path, more: list[str]) -> Any:
 def test_libraries_that_someone_else_may_plant_are_refused(tmp_path, config, monkeypatch, capsys):
     """MLX would load them. A folder that others may write to is named, and keeps its rights."""
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    folder, line = tmp_path / "mlx", f"error: {tmp_path}/mlx: other users could put libraries there"
+    folder, line = tmp_path / "mlx", f"error: {tmp_path}/mlx: other users can write to this folder"
     assert end(config, lambda: 0, monkeypatch) == 0
     assert folder.stat().st_mode & 0o777 == 0o700
     for mode in (0o720, 0o702):
@@ -273,7 +273,7 @@ def test_a_long_argument_is_not_repeated_whole(config, capsys, monkeypatch):
             cli.main(lambda *_: 0, cli.parser("stage"))
         err = capsys.readouterr().err
         assert stopped.value.code in (1, 2)
-        assert max(map(len, err.splitlines())) <= last_resort.MOST_CHARACTERS and "\x1b" not in err
+        assert max(map(len, err.splitlines())) <= last_resort.MAX_CHARACTERS and "\x1b" not in err
 
 
 # The terminal -----------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_a_bar_of_tqdm_s_is_drawn_as_before(monkeypatch):
 
 PROGRAM = """
 import sys
-from dpo_mlx.process.last_resort import guarded
+from dpo_mlx.process.last_resort import run_and_exit
 
 def run():
     print("caf\\u00e9 \\u2019 \\udcff")
@@ -337,7 +337,7 @@ def run():
         print("x" * 100)
         print("y" * 100, file=sys.stderr)
 
-guarded(run)
+run_and_exit(run)
 """
 LOST = "error: standard output cannot be written"
 

@@ -77,7 +77,7 @@ def test_another_tool_s_lock_stays(make, tmp_path):
     path = tmp_path / LOCK
     make(path)
     before = {entry: entry.lstat() for entry in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f"{path}: is not a lock of this pipeline"):
+    with pytest.raises(UserError, match=f"{path}: is not a lock file of this pipeline"):
         lock.hold_run(RunFolder(tmp_path)).__enter__()
     assert {entry: entry.lstat().st_size for entry in tmp_path.iterdir()} == {
         entry: stat.st_size for entry, stat in before.items()
@@ -97,14 +97,14 @@ def test_a_run_s_own_folder_is_taken_again(tmp_path):
 def test_a_signal_waits_for_a_safe_point(number, code, capfd):
     """Nothing happens but a line, until `check`; SIGTERM after it changes nothing."""
     signals.check()
-    with signals.caught():
+    with signals.deferred():
         signals.check()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(signals.Interrupted) as stop:
             signals.check()
     assert stop.value.exit_code == code
-    assert capfd.readouterr().err.count("stopping as soon as") == 1
+    assert capfd.readouterr().err.count("stopping after the current step") == 1
     signals.check()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -113,7 +113,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
     """Without an exception, so that nothing that catches one can hold it up."""
     child = os.fork()
     if child == 0:
-        with signals.caught():
+        with signals.deferred():
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)

@@ -331,7 +331,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_named(folder):
     content["model"]["vocab"]["zzz"] = 5000
     (folder / "tokenizer.json").write_text(json.dumps(content))
     line = one_line(lambda: load_model(str(folder)))
-    assert "token 'zzz' of its tokenizer has the id 5000" in line and "has 260 rows" in line
+    assert "its tokenizer gives the token 'zzz' the id 5000" in line and "has 260 rows" in line
 
 
 def test_an_added_token_without_a_row_counts_only_in_text(folder):
@@ -341,7 +341,7 @@ def test_an_added_token_without_a_row_counts_only_in_text(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     loaded = Encoder(load_model(str(folder)).tokenizer)
     assert loaded.prompt("Why?")
-    assert "token '<image>' of its tokenizer has the id 260" in one_line(
+    assert "its tokenizer gives the token '<image>' the id 260" in one_line(
         lambda: loaded.prompt("An <image>?")
     )
 

@@ -137,7 +137,7 @@ def test_template_without_system_message_is_named(tmp_path):
     folder = tiny.folder(tmp_path / "m")
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     edit(folder / "tokenizer_config.json", chat_template=refusing + tiny.GRANITE_TEMPLATE)
-    assert encoder_of(folder).rendered("Why?") == RENDERED["granite"][0]
+    assert encoder_of(folder).render("Why?") == RENDERED["granite"][0]
     with pytest.raises(UserError, match="^system_prompt: .*no system"):
         encoder_of(folder, system_prompt="Be brief.")
 
@@ -187,7 +187,7 @@ def test_a_matched_pair_tells_nothing_by_length(rejected, finish, kept, kind, en
     whose rejected answer ends by itself no later.
     """
     pair = encoders[kind].pair(Pair("Why?", "ab", rejected, finish, 7))
-    matched = pair.matched()
+    matched = pair.match_lengths()
     assert matched.line == 7
     if kept is None:
         assert matched == pair
@@ -247,10 +247,10 @@ def test_file_is_read_and_more_keys_are_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": ""}, 'the field "prompt" must be text that is not empty'),
-        ({"chosen": " \n"}, 'the field "chosen" must be text that is not empty'),
-        ({"rejected": None}, 'the field "rejected" must be text that is not empty'),
-        ({"rejected": ["r"]}, 'the field "rejected" must be text that is not empty'),
+        ({"prompt": ""}, 'the field "prompt" must be text that is not empty; fill it in'),
+        ({"chosen": " \n"}, 'the field "chosen" must be text that is not empty; fill it in'),
+        ({"rejected": None}, 'the field "rejected" must be text that is not empty; fill it in'),
+        ({"rejected": ["r"]}, 'the field "rejected" must be text that is not empty; fill it in'),
         ({"rejected_finish": "eos"}, '"rejected_finish" must be "stop" or "length"'),
         ({"rejected_finish": None}, '"rejected_finish" must be "stop" or "length"'),
         ({"rejected_finish": ["stop"]}, '"rejected_finish" must be "stop" or "length"'),

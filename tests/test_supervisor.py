@@ -88,7 +88,7 @@ for word in (here / "todo.txt").read_text().splitlines()[start].split():
         time.sleep(60)
     elif word == "checks":
         from dpo_mlx.process import signals
-        with signals.caught():
+        with signals.deferred():
             append_line("waiting.txt", str(os.getpid()))
             try:
                 while True:
@@ -336,7 +336,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """The supervisor's clock, for tests that run the supervisor in their own process."""
     clock = Clock()
     monkeypatch.setattr(supervisor, "time", clock)
-    handlers = {n: signal.getsignal(n) for n in (*signals.CAUGHT, signal.SIGUSR1)}
+    handlers = {n: signal.getsignal(n) for n in (*signals.DEFERRED, signal.SIGUSR1)}
     yield clock
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -60,7 +60,7 @@ def test_the_prompt_has_a_system_message_in_any_case(system_prompt, seen, granit
     """Granite writes its default when none is given; either is part of the prompt, id by id."""
     encoder = encoder_of(granite_4, system_prompt=system_prompt)
     prompt = turn("system", seen) + ASKED
-    assert encoder.rendered("Why?") == prompt
+    assert encoder.render("Why?") == prompt
     sequence = encoder.sequence("Why?", "So.")
     assert list(sequence.ids) == by_hand("granite", f"{prompt}So.<|end_of_text|>")
     assert sequence.answer_length == len("So.") + 1
@@ -178,7 +178,7 @@ def test_arguments_reach_prompt_and_end_of_turn(thinking, tmp_path):
     """The prompt and the text after an answer are both rendered with them."""
     encoder = encoder_of(thinking, template_args=OFF)
     rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n"
-    assert encoder.rendered("Why?") == rendered
+    assert encoder.render("Why?") == rendered
     assert list(encoder.sequence("Why?", "So.").ids) == by_hand(
         "thinking", rendered + "So.<|im_end|>"
     )
@@ -194,7 +194,7 @@ def test_arguments_without_effect_are_named(granite_4, thinking):
     """One note lists the arguments that the template does not read, and only those."""
     unread = {"enable_thinking": False, "tone": "dry"}
     assert list(encoder_of(granite_4, template_args=unread).template.notes()) == [
-        "chat_template_args: these do not change this model's prompts: enable_thinking, tone"
+        "chat_template_args: enable_thinking, tone: no effect on this model's prompts; remove them"
     ]
     assert list(encoder_of(granite_4).template.notes()) == []
     assert list(encoder_of(thinking, template_args=OFF).template.notes()) == []
@@ -237,7 +237,9 @@ def test_an_open_thinking_block_is_refused_with_the_switch(thinking, settings, w
 def test_the_switch_is_offered_only_where_it_works(tmp_path):
     """If a template always opens the block, the error does not suggest the switch."""
     always = tiny.CHATML_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")
-    with pytest.raises(UserError, match=OPEN + "enable_thinking: false does not change that, so"):
+    with pytest.raises(
+        UserError, match=OPEN + r"use another model \(enable_thinking: false does not"
+    ):
         with_template(tmp_path, always, "thinking")
 
 
@@ -247,7 +249,7 @@ def test_words_about_thinking_are_no_open_block(tmp_path):
     folder = tiny.folder(tmp_path / "m", "thinking", template=told)
     encoder = encoder_of(folder, system_prompt="<think> first.")
     assert list(encoder.template.notes()) == []
-    assert encoder.rendered("<think>").endswith("<|im_start|>assistant\n")
+    assert encoder.render("<think>").endswith("<|im_start|>assistant\n")
 
 
 def test_a_model_that_may_think_gets_a_note(tmp_path):
@@ -334,7 +336,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_template_is_one_line_in_seconds(name, tmp_path, monkeypatch):
     """It names the template and the remedy, whatever the template does."""
-    monkeypatch.setattr(chat_template, "RENDERING", 0.5)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.5)
     template, says = BROKEN[name]
     folder = tiny.folder(tmp_path / "m")
     edit(folder / "tokenizer_config.json", chat_template=template)
@@ -357,7 +359,7 @@ def test_a_template_that_fails_on_one_question_is_one_line(tmp_path):
 
 def test_the_date_is_no_chance(tmp_path):
     """Llama 3's templates write it."""
-    assert "20" in with_template(tmp_path, "{{ strftime_now('%Y') }}" + GRANITE).rendered("Why?")
+    assert "20" in with_template(tmp_path, "{{ strftime_now('%Y') }}" + GRANITE).render("Why?")
 
 
 # The time limit -----------------------------------------------------------------------------------
@@ -372,10 +374,10 @@ def spin(seconds: float) -> None:
 def test_a_time_limit_leaves_no_trace():
     """The handler and the timer are as before, whether it ran out or not; waiting is free."""
     before = signal.getsignal(signal.SIGVTALRM)
-    with time_limit.computing(0.05):
+    with time_limit.cpu_limit(0.05):
         time.sleep(0.2)
     too_slow = pytest.raises(time_limit.TooSlow, match=r"over 0.05 seconds")
-    with too_slow, time_limit.computing(0.05):
+    with too_slow, time_limit.cpu_limit(0.05):
         spin(5)
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
@@ -387,7 +389,7 @@ def test_a_time_limit_is_harmless_in_another_thread():
     ran = []
 
     def work() -> None:
-        with time_limit.computing(0.01):
+        with time_limit.cpu_limit(0.01):
             spin(0.05)
             ran.append(True)
 

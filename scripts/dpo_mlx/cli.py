@@ -1,4 +1,4 @@
-"""What every numbered script shares: its arguments, its exit code, its one line on a fault."""
+"""What all numbered scripts share: arguments, exit codes and error lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .process import awake, last_resort, signals
 try:
     from . import config as configs
     from .config import Config
-except ImportError as error:  # no PyYAML: not the Python that the packages are installed in
+except ImportError as error:  # this Python has no PyYAML, so it is not the one in .venv
     sys.exit(f"error: {last_resort.explain(error)[1]}")
 from .files.errors import UserError, doing
 from .files.text import cut
@@ -28,14 +28,14 @@ Stage = Callable[[Config, argparse.Namespace], int | None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments without repeating all of a long one."""
+    """An ArgumentParser whose error message stays short when an argument is long."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(cut(message, last_resort.MOST_OF_TEXT))
+        super().error(cut(message, last_resort.MAX_TEXT))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that all stages take."""
+    """Return a parser with the arguments that all stages take."""
     arguments = Parser(description=description)
     arguments.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     arguments.add_argument(
@@ -44,49 +44,49 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="wins over the file; may be repeated",
+        help="override a key of the file; can be repeated",
     )
     return arguments
 
 
 def main(stage: Stage, arguments: argparse.ArgumentParser) -> NoReturn:
-    """Run a stage in its run's folder and exit: 0, its own code, or the code of what went wrong
-    (see last_resort.code_of).
+    """Run a stage in its run folder, then exit with the stage's code or the code of the error (see
+    last_resort.exit_code_of).
 
-    Under `mlx.launch` that is what rank 0 does, with the other ranks' help. As the launcher keeps
-    exit codes to itself, and adds a line to those that are not 0, the process number and the code
-    go to the file that RANK_0 names, if it does.
+    Under `mlx.launch`, rank 0 runs the stage and the other ranks compute for it. The launcher does
+    not report exit codes and prints a line for each one that is not 0. Rank 0 therefore exits with
+    0 and writes its process number and its code to the file named by RANK_0.
     """
-    last_resort.guarded(lambda: _main(stage, arguments.parse_args()))
+    last_resort.run_and_exit(lambda: _main(stage, arguments.parse_args()))
 
 
 def _main(stage: Stage, options: argparse.Namespace) -> int:
-    # Loading what computes takes seconds, in which ^C may come, and the packages may be missing.
+    # Imported here, where errors are caught: a package may be missing, and ^C may interrupt it.
     from .parallel.channel import dismiss, open_channel
 
-    require_own_libraries()
+    require_private_libraries()
     awake.keep()
     if open_channel().size > 1:
-        # The launcher's threads never rest while a process could still read what is typed.
+        # The launcher's threads stay busy as long as a process reads standard input.
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if open_channel().rank:
-        return last_resort.code_of(_help)
-    _tell_runner(os.getpid())
-    code = last_resort.code_of(lambda: _run(stage, options))
+        return last_resort.exit_code_of(_serve)
+    _tell_supervisor(os.getpid())
+    code = last_resort.exit_code_of(lambda: _run(stage, options))
     dismiss()
-    _tell_runner(code)
+    _tell_supervisor(code)
     return 0 if os.environ.get(RANK_0) else code
 
 
-def _help() -> None:
+def _serve() -> None:
     from .parallel.distributed import serve
 
     serve()
 
 
-def _tell_runner(number: int) -> None:
+def _tell_supervisor(number: int) -> None:
     if path := os.environ.get(RANK_0):
-        # A runner that was killed has taken its files along, and nobody reads this.
+        # The file is gone when the supervisor was killed. Then nobody needs the number.
         with suppress(FileNotFoundError), Path(path).open("a", encoding="utf-8") as file:
             print(number, file=file)
 
@@ -94,15 +94,16 @@ def _tell_runner(number: int) -> None:
 def _run(stage: Stage, options: argparse.Namespace) -> int | None:
     with doing("loading", options.config):
         config = configs.load(options.config, options.overrides)
-    with signals.caught(), lock.hold_run(config.run), last_resort.logged(config.run):
+    with signals.deferred(), lock.hold_run(config.run), last_resort.logged(config.run):
         return stage(config, options)
 
 
-def require_own_libraries() -> None:
-    """On a CPU, MLX compiles libraries into TMPDIR/mlx, and loads what it finds there.
+def require_private_libraries() -> None:
+    """Raises UserError on a CPU when another user could replace MLX's compiled libraries.
 
-    Raises UserError when someone else could put libraries there. The runner's TMPDIR is private. A
-    stage alone uses the shared one, as compiling anew takes some 2 seconds a stage.
+    MLX compiles libraries into TMPDIR/mlx and loads the libraries in that folder. The runner's
+    TMPDIR is private. A stage that starts alone uses the shared TMPDIR, because compiling again
+    takes about 2 seconds.
     """
     import mlx.core as mx
 
@@ -112,23 +113,23 @@ def require_own_libraries() -> None:
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
-    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_ours or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
-            f"{folder}: other users could put libraries there, which MLX would load; start with "
-            "TMPDIR set to a folder of your own"
+            f"{folder}: other users can write to this folder, and MLX loads libraries from it; "
+            "set TMPDIR to a folder of your own"
         )
 
 
 def warn_without_blas() -> None:
-    """On a Linux CPU, say what it costs to run without OpenBLAS."""
+    """Print a note when MLX runs on a Linux CPU without OpenBLAS."""
     import mlx.core as mx
 
     if not sys.platform.startswith("linux") or mx.default_device() != mx.cpu:
         return
     if "openblas" not in Path("/proc/self/maps").read_text():
         print(
-            "note: running without OpenBLAS, matrix products are some 60 times slower; install "
+            "note: OpenBLAS is not loaded, so matrix products are about 60 times slower; install "
             "libopenblas0-pthread and start with LD_PRELOAD=libopenblas.so.0",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""One YAML file a run: typed sections, `--set` overrides, every fault reported at once."""
+"""The config of a run: one YAML file, `--set` overrides. Every fault is reported at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .files.path_conflicts import RunPaths
 from .files.run_folder import PairFiles, RunFolder
 from .files.text import shown
 
-# losses.py and rounding.py implement these names. They are listed here so that reading a config
+# losses.py and rounding.py implement these names. They are listed here so that loading a config
 # does not import MLX.
 LOSSES = (
     "sigmoid",
@@ -41,14 +41,15 @@ DTYPES = ("bfloat16", "float16", "float32")
 SCHEDULES = ("cosine", "constant")
 REPORTERS = ("wandb", "swanlab")
 
-FULL = (
-    "only adapters are trained: the weights of chosen layers with Adam's two moments would take "
-    "gigabytes, and the reference a second model; choose layers with lora.num_layers and lora.keys"
+NO_FULL_FINE_TUNING = (
+    "only adapters are trained: full fine-tuning would need gigabytes for the weights and Adam's "
+    "moments, and a second model as the reference; remove the key, and choose what the adapters "
+    "change with lora.num_layers and lora.keys"
 )
-# Types that an argument of a chat template may have.
+# The types of a chat template's arguments.
 Scalar = str | int | float | bool
-# Arguments that tokenizer.apply_chat_template takes itself and does not hand to the template.
-TEMPLATE_CALL = (
+# tokenizer.apply_chat_template takes these arguments itself and does not pass them to the template.
+RESERVED_ARGUMENTS = (
     "add_generation_prompt",
     "chat_template",
     "continue_final_message",
@@ -66,32 +67,32 @@ TEMPLATE_CALL = (
     "tools",
     "truncation",
 )
-# Characters of a name or a path, and of a system message or an argument of the chat template; the
-# name of a key, and the faults that are listed.
-LONGEST_NAME, LONGEST_TEXT, LONGEST_KEY, MOST_FAULTS = 1000, 100_000, 100, 20
-# Bytes of a file's name: disks take 255, of which derived and temporary names need some.
+# Limits in characters. A name is also a path; a text is a system message or a template's argument.
+LONGEST_NAME, LONGEST_TEXT, LONGEST_KEY = 1000, 100_000, 100
+# Bytes. Disks allow 255, and our temporary names are longer than the file's own.
 LONGEST_FILE_NAME = 200
-# Of a chat template's argument.
-LARGEST_ARGUMENT = 2**53
-# Log-probs that are divided by less overflow.
-LEAST_TEMPERATURE = 0.01
+MAX_FAULTS = 20  # faults that one error lists
+LARGEST_ARGUMENT = 2**53  # of a chat template
+MIN_TEMPERATURE = 0.01  # log-probs divided by less overflow
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
-# Keys of other trainers that would be silently ignored here, and what to use instead.
-REJECTED = {
+# Keys of other trainers, and what to use here instead.
+REJECTED_KEYS = {
     "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
     "lora.lora_alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
-    "lora.use_dora": "DoRA also rescales the frozen weights: the model without its adapters would "
+    "lora.use_dora": "DoRA also rescales the frozen weights, so the model without adapters would "
     "not be the reference; remove the key, and raise lora.rank if LoRA learns too little",
-    **dict.fromkeys(("fine_tune_type", "lora.fine_tune_type", "train.fine_tune_type"), FULL),
+    **dict.fromkeys(
+        ("fine_tune_type", "lora.fine_tune_type", "train.fine_tune_type"), NO_FULL_FINE_TUNING
+    ),
 }
 
 
 def _number(default: Any = ..., *, low: float | None = None, high: float | None = None) -> Any:
-    """A number within [low, high]. The bounds are generous: they keep a slip of the finger from
-    ending in an overflow or a run of years.
+    """A number within [low, high]. The bounds are wide: they catch typing errors that would end in
+    an overflow or a run of years.
     """
     return _field(default, low=low, high=high)
 
@@ -105,12 +106,12 @@ def _field(default: Any = ..., **metadata: Any) -> Any:
 
 
 def _path() -> Any:
-    """A path, in which a leading `~` is the home folder."""
+    """A path; a leading `~` is the home folder."""
     return _field(is_path=True)
 
 
 def _prompt() -> Any:
-    """A text of several lines."""
+    """A text that may have several lines."""
     return _field("", longest=LONGEST_TEXT, blanks="\n\t")
 
 
@@ -208,7 +209,7 @@ class SmokeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run; the shipped YAML files say what each key means."""
+    """All settings of a run. The comments in config/*.yaml explain each key."""
 
     model: str = _path()
     run_dir: str = _path()
@@ -237,15 +238,17 @@ class Config:
 
     @property
     def flat(self) -> dict[str, Any]:
-        """Every value by its dotted key, as `--set` writes it."""
+        """Every value by its dotted key, as in `--set`."""
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
-            below = value.items() if isinstance(value, dict) else None
-            flat |= {name: value} if below is None else {f"{name}.{k}": v for k, v in below}
+            if isinstance(value, dict):
+                flat |= {f"{name}.{key}": item for key, item in value.items()}
+            else:
+                flat[name] = value
         return flat
 
     def paths(self, file: Path) -> RunPaths:
-        """Every path of this config, whose own file is `file`."""
+        """Every path in this config, which was read from `file`."""
         data = self.data
         return RunPaths(
             file,
@@ -259,47 +262,47 @@ class Config:
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a config file; each override `section.key=value` wins over the file. A `~` that a path
-    begins with is the home folder.
+    """Read a config file. An override `section.key=value` replaces the file's value. A leading `~`
+    in a path is the home folder.
 
-    Raises UserError that lists every fault: unknown keys with the nearest known name, missing
-    keys, wrong types, values out of range, files that two keys would share.
+    Raises UserError that lists every fault: unknown keys (with the closest real key), missing
+    keys, wrong types, values out of range, keys that name the same file.
     """
     path = Path(os.path.expanduser(path))
     faults: list[str] = []
     values = _read_yaml(path)
     for override in overrides or []:
         _override(values, override, faults)
-    config = _of_values(values, faults)
+    config = _parse(values, faults)
     if config is not None:
         faults += path_conflicts.conflicts(config.paths(path))
-    return _without_faults(config, faults, shown(path))
+    return _require_faultless(config, faults, shown(path))
 
 
-def of_values(values: dict[str, Any]) -> Config:
-    """The config that `asdict` made these values of."""
+def from_values(values: dict[str, Any]) -> Config:
+    """Rebuild a config from the nested dict that `asdict` returned. Raises UserError for faults."""
     faults: list[str] = []
-    return _without_faults(_of_values(values, faults), faults, "config")
+    return _require_faultless(_parse(values, faults), faults, "config")
 
 
-def _of_values(values: dict[str, Any], faults: list[str]) -> Config | None:
-    """The config, or None and faults; faults that are no type's come with the config."""
+def _parse(values: dict[str, Any], faults: list[str]) -> Config | None:
+    """Build a config and append to `faults`. Returns None when a key or a value is wrong."""
     config = _build(Config, values, "", faults)
     if config is not None:
         faults += _contradictions(config)
     return config
 
 
-def _without_faults(config: Config | None, faults: list[str], name: str) -> Config:
+def _require_faultless(config: Config | None, faults: list[str], name: str) -> Config:
     if faults or config is None:
-        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
-        lines = [f"{name}: {fault}" for fault in faults[:MOST_FAULTS] + more]
+        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        lines = [f"{name}: {fault}" for fault in faults[:MAX_FAULTS] + more]
         raise UserError("\n".join(lines))
     return config
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML, every key present."""
+    """Return the config as YAML, with every key."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -309,7 +312,7 @@ def digest(config: Config) -> str:
 
 
 def keys(section: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key there is, in the order of the dataclasses."""
+    """Yield every dotted key, in the order of the dataclasses."""
     hints = typing.get_type_hints(section)
     for f in fields(section):
         if is_dataclass(hints[f.name]):
@@ -319,7 +322,7 @@ def keys(section: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    content = bounded.read(path, bounded.CONFIG, "name an existing YAML file with --config")
+    content = bounded.read(path, bounded.CONFIG, "give --config the path of a YAML file")
     try:
         values = strict_yaml.load(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -332,7 +335,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
-    """Write one `section.key=value` into the nested `values`."""
+    """Put one `section.key=value` into the nested `values`."""
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not dotted:
@@ -341,7 +344,7 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
     *sections, name = dotted.split(".")
     node = values
     for section in sections:
-        if node.get(section) is None:  # absent, or a section without a key
+        if node.get(section) is None:  # missing, or a section without keys
             node[section] = {}
         child = node[section]
         if not isinstance(child, dict):
@@ -349,15 +352,15 @@ def _override(values: dict[str, Any], override: str, faults: list[str]) -> None:
             return
         node = child
     try:
-        # A text key takes the words as they stand: `--set model=123` names a folder.
-        node[name] = text if _annotation(dotted) is str else strict_yaml.load(text)
+        # A text key takes its value literally: `--set model=123` names a folder.
+        node[name] = text if _type_of_key(dotted) is str else strict_yaml.load(text)
     except ValueError as error:
         reason = str(error).removeprefix("line 1: ")
         faults.append(f"--set {shown(override)}: the value cannot be read as YAML: {reason}")
 
 
-def _annotation(dotted: str) -> Any:
-    """The type of a dotted key, None when there is no such key."""
+def _type_of_key(dotted: str) -> Any:
+    """The annotated type of a dotted key, None for an unknown key."""
     kind: Any = Config
     for name in dotted.split("."):
         if not is_dataclass(kind):
@@ -367,33 +370,33 @@ def _annotation(dotted: str) -> Any:
 
 
 def _build(section: Any, values: Any, prefix: str, faults: list[str]) -> Any:
-    """The dataclass `section` from a mapping; None, and faults, when it cannot be made."""
+    """Build the dataclass `section`. Returns None after appending to `faults`."""
     if not isinstance(values, Mapping):
         faults.append(f"{prefix.rstrip('.')}: expected a section of keys, found {_kind(values)}")
         return None
     hints = typing.get_type_hints(section)
-    known = {f.name: f for f in fields(section)}
-    before = len(faults)
+    fields_by_name = {f.name: f for f in fields(section)}
+    earlier_faults = len(faults)
     for name in values:
-        if name not in known:
-            faults.append(_unknown(f"{prefix}{name}"))
+        if name not in fields_by_name:
+            faults.append(_unknown_key(f"{prefix}{name}"))
     arguments = {}
-    for name, f in known.items():
+    for name, f in fields_by_name.items():
         dotted = f"{prefix}{name}"
         if is_dataclass(hints[name]):
-            keys_below = {} if values.get(name) is None else values[name]
-            arguments[name] = _build(hints[name], keys_below, f"{dotted}.", faults)
+            section_values = {} if values.get(name) is None else values[name]
+            arguments[name] = _build(hints[name], section_values, f"{dotted}.", faults)
         elif _is_required(f) and values.get(name) in (None, ""):
-            faults.append(f"{dotted}: missing; this key is required")
+            faults.append(f"{dotted}: is missing; this key is required")
         elif typing.get_origin(hints[name]) is dict:
-            arguments[name] = _arguments(values.get(name), dotted, faults)
+            arguments[name] = _template_arguments(values.get(name), dotted, faults)
         elif name in values:
             arguments[name] = _value(values[name], hints[name], f.metadata, dotted, faults)
-    return section(**arguments) if len(faults) == before else None
+    return section(**arguments) if len(faults) == earlier_faults else None
 
 
-def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]:
-    """A chat template's arguments by name; empty when the key has no value."""
+def _template_arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]:
+    """The chat template's arguments by name. Appends a fault for each wrong one."""
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -403,90 +406,104 @@ def _arguments(values: Any, dotted: str, faults: list[str]) -> dict[str, Scalar]
         )
         return {}
     for name, value in values.items():
-        if not (isinstance(name, str) and name.isidentifier()):
-            faults.append(f"{dotted}: {_short(name)} is not a valid argument name")
-        elif len(name) > LONGEST_KEY:
-            faults.append(f"{dotted}: {shown(name)} is too long for a name")
-        elif name in TEMPLATE_CALL:
-            faults.append(
-                f"{dotted}.{name}: belongs to the tokenizer, not to the chat template; remove it"
-            )
-        elif not isinstance(value, Scalar) or (
-            isinstance(value, float) and not math.isfinite(value)
-        ):
-            faults.append(
-                f"{dotted}.{name}: expected text, a number, true or false, found {_kind(value)}"
-            )
-        elif isinstance(value, str) and (fault := _text_fault(value, LONGEST_TEXT, "\n\t")):
+        if fault := _name_fault(name):
+            faults.append(f"{dotted}: {fault}")
+        elif fault := _argument_fault(name, value):
             faults.append(f"{dotted}.{name}: {fault}")
-        elif isinstance(value, int | float) and abs(value) > LARGEST_ARGUMENT:
-            faults.append(f"{dotted}.{name}: {value} is too large; the most is {LARGEST_ARGUMENT}")
     return values
+
+
+def _name_fault(name: Any) -> str | None:
+    """Why a template argument cannot have this name."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        return f"{_short(name)} is not a valid argument name; use letters, digits and _"
+    if len(name) > LONGEST_KEY:
+        return f"{shown(name)} is too long for a name; the limit is {LONGEST_KEY} characters"
+    return None
+
+
+def _argument_fault(name: str, value: Any) -> str | None:
+    """Why a template argument cannot have this value."""
+    if name in RESERVED_ARGUMENTS:
+        return "this argument belongs to the tokenizer, not to the chat template; remove it"
+    if not isinstance(value, Scalar) or (isinstance(value, float) and not math.isfinite(value)):
+        return f"expected text, a number, true or false, found {_kind(value)}"
+    if isinstance(value, str):
+        return _text_fault(value, LONGEST_TEXT, "\n\t")
+    if abs(value) > LARGEST_ARGUMENT:
+        return f"{value} is too large; the maximum is {LARGEST_ARGUMENT}"
+    return None
 
 
 def _is_required(f: Any) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def _unknown(dotted: str) -> str:
-    if dotted in REJECTED:
-        return f"{dotted}: {REJECTED[dotted]}"
+def _unknown_key(dotted: str) -> str:
+    if dotted in REJECTED_KEYS:
+        return f"{dotted}: {REJECTED_KEYS[dotted]}"
     if len(dotted) > LONGEST_KEY:
-        return f"{shown(dotted)}: unknown key"
-    near = difflib.get_close_matches(dotted, list(keys()), n=1, cutoff=0.5)
-    return f"{shown(dotted)}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        return f"{shown(dotted)}: unknown key; remove it"
+    similar = difflib.get_close_matches(dotted, list(keys()), n=1, cutoff=0.5)
+    remedy = f"did you mean {similar[0]}?" if similar else "remove it"
+    return f"{shown(dotted)}: unknown key; {remedy}"
 
 
 def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, faults: list[str]) -> Any:
-    """`value` as the annotated type and within the rules, or a fault."""
+    """Convert `value` to its type and check it against the rules. Appends to `faults`."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in allowed:
         return None
     try:
         value = _coerce(value, allowed[0])
     except (TypeError, ValueError, OverflowError):
-        faults.append(f"{dotted}: expected {_name(allowed[0])}, found {_kind(value)}")
+        faults.append(f"{dotted}: expected {_type_name(allowed[0])}, found {_kind(value)}")
         return None
-    texts = [text for text in (value if isinstance(value, list) else [value]) if type(text) is str]
-    for text in texts:
+    items = value if isinstance(value, list) else [value]
+    for text in filter(lambda item: isinstance(item, str), items):
         if fault := _text_fault(text, rules.get("longest", LONGEST_NAME), rules.get("blanks", "")):
             faults.append(f"{dotted}: {fault}")
             return None
     low, high, choices = rules.get("low"), rules.get("high"), rules.get("choices")
     if low is not None and not value >= low:
-        faults.append(f"{dotted}: {_short(value)} is too small; the least is {low}")
+        faults.append(f"{dotted}: {_short(value)} is too small; the minimum is {low}")
     if high is not None and not value <= high:
-        faults.append(f"{dotted}: {_short(value)} is too large; the most is {high}")
+        faults.append(f"{dotted}: {_short(value)} is too large; the maximum is {high}")
     if choices and value not in choices:
         faults.append(f"{dotted}: {_short(value)} is not one of {', '.join(map(str, choices))}")
-    return _expanded(value, dotted, faults) if rules.get("is_path") else value
+    return _expand_home(value, dotted, faults) if rules.get("is_path") else value
 
 
-def _expanded(path: str, dotted: str, faults: list[str]) -> str:
-    """The path with the home folder in the place of `~`."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
+def _expand_home(path: str, dotted: str, faults: list[str]) -> str:
+    """Replace a leading `~` by the home folder. Appends to `faults`."""
+    full_path = os.path.expanduser(path)
+    if full_path.startswith("~"):
         user = shown(path.partition("/")[0])
-        faults.append(f"{dotted}: no user's home is {user}; write ./{user} for a folder")
-    longest = max(len(name.encode()) for name in expanded.split("/"))
+        faults.append(
+            f"{dotted}: {user} is not a user's home folder; "
+            f"write ./{user} if a folder has that name"
+        )
+    longest = max(len(name.encode()) for name in full_path.split("/"))
     if longest > LONGEST_FILE_NAME:
-        faults.append(f"{dotted}: a name of {longest} bytes in it; the most is {LONGEST_FILE_NAME}")
-    return expanded
+        faults.append(
+            f"{dotted}: the path has a name of {longest} bytes; "
+            f"use names of at most {LONGEST_FILE_NAME}"
+        )
+    return full_path
 
 
 def _text_fault(text: str, longest: int, blanks: str) -> str | None:
-    """Why a text cannot be used: too long, or a character that no name, path or prompt has.
-    `blanks` are the control characters that are fine.
-    """
+    """Why a text cannot be used: it is too long, or has a control character not in `blanks`."""
     if len(text) > longest:
-        return f"has {len(text)} characters; the most is {longest}"
+        return f"has {len(text)} characters; shorten it to at most {longest}"
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs") and character not in blanks:
-            return f"holds the control character {character!r}; remove it"
+            return f"contains the control character {character!r}; remove it"
     return None
 
 
 def _coerce(value: Any, kind: Any) -> Any:
+    """Convert a YAML value to the type `kind`. Raises TypeError, ValueError or OverflowError."""
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         value = float(value)  # YAML 1.1 reads 1e-6 as a string
         if math.isfinite(value):
@@ -501,23 +518,23 @@ def _coerce(value: Any, kind: Any) -> Any:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """What is wrong with keys that are each right alone."""
+    """Yield faults of combinations of keys."""
     if config.lora.dropout > 0 and config.train.grad_checkpoint:
         yield (
-            "lora.dropout: must be 0 with train.grad_checkpoint, whose second forward pass would "
-            "draw another dropout mask than the first; set one of the two off"
+            "lora.dropout: must be 0 with train.grad_checkpoint, because the recomputed forward "
+            "pass would draw another dropout mask; turn one of the two off"
         )
-    if 0 < config.generation.temperature < LEAST_TEMPERATURE:
+    if 0 < config.generation.temperature < MIN_TEMPERATURE:
         yield (
-            f"generation.temperature: {config.generation.temperature} is too small; set 0, which "
-            f"takes the likeliest token, or at least {LEAST_TEMPERATURE}"
+            f"generation.temperature: {config.generation.temperature} is too small; set 0 for "
+            f"greedy decoding, or at least {MIN_TEMPERATURE}"
         )
     for name in filter(None, (part.strip() for part in config.report_to.split(","))):
         if name.lower() not in REPORTERS:
             yield f"report_to: {_short(name)} is not one of {', '.join(REPORTERS)}"
 
 
-def _name(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return names.get(kind, "a list of names")
 
@@ -527,5 +544,5 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as YAML's author knows it, cut."""
+    """The `repr` of a value, shortened."""
     return shown(_REPR.repr(value))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_mlx import cli
 from dpo_mlx.process import signals
-from dpo_mlx.process.last_resort import guarded
+from dpo_mlx.process.last_resort import run_and_exit
 
 # Says which machine was tested and when; train_dpo_run1.sh looks for this file.
 MARK = Path(__file__).resolve().parents[2] / "data" / ".selftest.json"
@@ -22,11 +22,11 @@ def main() -> int:
     cli.Parser(description=__doc__).parse_args()
     from dpo_mlx.stages import selftest
 
-    cli.require_own_libraries()
+    cli.require_private_libraries()
     cli.warn_without_blas()
-    with signals.caught():
+    with signals.deferred():
         return 0 if selftest.run(MARK) else 1
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_and_exit(main)

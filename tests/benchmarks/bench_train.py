@@ -146,7 +146,7 @@ def as_values(pair: Pair, encoder: Encoder) -> common.Values:
     encoded = encoder.pair(pair)
     prompt = encoded.chosen.prompt_length
     return {
-        "prompt": encoder.rendered(pair.prompt),
+        "prompt": encoder.render(pair.prompt),
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "prompt_ids": list(encoded.chosen.ids[:prompt]),

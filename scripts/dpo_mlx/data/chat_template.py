@@ -1,6 +1,6 @@
-"""How a model's chat template renders a question: its system message, its arguments, its thinking.
+"""A model's chat template, with the system message and the template arguments of a run.
 
-We render sample messages to see what a template does, and never read the template's text.
+We learn what a template does by rendering sample messages. We never parse its source.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from typing import Any
 from ..config import Scalar
 from ..files.errors import UserError
 from ..files.text import reason
-from ..process.time_limit import computing
+from ..process.time_limit import cpu_limit
 
-# Sample messages to render. No template contains these words.
+# Sample messages. No template contains these texts.
 QUESTION, ANSWER, SYSTEM = "The question?", "The answer.", "The system message."
-# A question that a template might cut short.
+# Long enough that a template with a length limit would cut it.
 LONG_QUESTION = f"{QUESTION} {'And why? ' * 500}That is all."
-# Seconds that one call may compute. A template takes a thousandth, and a tenth when it is compiled.
-RENDERING = 2.0
-# Characters that a template may add to the messages.
+# CPU seconds for one rendering. It takes about 0.001, and 0.1 when the template is compiled first.
+RENDER_SECONDS = 2.0
+# Characters that a template can add to the messages.
 MARKUP_LIMIT = 1_000_000
-# One question is rendered so many times to see whether chance is involved.
+# Number of times one question is rendered, to detect a random template.
 RENDERINGS = 16
-# Marks of a thinking block, for a tokenizer that names none.
-THINKING = ("<think>", "</think>")
-OTHER = "correct chat_template in the model's folder, or use another model"
+# The tags of a thinking block, when the tokenizer does not name its own.
+THINKING_TAGS = ("<think>", "</think>")
+REMEDY = "correct chat_template in the model's folder, or use another model"
 WITHOUT_THINKING: dict[str, Scalar] = {"enable_thinking": False}
 
 Message = dict[str, str]
 Arguments = Mapping[str, Scalar]
 
 
-class NotRendered(UserError):
-    """A template fails on some messages or arguments; `cause` is what it says."""
+class RenderError(UserError):
+    """The template fails on these messages or arguments. `cause` is the template's error."""
 
     def __init__(self, cause: str) -> None:
-        super().__init__(f"model: its chat template fails ({cause}); {OTHER}")
+        super().__init__(f"model: its chat template fails ({cause}); {REMEDY}")
         self.cause = cause
 
 
 class ChatTemplate:
-    """A model's chat template with the system message and the arguments of a run.
+    """A model's chat template with the system message and the template arguments of a run.
 
     Raises UserError when the tokenizer has no chat template, when the template rejects the system
-    message or the arguments, when prompts lack the question or differ by chance, and when it leaves
-    a thinking block open before the answer.
+    message or the arguments, when a prompt lacks the question or is random, and when a prompt ends
+    inside a thinking block.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str, arguments: Arguments) -> None:
@@ -54,58 +54,58 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._system = [_message("system", system_prompt)] if system_prompt else []
         self._arguments = dict(arguments)
-        self._require_rendering()
-        self._require_messages()
-        self._refuse_chance()
+        self._require_valid_arguments()
+        self._require_whole_messages()
+        self._require_same_prompt()
         self._refuse_open_thinking()
 
-    def rendered(self, question: str) -> str:
-        """The prompt, up to where the answer begins."""
+    def render(self, question: str) -> str:
+        """Render the prompt, up to where the answer begins."""
         return self._prompt(self._system, self._arguments, question)
 
     def after_answer(self) -> str:
-        """The text after an answer: the end of turn, and whatever the template adds."""
+        """The text after an answer: the end-of-turn token and what the template adds to it."""
         return self._render(_one_turn(), self._arguments).rpartition(ANSWER)[2]
 
     def system_message(self) -> str | None:
-        """The system message in every prompt: the run's, or the template's default. None if there
-        is none.
+        """The system message of every prompt: the run's, or the template's default. None without a
+        system message.
         """
         try:
-            marked = self._prompt([_message("system", SYSTEM)], self._arguments)
-        except NotRendered:
+            sample = self._prompt([_message("system", SYSTEM)], self._arguments)
+        except RenderError:
             return None
-        before, marker, after = marked.partition(SYSTEM)
-        prompt = self.rendered(QUESTION)
-        message = prompt[len(before) : len(prompt) - len(after)]
-        if not marker or before + message + after != prompt:
+        prefix, marker, suffix = sample.partition(SYSTEM)
+        prompt = self.render(QUESTION)
+        message = prompt[len(prefix) : len(prompt) - len(suffix)]
+        if not marker or prefix + message + suffix != prompt:
             return None
         return message or None
 
     def notes(self) -> Iterator[str]:
-        """Warnings about this template and its arguments, to print."""
+        """Yield warnings about this template and its arguments."""
         if without_effect := [name for name in self._arguments if self._has_no_effect(name)]:
             names = ", ".join(without_effect)
-            yield f"chat_template_args: these do not change this model's prompts: {names}"
+            yield f"chat_template_args: {names}: no effect on this model's prompts; remove them"
         if self._may_think():
             yield (
-                "this model may think before it answers, and its thoughts would end up in the "
-                "rejected answers; set chat_template_args: {enable_thinking: false}"
+                "this model may think before it answers, and the rejected answers would contain "
+                "its thoughts; set chat_template_args: {enable_thinking: false}"
             )
 
     def _render(self, messages: list[Message], arguments: Arguments, **call: Any) -> str:
-        """Raises NotRendered when the template fails, takes too long or writes too much."""
+        """Raises RenderError when the template fails, takes too long or adds too much text."""
         try:
-            with computing(RENDERING):
+            with cpu_limit(RENDER_SECONDS):
                 text = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, **arguments, **call
                 )
-                text.encode()  # half a surrogate pair is an error here, and not in the tokenizer
-        except Exception as error:  # a template can divide by zero, recurse and whatever else
-            raise NotRendered(reason(error)) from error
+                text.encode()  # fails on half a surrogate pair, which the tokenizer would accept
+        except Exception as error:  # a template is a program and can fail in any way
+            raise RenderError(reason(error)) from error
         added = len(text) - sum(len(message["content"]) for message in messages)
         if added > MARKUP_LIMIT:
-            raise NotRendered(f"it adds {added} characters to a message")
+            raise RenderError(f"it adds {added} characters to a message")
         return text
 
     def _prompt(self, system: list[Message], arguments: Arguments, question: str = QUESTION) -> str:
@@ -115,48 +115,49 @@ class ChatTemplate:
     def _renders(self, system: list[Message], arguments: Arguments) -> bool:
         try:
             self._prompt(system, arguments)
-        except NotRendered:
+        except RenderError:
             return False
         return True
 
-    def _require_rendering(self) -> None:
-        """Raises UserError, naming the key at fault, when the template cannot render a prompt."""
+    def _require_valid_arguments(self) -> None:
+        """Raises UserError that names the wrong key when the template cannot render a prompt."""
         try:
-            self.rendered(QUESTION)
-        except NotRendered as error:
-            raise UserError(self._fault(error.cause)) from error
+            self.render(QUESTION)
+        except RenderError as error:
+            raise UserError(self._explain(error.cause)) from error
 
-    def _require_messages(self) -> None:
-        """Raises UserError when the template leaves out a question or an answer, or a part."""
-        if LONG_QUESTION not in self.rendered(LONG_QUESTION):
-            raise UserError(f"model: its chat template drops or shortens the question; {OTHER}")
+    def _require_whole_messages(self) -> None:
+        """Raises UserError when the template drops the question, part of it, or the answer."""
+        if LONG_QUESTION not in self.render(LONG_QUESTION):
+            raise UserError(f"model: its chat template drops or shortens the question; {REMEDY}")
         if ANSWER not in self._render(_one_turn(), self._arguments):
-            raise UserError(f"model: its chat template drops the answer; {OTHER}")
+            raise UserError(f"model: its chat template drops the answer; {REMEDY}")
 
-    def _refuse_chance(self) -> None:
-        """Raises UserError when the same question becomes another prompt again and again. The date,
-        which some templates write, changes once at most.
+    def _require_same_prompt(self) -> None:
+        """Raises UserError when the template is random. One change is allowed, because a template
+        may write the date.
         """
-        prompts = [self.rendered(QUESTION) for _ in range(RENDERINGS)]
+        prompts = [self.render(QUESTION) for _ in range(RENDERINGS)]
         if sum(one != next_one for one, next_one in pairwise(prompts)) > 1:
             raise UserError(
                 "model: its chat template renders the same question differently each time, so a "
-                f"run could not be repeated; {OTHER}"
+                f"run could not be repeated; {REMEDY}"
             )
 
-    def _fault(self, cause: str) -> str:
+    def _explain(self, cause: str) -> str:
+        """The error line for a template that cannot render a prompt."""
         if self._system and self._renders([], self._arguments):
-            return f'system_prompt: the model\'s chat template refuses it ({cause}); set it to ""'
+            return f'system_prompt: the model\'s chat template rejects it ({cause}); set it to ""'
         if self._arguments and self._renders(self._system, {}):
             return (
                 f"chat_template_args: the model's chat template fails with them ({cause}); "
                 "correct or remove them"
             )
-        return str(NotRendered(cause))
+        return str(RenderError(cause))
 
     def _refuse_open_thinking(self) -> None:
-        """Raises UserError when a prompt ends inside a thinking block: the answers would be trained
-        as the model's thoughts.
+        """Raises UserError when a prompt ends inside a thinking block, because training would then
+        teach the answers as thoughts.
         """
         if not self._opens_thinking(self._arguments):
             return
@@ -164,20 +165,20 @@ class ChatTemplate:
         if self._renders(self._system, thinking_off) and not self._opens_thinking(thinking_off):
             remedy = "set chat_template_args: {enable_thinking: false}"
         else:
-            remedy = "enable_thinking: false does not change that, so use another model"
+            remedy = "use another model (enable_thinking: false does not change this)"
         raise UserError(
-            "model: its chat template opens a thinking block before the answer, so your answers "
-            f"would be trained as thoughts; {remedy}"
+            "model: its chat template opens a thinking block before the answer, so training would "
+            f"teach your answers as thoughts; {remedy}"
         )
 
     def _opens_thinking(self, arguments: Arguments) -> bool:
-        start, end = self._thinking_marks()
+        start, end = self._thinking_tags()
         tail = self._generation_prompt(arguments)
         return tail.rfind(start) > tail.rfind(end)
 
     def _may_think(self) -> bool:
-        """Whether the template closes the thinking block only when enable_thinking is false."""
-        _, end = self._thinking_marks()
+        """Whether a prompt has a closed thinking block only when enable_thinking is false."""
+        _, end = self._thinking_tags()
         thinking_off = {**self._arguments, **WITHOUT_THINKING}
         return (
             end not in self._generation_prompt(self._arguments)
@@ -186,19 +187,19 @@ class ChatTemplate:
         )
 
     def _generation_prompt(self, arguments: Arguments) -> str:
-        """The text between a question and its answer."""
+        """The prompt's text after the question."""
         return self._prompt(self._system, arguments).rpartition(QUESTION)[2]
 
-    def _thinking_marks(self) -> tuple[str, str]:
+    def _thinking_tags(self) -> tuple[str, str]:
         start, end = self._tokenizer.think_start, self._tokenizer.think_end
-        return (start, end) if start and end else THINKING
+        return (start, end) if start and end else THINKING_TAGS
 
     def _has_no_effect(self, name: str) -> bool:
-        """Whether the prompt and the end of turn stay the same without this argument."""
+        """Whether the prompt and the end of turn are the same without this argument."""
         others = {key: value for key, value in self._arguments.items() if key != name}
         return (
             self._renders(self._system, others)
-            and self._prompt(self._system, others) == self.rendered(QUESTION)
+            and self._prompt(self._system, others) == self.render(QUESTION)
             and self._render(_one_turn(), others) == self._render(_one_turn(), self._arguments)
         )
 
@@ -206,11 +207,12 @@ class ChatTemplate:
 def _require_template(tokenizer: Any) -> None:
     if not tokenizer.has_chat_template:
         raise UserError("model: its tokenizer has no chat template; use an instruct model")
-    named = tokenizer.chat_template
-    if isinstance(named, dict) and "default" not in named:
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        names = ", ".join(templates)[:100] or "an empty list"
         raise UserError(
-            f"model: none of its chat templates ({', '.join(named)[:100] or 'an empty list'}) is "
-            "named default; name one so in the model's tokenizer_config.json, or use another model"
+            f"model: none of its chat templates ({names}) is named default; rename one in the "
+            "model's tokenizer_config.json, or use another model"
         )
 
 

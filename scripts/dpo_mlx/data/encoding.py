@@ -1,4 +1,4 @@
-"""Pairs as token ids: a prompt with its answer, and which of the ids are the answer's."""
+"""Turns pairs into token ids."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from . import tokens
 from .chat_template import ChatTemplate
 from .pairs import STOP, Pair
 
-# Answers whose lengths are counted. More would not change a percentile.
-COUNTED = 2000
+# Number of answers to measure. More would not change a percentile.
+MEASURED_ANSWERS = 2000
 
 
 @dataclass(frozen=True)
 class EncodedAnswer:
-    """A prompt and one answer as token ids; `ids[prompt_length:]` are the scored ones."""
+    """A prompt and one answer as token ids. The losses score `ids[prompt_length:]`."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -29,14 +29,14 @@ class EncodedAnswer:
     def answer_length(self) -> int:
         return len(self.ids) - self.prompt_length
 
-    def first(self, tokens: int) -> EncodedAnswer:
-        """With no more than so many tokens of the answer."""
+    def truncate(self, tokens: int) -> EncodedAnswer:
+        """Returns the sequence with at most `tokens` tokens of the answer."""
         return replace(self, ids=self.ids[: self.prompt_length + tokens])
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """The two sequences of a pair, and its line in the pair file."""
+    """Both sequences of a pair, and the pair's line in its file."""
 
     chosen: EncodedAnswer
     rejected: EncodedAnswer
@@ -51,23 +51,25 @@ class EncodedPair:
         """Tokens of the longer side."""
         return max(len(self.chosen.ids), len(self.rejected.ids))
 
-    def matched(self) -> EncodedPair:
-        """The pair as it is when rejected ends its turn no later than chosen does. Otherwise both
-        answers without an end of turn, and rejected no longer than chosen.
+    def match_lengths(self) -> EncodedPair:
+        """Returns the pair unchanged if rejected ends its turn within the length of chosen.
+        Otherwise returns both answers without an end of turn, rejected cut to the length of chosen.
         """
-        ended = self.rejected.ids[-1] == self.chosen.ids[-1]
-        if ended and self.rejected.answer_length <= self.chosen.answer_length:
+        has_end = self.rejected.ids[-1] == self.chosen.ids[-1]
+        if has_end and self.rejected.answer_length <= self.chosen.answer_length:
             return self
-        text = self.chosen.answer_length - 1
-        return replace(self, chosen=self.chosen.first(text), rejected=self.rejected.first(text))
+        length = self.chosen.answer_length - 1
+        return replace(
+            self, chosen=self.chosen.truncate(length), rejected=self.rejected.truncate(length)
+        )
 
 
 class Encoder:
-    """Text to token ids with a model's tokenizer and chat template.
+    """Turns text into token ids with a model's tokenizer and chat template.
 
-    Prompt and answer are tokenised apart and joined as ids, so that no token spans the two.
-    Raises UserError for a chat template that cannot be used, and for text that the tokenizer cannot
-    turn into ids of this model; see ChatTemplate and `tokens.encode`.
+    Prompt and answer are tokenised separately and joined as ids, so no token spans both.
+    Raises UserError for an unusable chat template (see ChatTemplate) and for text that the
+    tokenizer cannot encode (see `tokens.encode`).
     """
 
     def __init__(
@@ -82,19 +84,19 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: Any, config: Config) -> Encoder:
-        """An encoder with a run's system message and template arguments."""
+        """Returns an encoder with a run's system message and template arguments."""
         return cls(tokenizer, config.system_prompt, config.chat_template_args)
 
     def prompt(self, question: str) -> list[int]:
-        """Ids of the rendered question, up to where the answer begins."""
-        return tokens.encode(self.tokenizer, self.rendered(question))
+        """The ids of a question's prompt, up to where the answer begins."""
+        return tokens.encode(self.tokenizer, self.render(question))
 
-    def rendered(self, question: str) -> str:
-        """The prompt as the model sees it."""
-        return self.template.rendered(question)
+    def render(self, question: str) -> str:
+        """The text of a question's prompt."""
+        return self.template.render(question)
 
     def answer(self, text: str, finish: str = STOP) -> list[int]:
-        """Ids of an answer, with the end of turn when the answer ended by itself."""
+        """The ids of an answer, with the end of turn if the answer was not cut."""
         ids = tokens.encode(self.tokenizer, text)
         return [*ids, self.end_of_turn] if finish == STOP else ids
 
@@ -111,55 +113,55 @@ class Encoder:
 
     def _end_of_turn(self) -> int:
         """The stop token that the chat template writes after an answer."""
-        after = tokens.encode(self.tokenizer, self.template.after_answer())
-        ends = self.tokenizer.eos_token_ids
-        usual = self.tokenizer.eos_token_id
-        stops = (i for i in after if i in ends)
-        return next(stops, min(ends) if usual is None else usual)
+        ids = tokens.encode(self.tokenizer, self.template.after_answer())
+        stop_ids = self.tokenizer.eos_token_ids
+        default = self.tokenizer.eos_token_id
+        return next(
+            (i for i in ids if i in stop_ids), min(stop_ids) if default is None else default
+        )
 
 
 def encode_all(
     pairs: list[Pair], encoder: Encoder, max_length: int
 ) -> tuple[list[EncodedPair], list[int]]:
-    """(pairs whose longer side fits `max_length` tokens, lines of those dropped)."""
-    most = most_characters(encoder, max_length)
-    fitting, dropped = [], []
+    """Returns (pairs whose longer side fits `max_length` tokens, lines of the other pairs)."""
+    limit = max_characters(encoder, max_length)
+    encoded_pairs, dropped_lines = [], []
     for pair in pairs:
         longer = max(len(pair.chosen), len(pair.rejected))
-        encoded = encoder.pair(pair) if len(pair.prompt) + longer <= most else None
+        encoded = encoder.pair(pair) if len(pair.prompt) + longer <= limit else None
         if encoded is not None and encoded.length <= max_length:
-            fitting.append(encoded)
+            encoded_pairs.append(encoded)
         else:
-            dropped.append(pair.line)
-    return fitting, dropped
+            dropped_lines.append(pair.line)
+    return encoded_pairs, dropped_lines
 
 
-def require_some(path: Path, encoded: list[EncodedPair]) -> None:
+def require_pairs(path: Path, pairs: list[EncodedPair]) -> None:
     """Raises UserError when no pair of a file fits in `data.max_length`."""
-    if not encoded:
-        raise UserError(f"{path}: no valid pairs left; raise data.max_length")
+    if not pairs:
+        raise UserError(f"{path}: no pair fits in data.max_length tokens; raise data.max_length")
 
 
-def most_characters(encoder: Encoder, max_length: int) -> int:
-    """A text of more characters than this has more than `max_length` tokens, which is known without
-    tokenising it: no token stands for more characters than the longest of the vocabulary. (A
-    tokenizer that drops characters, such as repeated blanks, could fit more in, but a text of so
-    many of those is not an answer.)
+def max_characters(encoder: Encoder, max_length: int) -> int:
+    """The most characters that `max_length` tokens can hold: no token is longer than the longest in
+    the vocabulary. Longer texts can be dropped without tokenising them. (A tokenizer that drops
+    repeated blanks could fit more, but a text with that many blanks is not an answer.)
     """
     return max_length * max(map(len, encoder.tokenizer.get_vocab()))
 
 
 def chosen_lengths(pairs: list[Pair], encoder: Encoder, max_length: int) -> list[int]:
-    """Of the first COUNTED chosen answers that can fit `max_length` tokens, in tokens with the end
-    of turn.
+    """Lengths of the first MEASURED_ANSWERS chosen answers, in tokens with the end of turn. Leaves
+    out answers that cannot fit in `max_length` tokens.
     """
-    most = most_characters(encoder, max_length)
-    short = [pair.chosen for pair in pairs if len(pair.prompt) + len(pair.chosen) <= most]
-    return [len(encoder.answer(chosen)) for chosen in short[:COUNTED]]
+    limit = max_characters(encoder, max_length)
+    answers = [pair.chosen for pair in pairs if len(pair.prompt) + len(pair.chosen) <= limit]
+    return [len(encoder.answer(answer)) for answer in answers[:MEASURED_ANSWERS]]
 
 
 def sequences(pairs: list[EncodedPair]) -> Iterator[EncodedAnswer]:
-    """Both sides of every pair, chosen first."""
+    """Yield both sides of every pair, chosen first."""
     for pair in pairs:
         yield from pair.sides
 

@@ -1,4 +1,4 @@
-"""The preference pair and its file."""
+"""Preference pairs and their file format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..files import jsonl
 from ..files.errors import UserError
 from ..files.text import shown
 
-# Why an answer stopped: it ended its turn by itself, or it was cut at the token limit.
+# Why an answer ended: the model ended its turn, or the token limit cut it.
 STOP, LENGTH = "stop", "length"
 
 
@@ -26,7 +26,7 @@ class Pair:
 
 
 def read(path: Path) -> list[Pair]:
-    """All pairs of a file. Keys beyond the known ones are ignored.
+    """Read all pairs of a file. Other keys of a row are ignored.
 
     Raises UserError with `path:line` for a row that is not a pair.
     """
@@ -39,10 +39,12 @@ def read(path: Path) -> list[Pair]:
 def _pair(row: dict[str, Any], line: int, path: str) -> Pair:
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise UserError(f'{path}:{line}: the field "{key}" must be text that is not empty')
-        if "\0" in row[key] and key != "rejected":  # a model may write anything
             raise UserError(
-                f'{path}:{line}: the field "{key}" holds a NUL character (\\u0000); remove it'
+                f'{path}:{line}: the field "{key}" must be text that is not empty; fill it in'
+            )
+        if "\0" in row[key] and key != "rejected":  # a model can write any character
+            raise UserError(
+                f'{path}:{line}: the field "{key}" contains a NUL character (\\u0000); remove it'
             )
     finish = row.get("rejected_finish", STOP)
     if finish not in (STOP, LENGTH):

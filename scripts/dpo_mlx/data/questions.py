@@ -1,4 +1,4 @@
-"""The accepted source formats, and the question and answer in each."""
+"""Reads questions and answers from the accepted source formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GRANITE_TURN = re.compile(
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the answer to learn, both without outer blanks."""
+    """A question and the answer to learn, both stripped."""
 
     question: str
     answer: str
@@ -34,9 +34,9 @@ class Question:
 
 
 def read(path: Path) -> list[Question]:
-    """All questions of a source file, in its order.
+    """Read all questions of a source file, in file order.
 
-    Raises UserError with `path:line` for a row that holds no question and answer.
+    Raises UserError with `path:line` for a row without a question and an answer.
     """
     questions = []
     for line, row in jsonl.read(path, remedy="set data.source to your questions and answers"):
@@ -49,21 +49,22 @@ def read(path: Path) -> list[Question]:
 
 
 def is_held_out(question: str, valid_fraction: float) -> bool:
-    """Whether a question belongs to the valid split: by its words alone, so that it never moves.
+    """Whether a question belongs to the valid split. This depends only on the question's words, so
+    a question never changes its split.
 
-    Questions that differ only in case, blanks or punctuation fall on the same side.
+    Questions that differ only in case, blanks or punctuation are in the same split.
     """
     digest = hashlib.sha256(words(question).encode()).digest()
     return int.from_bytes(digest[:8], "big") < valid_fraction * 2**64
 
 
 def words(question: str) -> str:
-    """The question without case, blanks and punctuation: two that share them are one question."""
+    """The question without case, blanks and punctuation, to compare questions."""
     return " ".join(re.findall(r"\w+", question.casefold()))
 
 
 def _fields(row: dict[str, Any]) -> tuple[str, str, str]:
-    """(system, question, answer), or ValueError that says what is missing."""
+    """Returns (system, question, answer). Raises ValueError that says what is missing."""
     if "messages" in row:
         return _from_messages(row["messages"])
     if "text" in row:
@@ -71,7 +72,7 @@ def _fields(row: dict[str, Any]) -> tuple[str, str, str]:
     for question, answer in (("question", "answer"), ("prompt", "completion")):
         if question in row or answer in row:
             return "", _text(row, question), _text(row, answer)
-    raise ValueError(f"none of the known formats; expected {FORMATS}")
+    raise ValueError(f"the row has none of the accepted formats; expected {FORMATS}")
 
 
 def _from_text(text: str) -> tuple[str, str, str]:
@@ -79,14 +80,15 @@ def _from_text(text: str) -> tuple[str, str, str]:
         return _from_messages([{"role": role, "content": content} for role, content in turns])
     if sides := _question_and_answer(text):
         question, answer = sides
-        return "", _filled(question, "the question"), _filled(answer, "the answer")
-    raise ValueError('"text" holds neither "Question: ... Answer: ..." nor Granite\'s chat markup')
+        return "", _strip(question, "the question"), _strip(answer, "the answer")
+    raise ValueError(
+        'the field "text" has neither "Question: ... Answer: ..." nor Granite\'s chat markup'
+    )
 
 
 def _question_and_answer(text: str) -> tuple[str, str] | None:
-    """What stands after `Question:`, up to the first line that begins with `Answer:`, and what
-    stands after that. Line by line: a regular expression would go back over all blank lines at each
-    of them.
+    """The text after `Question:`, up to the first line that begins with `Answer:`, and the text
+    after that. Not a regular expression, because that would backtrack over runs of blank lines.
     """
     lines = text.split("\n")
     if not lines[0].startswith(QUESTION):
@@ -101,7 +103,7 @@ def _question_and_answer(text: str) -> tuple[str, str] | None:
 
 def _from_messages(messages: Any) -> tuple[str, str, str]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError('"messages" must be a list of {"role", "content"} objects')
+        raise ValueError('the field "messages" must be a list of {"role", "content"} objects')
     roles = [m.get("role") for m in messages]
     system = _text(messages[0], "content") if roles[:1] == ["system"] else ""
     if roles[bool(system) :] != ["user", "assistant"]:
@@ -116,12 +118,13 @@ def _text(row: dict[str, Any], key: str) -> str:
         raise ValueError(f'the field "{key}" is missing')
     if not isinstance(row[key], str):
         raise ValueError(f'the field "{key}" must be text, found {type(row[key]).__name__}')
-    return _filled(row[key], f'the field "{key}"')
+    return _strip(row[key], f'the field "{key}"')
 
 
-def _filled(text: str, what: str) -> str:
+def _strip(text: str, name: str) -> str:
+    """Strip a text. Raises ValueError when it is empty or contains a NUL character."""
     if "\0" in text:
-        raise ValueError(f"{what} holds a NUL character (\\u0000); remove it")
+        raise ValueError(f"{name} contains a NUL character (\\u0000); remove it")
     if not text.strip():
-        raise ValueError(f"{what} is empty")
+        raise ValueError(f"{name} is empty")
     return text.strip()

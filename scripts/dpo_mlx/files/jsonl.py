@@ -142,7 +142,7 @@ def read_whole_lines(path: Path, remedy: str = "") -> list[dict[str, Any]]:
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
     if whole != raw:
-        ownership.cut(path, len(whole))
+        ownership.truncate(path, len(whole))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and only in a folder where a run would replace nothing foreign."""
+"""Lets one run at a time use a folder, and only a folder where it replaces no file of the user."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .errors import UserError
 from .ownership import MANIFEST
 from .run_folder import RunFolder
 
-HEADER = "lock of dpo-mlx\n"  # how every lock file begins; then comes who holds it
+HEADER = "lock of dpo-mlx\n"  # every lock file begins with this; the holder comes next
 
 
 @contextmanager
 def hold_run(run: RunFolder) -> Iterator[None]:
-    """Hold a run's folder, which is made when it is missing.
+    """Create the run folder if needed, and lock it.
 
-    Raises UserError when another process holds it, and when something that is not ours, or that
-    was changed since, stands under a name that a run writes.
+    Raises UserError when another process holds the lock, and when the user has a file, or has
+    changed a file, under a name that a run writes.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with hold(run.lock, "run_dir"):
@@ -39,8 +39,8 @@ def _require_ours(run: RunFolder) -> None:
     names = sorted(path.name for path in run.files if os.path.lexists(path))
     if len(names) > 1 and not ownership.read_manifest(run.path):
         raise UserError(
-            f"{run.path}: no {MANIFEST} names {names[0]} and {len(names) - 1} more files there: an "
-            "earlier version made them, or they were copied without it, or they are not the "
+            f"{run.path}: no {MANIFEST} lists {names[0]} and {len(names) - 1} more files: an "
+            "earlier version wrote them, they were copied without it, or they are not the "
             "pipeline's; set run_dir to a new folder"
         )
     for path in (*sorted(run.files), *sorted(run.stamps.glob("*.json"))):
@@ -53,10 +53,10 @@ def _require_ours(run: RunFolder) -> None:
 
 @contextmanager
 def hold(path: Path, key: str) -> Iterator[None]:
-    """Hold a lock file, which dies with the process however that ends.
+    """Lock a file. The lock ends with the process, even after a kill.
 
-    Raises UserError when another process holds it, whom the message names, and when the file is
-    not one of ours; `key` is the config's key to set for working beside it.
+    Raises UserError when another process holds the lock (the message names it) and when the file
+    is not our lock file. `key` is the config key to change to use another place.
     """
     with open(_open(path), "r+", encoding="utf-8") as file:
         try:
@@ -64,18 +64,18 @@ def hold(path: Path, key: str) -> Iterator[None]:
         except BlockingIOError as error:
             holder = file.read().removeprefix(HEADER).strip() or "another process"
             raise UserError(
-                f"{path.parent}: in use by {holder}; wait until that has ended, or set {key} to "
-                "another place"
+                f"{path.parent}: in use by {holder}; wait until it ends, or set {key} to another "
+                "place"
             ) from error
         except OSError as error:
             raise UserError(
-                f"{path.parent}: its disk has no locks ({error.strerror}); set {key} to a place on "
-                "a disk of this machine"
+                f"{path.parent}: this disk cannot lock files ({error.strerror}); set {key} to a "
+                "place on a local disk"
             ) from error
-        # A lock that was made a moment ago, or torn by a kill, holds only a part of the header.
+        # A new lock file, or one torn by a kill, has only a part of the header.
         if not (content := file.read(len(HEADER))) == HEADER[: len(content)]:
-            raise _foreign(path)
-        _write(file, HEADER + _myself())
+            raise _not_a_lock(path)
+        _write(file, HEADER + _this_process())
         try:
             yield
         finally:
@@ -90,25 +90,25 @@ def _write(file: TextIO, text: str) -> None:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file. Raises UserError for a link, a pipe, a folder."""
+    """Open the lock file. Raises UserError for a link, a pipe or a folder."""
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise _foreign(path) from error
+            raise _not_a_lock(path) from error
         raise
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # another name is somebody's file
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # a hard link is the user's
         os.close(descriptor)
-        raise _foreign(path)
+        raise _not_a_lock(path)
     return descriptor
 
 
-def _foreign(path: Path) -> UserError:
-    return UserError(f"{path}: is not a lock of this pipeline; move it away")
+def _not_a_lock(path: Path) -> UserError:
+    return UserError(f"{path}: is not a lock file of this pipeline; move it away")
 
 
-def _myself() -> str:
+def _this_process() -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     return f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name}, {started})"

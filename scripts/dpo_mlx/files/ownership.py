@@ -1,12 +1,12 @@
-"""A file is ours only if its content says so; nothing else is ever replaced, changed or removed.
+"""Protects the user's files: the pipeline replaces, changes and removes only files that it wrote.
 
-Every folder that a stage writes into has a manifest, MANIFEST, which names the files that we wrote
-there, with their size and digest. A file that the manifest does not name is somebody else's, and so
-is one whose content has changed since. The manifest is written before the file, with both the old
-and the new content: after a kill, whichever is there is known as ours.
+Every folder that a stage writes into has a manifest, MANIFEST. It lists the files we wrote there,
+with size and digest. A file is the user's if the manifest does not list it, or if its content has
+changed. The manifest is written before the file and lists both the old and the new content, so we
+still recognise the file after a kill.
 
-Two limits: while a file grows, only what stood in it when it began to is compared, and of a file
-over WHOLE_BYTES only slices.
+Two limits: we compare only the first part of a file that is being appended to, and only slices of a
+file over WHOLE_BYTES.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from .schema import Range
 from .text import reason
 
 MANIFEST = ".made_by_dpo_mlx"
-HEADER = b'{"made_by": "dpo_mlx", '  # how every manifest begins
+HEADER = b'{"made_by": "dpo_mlx", '  # every manifest begins with this
 
-WHOLE_BYTES = 2**30  # of a larger file only slices are digested
-MANIFEST_LIMIT = 2**20  # bytes; a folder of ours holds some dozens of files
-PATIENCE = 10.0  # seconds to wait for another process that writes a manifest
-# Of file systems that lock no folders, such as NFS.
-NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+WHOLE_BYTES = 2**30  # larger files are digested in slices
+MANIFEST_LIMIT = 2**20  # bytes; our folders have a few dozen files
+LOCK_SECONDS = 10.0  # wait this long for another process that writes a manifest
+# Errors of file systems that cannot lock a folder, such as NFS.
+NO_LOCK_ERRORS = {errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
-# File managers leave these in every folder that somebody opens; removing them loses nothing.
+# File managers put these into every folder that a user opens. Removing them loses nothing.
 LITTER = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Size and digest of a file's content. The mark of a file that grows covers only its beginning,
-    because writing the manifest again for every row would cost more than the row.
+    """Size and digest of a file's content. For a file that grows they cover only its beginning,
+    because rewriting the manifest would cost more than appending a row.
     """
 
     size: Annotated[int, Range(0, 2**50)]
@@ -59,78 +59,78 @@ class Mark:
 
 
 class Status(Enum):
-    """Whose a path is."""
+    """Who owns a path: the pipeline or the user."""
 
     ABSENT = "absent"
     OURS = "ours"
     CHANGED = "was changed since the pipeline wrote it"
     FOREIGN = "was not made by this pipeline"
 
-    def of(self, path: Path) -> str:
-        """What to say of a path."""
-        copied = self is Status.FOREIGN and not (path.parent / MANIFEST).exists()
-        hint = f" (or was copied without the {MANIFEST} beside it)" if copied else ""
+    def describe(self, path: Path) -> str:
+        """The first part of an error line about `path`."""
+        may_be_copy = self is Status.FOREIGN and not (path.parent / MANIFEST).exists()
+        hint = f" (or was copied without the {MANIFEST} beside it)" if may_be_copy else ""
         return f"{path}: {self.value}{hint}"
 
 
-Manifest = dict[str, list[Mark]]  # by file: the contents that it may have
+Manifest = dict[str, list[Mark]]  # file name -> the contents that the file can have
 
 
 def status(path: Path) -> Status:
-    """Whose the file under this name is."""
+    """Who owns the file at `path`."""
     if not os.path.lexists(path):
         return Status.ABSENT
-    known = read_manifest(path.parent).get(path.name)
-    if known is None or not _is_regular(path):
+    marks = read_manifest(path.parent).get(path.name)
+    if marks is None or not _is_regular(path):
         return Status.FOREIGN
-    return Status.OURS if _is_one_of(path, known) else Status.CHANGED
+    return Status.OURS if _has_one_of(path, marks) else Status.CHANGED
 
 
 def require(path: Path, remedy: str = "move it away, or set run_dir to another folder") -> None:
-    """Raises UserError, ending in `remedy`, for a file that is there and is not ours."""
-    found = status(path)
-    if found in (Status.CHANGED, Status.FOREIGN):
-        raise UserError(f"{found.of(path)}; {remedy}")
+    """Raises UserError, ending in `remedy`, when a file exists and is not ours."""
+    owner = status(path)
+    if owner in (Status.CHANGED, Status.FOREIGN):
+        raise UserError(f"{owner.describe(path)}; {remedy}")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace a file, atomically. Raises UserError for one that is not ours."""
+    """Replace a file atomically. Raises UserError when it is not ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
+    with _lock_folder(path.parent):
         _claim(path, Mark.of(content))
         atomic.replace(path, content)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add to a file, all or nothing; what is added is known by what stands before it until `seal`.
+    """Append all of `content` or nothing. Until `seal`, only the file's beginning is compared.
 
-    Raises UserError for a file that is not ours.
+    Raises UserError when the file is not ours.
     """
     if not content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
+    with _lock_folder(path.parent):
         require(path)
-        before = path.read_bytes() if path.exists() else b""
-        if not before:
+        old_content = path.read_bytes() if path.exists() else b""
+        if not old_content:
             _claim(path, Mark.of(content, grows=True))
             atomic.replace(path, content)
             return
-        if not _is_known_to_grow(path):
-            _claim(path, Mark.of(before, grows=True))
-        _give_own_content(path)
+        if not _has_growing_mark(path):
+            _claim(path, Mark.of(old_content, grows=True))
+        _break_hard_link(path)
         atomic.append(path, content)
 
 
 def seal(path: Path) -> None:
-    """Nothing will be added to a file for now: all of it tells it from others."""
-    with _alone_in(path.parent):
+    """Put the whole content of a file into the manifest, once nothing more is appended."""
+    with _lock_folder(path.parent):
         _claim(path, mark_of(path))
 
 
 @contextmanager
 def growing(path: Path) -> Iterator[None]:
-    """Seals a file that is appended to within, however that ends."""
+    """Seal a file when the block that appends to it ends, also after an exception."""
     try:
         yield
     finally:
@@ -138,34 +138,34 @@ def growing(path: Path) -> Iterator[None]:
             seal(path)
 
 
-def cut(path: Path, size: int) -> None:
-    """Shorten a file of ours, of whose last row a kill has left a part."""
+def truncate(path: Path, size: int) -> None:
+    """Cut a file of ours to `size` bytes, to remove the torn row that a kill has left."""
     require(path)
     atomic.replace(path, path.read_bytes()[:size])
 
 
-def _give_own_content(path: Path) -> None:
-    """Make a file that somebody's hard link shares one of its own, before it is changed in place:
-    the link may be a backup.
+def _break_hard_link(path: Path) -> None:
+    """Replace a file that has a hard link by a copy, so that appending does not change the link,
+    which may be the user's backup.
     """
     if path.stat().st_nlink > 1:
         atomic.replace(path, path.read_bytes())
 
 
 def set_aside(path: Path) -> Path:
-    """Give a file, whoever's it is, a free name beside its own; that name."""
+    """Rename any file to a free name in the same folder. Returns that name."""
     number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.old-{number}")):
+    while os.path.lexists(free_name := path.with_name(f"{path.name}.old-{number}")):
         number += 1
-    return path.rename(aside)
+    return path.rename(free_name)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well.
+    """Yields a temporary folder, which replaces `folder` when the block ends without an exception.
 
-    At every moment the old one or the new one is there as a whole. Raises UserError rather than
-    take the place of a folder that holds anything but what was written like this.
+    At every moment `folder` is the whole old one or the whole new one. Raises UserError when the
+    old one contains anything that this function did not write.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = atomic.temporary_name(folder)
@@ -176,30 +176,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         _write_manifest(temporary, {})
         yield temporary
-        _write_manifest(temporary, {name: [mark_of(temporary / name)] for name in _all(temporary)})
+        _write_manifest(
+            temporary, {name: [mark_of(temporary / name)] for name in _list_files(temporary)}
+        )
         for path in (*temporary.rglob("*"), temporary):
             atomic.sync(path)
-        require_untouched(folder)  # something may have been put there meanwhile
+        require_untouched(folder)  # the user may have put something there meanwhile
         if folder.exists():
             atomic.swap(temporary, folder)
         else:
             temporary.rename(folder)
         atomic.sync(folder.parent)
-    finally:  # what is under the temporary name now is a half, or the old one
+    finally:  # the temporary folder is incomplete, or is the old one
         _delete(temporary)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that `new_folder` made; it is never found half removed.
+    """Remove a folder that `new_folder` wrote, as a whole even if a kill comes.
 
-    Raises UserError when it holds anything else.
+    Raises UserError when it contains anything else.
     """
     require_untouched(folder)
     _remove(folder)
 
 
 def remove_if_untouched(folder: Path) -> None:
-    """The same; a folder that holds anything else stays."""
+    """Remove a folder that `new_folder` wrote. Keep it when it contains anything else."""
     if is_untouched(folder):
         _remove(folder)
 
@@ -212,33 +214,33 @@ def _remove(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill has left in `folder` of the other two functions' temporary folders."""
+    """Remove temporary folders that a kill has left in `folder`."""
     for path in folder.glob(atomic.temporary_name(Path("*")).name):
         if path.is_dir():
             _delete(path)
 
 
 def require_untouched(folder: Path) -> None:
-    """Raises UserError, which names the file at fault, for what is there and is neither an empty
-    folder nor one that holds exactly what `new_folder` wrote.
+    """Raises UserError that names the file, unless `folder` is missing, empty, or contains exactly
+    what `new_folder` wrote.
     """
-    if not _holds_something(folder):
+    if not _has_content(folder):
         return
     if not _has_manifest(folder):
         raise _not_ours(folder, Status.FOREIGN)
-    known = read_manifest(folder)
-    leftovers = {atomic.temporary_name(Path(name)).as_posix() for name in (MANIFEST, *known)}
-    for name in _all(folder):
+    manifest = read_manifest(folder)
+    leftovers = {atomic.temporary_name(Path(name)).as_posix() for name in (MANIFEST, *manifest)}
+    for name in _list_files(folder):
         if name in leftovers:
             continue
-        if name not in known:
+        if name not in manifest:
             raise _not_ours(folder / name, Status.FOREIGN)
-        if not _is_one_of(folder / name, known[name]):
+        if not _has_one_of(folder / name, manifest[name]):
             raise _not_ours(folder / name, Status.CHANGED)
 
 
 def is_untouched(folder: Path) -> bool:
-    """Whether a folder holds nothing but what `new_folder` wrote."""
+    """Whether a folder contains nothing but what `new_folder` wrote."""
     try:
         require_untouched(folder)
     except UserError:
@@ -247,7 +249,7 @@ def is_untouched(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that `new_folder` wrote is there, with its size."""
+    """Whether every file that `new_folder` wrote still exists, with its size."""
     files = read_manifest(folder).items()
     paths = [(folder / name, {mark.size for mark in marks}) for name, marks in files]
     return bool(paths) and all(
@@ -256,33 +258,33 @@ def is_complete(folder: Path) -> bool:
 
 
 def require_our_folder(folder: Path) -> None:
-    """Raises UserError when somebody else's folder, or a file, has the name of one of ours. Reads
-    only the beginning of its manifest; `require_untouched` looks at everything inside.
+    """Raises UserError when `folder` is a file or the user's folder. Reads only the start of the
+    manifest; `require_untouched` checks every file.
     """
-    if _holds_something(folder) and not _has_manifest(folder):
+    if _has_content(folder) and not _has_manifest(folder):
         raise _not_ours(folder, Status.FOREIGN)
 
 
 def require_directory(path: Path) -> None:
-    """Raises UserError for a file where a folder for our files goes, which others may use too."""
+    """Raises UserError when `path` is a file. The user may have files in this folder."""
     if os.path.lexists(path) and not path.is_dir():
         raise _not_ours(path, Status.FOREIGN)
 
 
 def mark_of(path: Path) -> Mark:
-    """Size and digest of a file."""
+    """Returns the size and digest of a file."""
     return Mark(path.stat().st_size, digest.of_file(path, WHOLE_BYTES))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a folder's manifest names; nothing without one. Raises UserError for a damaged one."""
+    """Read a folder's manifest. Empty without one. Raises UserError when it is damaged."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return {}
     try:
         if not _is_regular(path):
             raise ValueError("it is not a file")
-        if path.stat().st_size == 0:  # an earlier version marked its folders by an empty file
+        if path.stat().st_size == 0:  # an earlier version wrote an empty manifest
             return {}
         if path.stat().st_size > MANIFEST_LIMIT:
             raise ValueError("it is too large")
@@ -290,26 +292,26 @@ def read_manifest(folder: Path) -> Manifest:
         if values.get("made_by") != "dpo_mlx":
             raise ValueError("another program wrote it")
         manifest: Manifest = schema.parse(values.get("files"), dict[str, list[Mark]], "files")
-        if any(not _is_below(name) for name in manifest):
-            raise ValueError("it names a file outside of its folder")
+        if any(not _is_inside(name) for name in manifest):
+            raise ValueError("it lists a file outside its folder")
         return manifest
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: is damaged ({reason(error)}), so the pipeline cannot tell its own files "
-            "here; move the folder away, or choose another one"
+            f"{path}: is damaged ({reason(error)}), so the pipeline cannot tell its files from "
+            "yours; move the folder away, or choose another one"
         ) from error
 
 
-def _is_below(name: str) -> bool:
-    """Whether a manifest's name is a plain path to something inside of its folder."""
+def _is_inside(name: str) -> bool:
+    """Whether a name in a manifest is a normalised path to a file inside its folder."""
     path = PurePosixPath(name)
     return path.as_posix() == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def _claim(path: Path, new: Mark) -> None:
-    """Put the content that a file is about to have into the manifest, beside the one it has.
+    """Add a file's next content to the manifest, beside its current content.
 
-    Raises UserError for a file, or a temporary file of its name, that is not ours.
+    Raises UserError when the file, or its temporary file, is not ours.
     """
     require(path)
     manifest = read_manifest(path.parent)
@@ -324,7 +326,7 @@ def _claim(path: Path, new: Mark) -> None:
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     path = folder / MANIFEST
     temporary = atomic.temporary_name(path)
-    if os.path.lexists(temporary) and not _begins_like_a_manifest(temporary):
+    if os.path.lexists(temporary) and not _looks_like_manifest(temporary):
         raise _not_ours(temporary, Status.FOREIGN)
     files = {name: [asdict(mark) for mark in marks] for name, marks in sorted(manifest.items())}
     text = json.dumps({"made_by": "dpo_mlx", "files": files}, ensure_ascii=False)
@@ -332,16 +334,16 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Runs may share a folder, each with files of its own: they write its manifest in turn.
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder while its manifest is written, because runs may share a folder.
 
-    Raises UserError when another process does not let go of the folder.
+    Raises UserError when another process keeps the lock for LOCK_SECONDS.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    give_up = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_SECONDS
     try:
-        while not _has_locked(descriptor):
-            if time.monotonic() > give_up:
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
                 raise UserError(f"{folder}: another process has locked this folder; end it first")
             time.sleep(0.02)
         yield
@@ -349,49 +351,50 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _has_locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
+    """Whether the folder is locked now. True where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCK_ERRORS:
             raise
     return True
 
 
-def _is_one_of(path: Path, marks: list[Mark]) -> bool:
-    """Whether a file has one of these contents, or begins like one that grows."""
+def _has_one_of(path: Path, marks: list[Mark]) -> bool:
+    """Whether a file has one of these contents, or begins with one that grows."""
     if not marks or not _is_regular(path):
         return False
     size = path.stat().st_size
     if any(mark.size == size for mark in marks) and mark_of(path) in marks:
         return True
-    return any(_begins_like(path, mark) for mark in marks)
+    return any(_begins_with(path, mark) for mark in marks)
 
 
-def _begins_like(path: Path, mark: Mark) -> bool:
+def _begins_with(path: Path, mark: Mark) -> bool:
     if not mark.grows or mark.size > path.stat().st_size:
         return False
     with path.open("rb") as file:
         return Mark.of(file.read(mark.size), grows=True) == mark
 
 
-def _is_known_to_grow(path: Path) -> bool:
+def _has_growing_mark(path: Path) -> bool:
     marks = read_manifest(path.parent)[path.name]
-    return any(_begins_like(path, mark) for mark in marks)
+    return any(_begins_with(path, mark) for mark in marks)
 
 
 def _is_regular(path: Path) -> bool:
     return os.path.lexists(path) and stat.S_ISREG(path.lstat().st_mode)
 
 
-def _all(folder: Path) -> list[str]:
-    """Every file and link below a folder, by its path from there; not the manifest, nor litter."""
+def _list_files(folder: Path) -> list[str]:
+    """The relative paths of all files and links in a folder, without the manifest and LITTER."""
     paths = []
-    for where, folders, files in os.walk(folder, onerror=_stop):
-        links = [name for name in folders if (Path(where) / name).is_symlink()]
-        paths += [Path(where) / name for name in files + links if not _is_litter(name)]
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        paths += [Path(parent) / name for name in files + links if not _is_litter(name)]
     names = (path.relative_to(folder).as_posix() for path in paths)
     return sorted(name for name in names if name != MANIFEST)
 
@@ -400,54 +403,55 @@ def _is_litter(name: str) -> bool:
     return name in LITTER or name.startswith("._")
 
 
-def _holds_something(folder: Path) -> bool:
-    """Whether there is anything that replacing the folder would lose."""
+def _has_content(folder: Path) -> bool:
+    """Whether replacing the folder would lose anything."""
     if folder.is_symlink() or not folder.is_dir():
         return os.path.lexists(folder)
     return any(not _is_litter(path.name) for path in folder.iterdir())
 
 
 def _has_manifest(folder: Path) -> bool:
-    """Whether the manifest is there, or a kill came just before it was."""
+    """Whether the folder has a manifest, or the temporary one of a killed process."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     path = folder / MANIFEST
-    return any(map(_begins_like_a_manifest, (path, atomic.temporary_name(path))))
+    return any(map(_looks_like_manifest, (path, atomic.temporary_name(path))))
 
 
-def _begins_like_a_manifest(path: Path) -> bool:
-    """Also a torn one does, which may be empty."""
+def _looks_like_manifest(path: Path) -> bool:
+    """Whether a file begins like a manifest. True for a torn or empty one."""
     if not _is_regular(path):
         return False
     with path.open("rb") as file:
         return HEADER.startswith(file.read(len(HEADER)))
 
 
-def _not_ours(path: Path, found: Status) -> UserError:
+def _not_ours(path: Path, owner: Status) -> UserError:
     return UserError(
-        f"{found.of(path)}, and would be replaced; move it away, or set run_dir to another folder"
+        f"{owner.describe(path)}, and the pipeline would replace it; move it away, or set run_dir "
+        "to another folder"
     )
 
 
 def _delete(folder: Path) -> None:
-    """Remove a temporary folder; the manifest goes last, so that a rest is still known as ours."""
+    """Remove a temporary folder. The manifest goes last, so we recognise a half-removed one."""
     require_our_folder(folder)
     if not folder.exists():
         return
-    # On a disk of another format, macOS removes `._a` along with `a`.
-    for where, folders, files in os.walk(folder, topdown=False, onerror=_stop):
-        links = [name for name in folders if (Path(where) / name).is_symlink()]
+    # missing_ok: on a disk that is not APFS, macOS removes `._a` along with `a`.
+    for parent, folders, files in os.walk(folder, topdown=False, onerror=_raise):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
         for name in files + links:
-            if Path(where, name) != folder / MANIFEST:
-                Path(where, name).unlink(missing_ok=True)
-        if Path(where) != folder:
-            Path(where).rmdir()
+            if Path(parent, name) != folder / MANIFEST:
+                Path(parent, name).unlink(missing_ok=True)
+        if Path(parent) != folder:
+            Path(parent).rmdir()
     (folder / MANIFEST).unlink(missing_ok=True)
     folder.rmdir()
 
 
 def _finish_swap(temporary: Path, folder: Path) -> None:
-    """Where two names cannot be swapped in one step, a kill may have left the old folder aside."""
+    """Put the old folder back when a kill has interrupted a swap that takes three steps."""
     aside = atomic.aside_name(temporary)
     if os.path.lexists(folder):
         _delete(aside)
@@ -456,5 +460,5 @@ def _finish_swap(temporary: Path, folder: Path) -> None:
         aside.rename(folder)
 
 
-def _stop(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error

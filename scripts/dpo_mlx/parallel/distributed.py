@@ -229,13 +229,13 @@ def serve() -> None:
     Ignores the signals that end a run: rank 0 gets them too, and needs this process until the
     current task is done. Raises UserError that names this rank and its machine.
     """
-    for number in signals.CAUGHT:
+    for number in signals.DEFERRED:
         signal.signal(number, signal.SIG_IGN)
     channel, team = open_channel(), None
     try:
         while (task := channel.receive()) is not None:
             if "config" in task:
-                _, team = load(configs.of_values(task["config"]), task["train"])
+                _, team = load(configs.from_values(task["config"]), task["train"])
             else:
                 assert isinstance(team, DistributedWorker)
                 team.perform(task)

@@ -1,4 +1,4 @@
-"""Keep a Mac awake while a stage works. The display may sleep: while it is on, macOS can stop long
+"""Keeps a Mac awake while a stage runs. The display may sleep: while it is on, macOS can abort long
 GPU commands (see `aborts.py`).
 """
 
@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 
-KEPT_AWAKE = "DPO_KEPT_AWAKE"  # in the environment when something already keeps the Mac awake
+KEPT_AWAKE = "DPO_KEPT_AWAKE"  # set when the runner already keeps the Mac awake
 
 
 def keep() -> None:
-    """Keep the Mac awake until this process ends, unless the runner already does."""
+    """Keep the Mac awake until this process exits, unless the runner already does."""
     caffeinate = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if caffeinate is None or KEPT_AWAKE in os.environ:
         return
@@ -22,6 +22,6 @@ def keep() -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # ^C must not end caffeinate before the stage has saved
+        start_new_session=True,  # ^C must not end caffeinate before the stage saves
     )
     print("keeping this Mac awake until the stage ends; the display may sleep", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""^C, SIGTERM and a closed terminal: a stage ends at the next point where nothing is lost."""
+"""^C, SIGTERM and a closed terminal: a stage finishes its step, saves, and then exits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from types import FrameType
 from typing import BinaryIO
 
-CAUGHT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+DEFERRED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
-# Names a file that the supervisor of this stage keeps locked as long as it lives. With a supervisor
-# a stage listens to SIGTERM only: what the terminal sends, the supervisor hands on.
+# This variable names a file that the stage's supervisor locks while it runs. The supervisor passes
+# the terminal's signals on as SIGTERM, so a stage with a supervisor handles SIGTERM only.
 SUPERVISOR = "DPO_SUPERVISOR"
 
-# `timeout` and a closed window send their signal twice at once: that is not a second request.
+# `timeout` and a closed window send a signal twice: within this time two signals are one request.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 _received: signal.Signals | None = None
 _received_at = 0.0
-_supervisor: BinaryIO | None = None  # its file, within `caught`
+_supervisor: BinaryIO | None = None  # the supervisor's file, open within `deferred`
 
 
 class Interrupted(BaseException):
-    """A signal asked the stage to end; no Exception, so that nothing takes it for a fault."""
+    """A signal asked the stage to stop. Not an Exception, because it is not an error."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -38,8 +38,8 @@ class Interrupted(BaseException):
 
 
 def check() -> None:
-    """Raises Interrupted when a signal has come, or the supervisor is gone; called where a stage
-    can be left.
+    """Raises Interrupted when a signal has arrived or the supervisor has died. A stage calls this
+    where it can stop without losing work.
     """
     if _received is not None:
         raise Interrupted(_received)
@@ -48,46 +48,46 @@ def check() -> None:
 
 
 @contextmanager
-def caught() -> Iterator[None]:
-    """Within, a signal is kept for `check`; a second one leaves at once."""
+def deferred() -> Iterator[None]:
+    """Defer signals until the next `check`. A second signal ends the process at once."""
     global _received, _supervisor
-    before = {number: signal.signal(number, _receive) for number in _to_catch()}
+    handlers = {number: signal.signal(number, _receive) for number in _to_defer()}
     _received = None
     try:
         with _supervisor_file() as _supervisor:
             yield
     finally:
         _supervisor = None
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         _received = None
 
 
-def _to_catch() -> list[signal.Signals]:
+def _to_defer() -> list[signal.Signals]:
     if SUPERVISOR in os.environ:
         return [signal.SIGTERM]
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in CAUGHT if number != signal.SIGHUP or not nohup]
+    return [number for number in DEFERRED if number != signal.SIGHUP or not nohup]
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
     global _received, _received_at
     if _received is not None:
-        again = time.monotonic() - _received_at > SECONDS_OF_ONE_REQUEST
-        if SUPERVISOR not in os.environ and (again or number == signal.SIGINT):
+        is_new_request = time.monotonic() - _received_at > SECONDS_OF_ONE_REQUEST
+        if SUPERVISOR not in os.environ and (is_new_request or number == signal.SIGINT):
             os._exit(128 + _received)
         return
     _received, _received_at = signal.Signals(number), time.monotonic()
     line = (
-        f"\n{_received.name}: stopping as soon as the step in progress is saved; press ^C again to "
-        "stop at once and lose that step\n"
+        f"\n{_received.name}: stopping after the current step is saved; press ^C again to stop at "
+        "once and lose that step\n"
     )
-    with suppress(OSError):  # the terminal may be gone
-        os.write(2, line.encode())  # print fails when the signal came in the middle of a print
+    with suppress(OSError):  # the terminal may be closed
+        os.write(2, line.encode())  # print would fail if the signal interrupted a print
 
 
 def _supervisor_file() -> AbstractContextManager[BinaryIO | None]:
-    """Opened early, as the runner removes its temporary files when it finds the supervisor dead."""
+    """Opened at the start, because the runner removes the file once the supervisor has died."""
     try:
         return open(os.environ[SUPERVISOR], "rb")
     except (KeyError, FileNotFoundError):
@@ -95,7 +95,7 @@ def _supervisor_file() -> AbstractContextManager[BinaryIO | None]:
 
 
 def _supervisor_is_gone() -> bool:
-    """Whether the supervisor's file is unlocked: even SIGKILL unlocks it."""
+    """Whether the supervisor's file is unlocked. Even SIGKILL unlocks it."""
     if _supervisor is None:
         return False
     try:

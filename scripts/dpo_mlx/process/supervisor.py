@@ -446,4 +446,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    last_resort.guarded(main)
+    last_resort.run_and_exit(main)

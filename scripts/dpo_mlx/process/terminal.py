@@ -1,4 +1,4 @@
-"""Text on its way to a terminal, which must not obey what stands in someone's data."""
+"""Makes printed text safe: control characters in the user's data must not reach the terminal."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any, TextIO, cast
 from ..files.errors import UserError
 from ..files.text import visible
 
-# tqdm begins each drawing of its bar with a return, and moves between bars with newlines and "up".
-BETWEEN_BARS = re.compile("\n*(\x1b\\[A)*")
+# tqdm starts each redraw with a carriage return. Between bars it writes newlines and "cursor up".
+CURSOR_MOVES = re.compile("\n*(\x1b\\[A)*")
 
 
 class OutputLost(UserError):
-    """Standard output can no longer be written: its reader is gone, or its disk is full."""
+    """Standard output cannot be written: its reader has exited, or its disk is full."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(
-            f"standard output cannot be written ({error.strerror}); send it to a terminal, or to a "
-            "file on a disk with space, and run the same command again"
+            f"standard output cannot be written ({error.strerror}); write it to a terminal or to a "
+            "disk with free space, and run the same command again"
         )
 
 
 class Output:
-    """Standard output, whose control characters are spelled out.
+    """Standard output with control characters escaped.
 
-    Raises OutputLost the first time that it cannot be written; what follows is dropped.
+    Raises OutputLost the first time a write fails, and drops all later text.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._lost = False
-        if hasattr(stream, "reconfigure"):  # an ASCII terminal gets \u2019 for what it cannot show
+        if hasattr(stream, "reconfigure"):  # an ASCII terminal shows \u2019
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        self._try(self._stream.write, self._shown(text))
+        self._try(self._stream.write, self._escape(text))
         return len(text)
 
     def flush(self) -> None:
@@ -48,7 +48,7 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _shown(self, text: str) -> str:
+    def _escape(self, text: str) -> str:
         return visible(text)
 
     def _try(self, action: Callable[..., object], *arguments: str) -> None:
@@ -61,7 +61,7 @@ class Output:
             raise OutputLost(error) from error
 
     def end(self) -> None:
-        """Python writes what is left when it ends, and if that fails, exits with 120."""
+        """Flush now: Python would flush at exit, and exit with 120 if that fails."""
         try:
             self._stream.flush()
         except OSError:
@@ -70,12 +70,12 @@ class Output:
 
 
 class Messages(Output):
-    """Standard error, on which tqdm may draw its bars. While it cannot be written the work goes on;
-    a disk that is full now may have space for the next line.
+    """Standard error, with tqdm's bars let through. A failed write is ignored, because the work can
+    continue without it.
     """
 
-    def _shown(self, text: str) -> str:
-        if BETWEEN_BARS.fullmatch(text):
+    def _escape(self, text: str) -> str:
+        if CURSOR_MOVES.fullmatch(text):
             return text
         start = "\r" if text.startswith("\r") else ""
         return start + visible(text[len(start) :])
@@ -87,29 +87,29 @@ class Messages(Output):
 
 @contextmanager
 def protected() -> Iterator[None]:
-    """Within, all that is printed goes through Output and Messages."""
-    before = sys.stdout, sys.stderr
-    _open_closed()
-    output, messages = Output(sys.stdout or _nowhere()), Messages(sys.stderr or _nowhere())
+    """Send everything printed through Output and Messages."""
+    streams = sys.stdout, sys.stderr
+    _reopen_closed_streams()
+    output, messages = Output(sys.stdout or _null()), Messages(sys.stderr or _null())
     sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, messages)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = streams
         output.end()
         messages.end()
 
 
-def _nowhere() -> TextIO:
+def _null() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")
 
 
-def _open_closed() -> None:
-    """Open standard streams that were closed (`>&-`): else the next file would get their number,
-    and what a library prints would end up in it.
+def _reopen_closed_streams() -> None:
+    """Open closed standard streams (`>&-`) on /dev/null. Otherwise the next file we open would get
+    their number, and a library's output would end up in it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number

@@ -1,4 +1,4 @@
-"""A limit on the time that a block of Python computes."""
+"""A CPU time limit for a block of Python."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-REPEAT = 0.1  # seconds; a first exception may be lost, as one in a destructor is
+REPEAT_SECONDS = 0.1  # an exception raised in a destructor is lost, so raise it again
 
 
 class TooSlow(Exception):
-    """A block has computed for longer than it may."""
+    """A block has used more CPU time than its limit."""
 
 
 @contextmanager
-def computing(seconds: float) -> Iterator[None]:
-    """Raises TooSlow where the block is when this process has computed for `seconds` in it. Waiting
-    does not count, so that a busy machine changes nothing.
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raises TooSlow within the block after `seconds` of CPU time. Waiting does not count, so a
+    busy machine makes no difference.
 
-    Python notices between two of its own steps: one long call into a library is not cut short.
-    Signals reach the main thread alone; in another one there is no limit.
+    Python raises it between two of its own instructions: a long call into a library runs to its
+    end. Signals reach only the main thread, so there is no limit in other threads.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -31,7 +31,7 @@ def computing(seconds: float) -> Iterator[None]:
         raise TooSlow(f"it took over {seconds:g} seconds of CPU time")
 
     handler = signal.signal(signal.SIGVTALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, REPEAT)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, REPEAT_SECONDS)
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     encoder = Encoder.of(loaded.tokenizer, config)
     valid = pairs_by_split[VALID]
     encoded, _ = encoding.encode_all(valid, encoder, config.data.max_length)
-    encoding.require_some(config.pairs.valid, encoded)
+    encoding.require_pairs(config.pairs.valid, encoded)
     everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
     lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
     generation = with_max_tokens(config.generation, lengths)

@@ -103,7 +103,7 @@ def _measure_adapters(config: Config) -> _Measure:
     encoder = Encoder.of(loaded.tokenizer, config)
     raw = pairs.read(config.pairs.valid)
     valid, _ = encoding.encode_all(raw, encoder, config.data.max_length)
-    encoding.require_some(config.pairs.valid, valid)
+    encoding.require_pairs(config.pairs.valid, valid)
     checked = valid[: config.fuse.check_pairs]
     dtype = fusing.target_dtype(loaded.model, config.fuse.dtype)
     _require_room(config, loaded, checked, dtype)

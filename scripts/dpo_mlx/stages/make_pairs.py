@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
 from ..data import questions
-from ..data.encoding import COUNTED, Encoder, most_characters
+from ..data.encoding import MEASURED_ANSWERS, Encoder, max_characters
 from ..data.pairs import LENGTH, STOP, Pair
 from ..data.questions import Question
 from ..files import atomic, fingerprint, jsonl, lock, model_files, ownership, records
@@ -152,7 +152,7 @@ def generation_settings(rows: list[Question], config: Config, encoder: Encoder) 
     if config.generation.max_tokens is not None:
         return config.generation
     fitting = (row for row in _short(rows, config, encoder) if _fits(encoder, row, config))
-    counted = islice(fitting, COUNTED)
+    counted = islice(fitting, MEASURED_ANSWERS)
     return with_max_tokens(config.generation, [len(encoder.answer(row.answer)) for row in counted])
 
 
@@ -187,7 +187,7 @@ def usable_rows(
 
 def _short(rows: list[Question], config: Config, encoder: Encoder) -> list[Question]:
     """The rows that are not too long by their characters: tokenising 10 MB takes a minute."""
-    most = most_characters(encoder, config.data.max_length)
+    most = max_characters(encoder, config.data.max_length)
     return [row for row in rows if len(row.question) + len(row.answer) <= most]
 
 
@@ -201,7 +201,7 @@ def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> Non
         print(f"06: note: {note}")
     print(f"06: {_system_line(encoder.template.system_message(), config.system_prompt)}")
     print("06: the prompt of the first question, as the model sees it:")
-    for line in encoder.rendered(rows[0].question).splitlines():
+    for line in encoder.render(rows[0].question).splitlines():
         print(f"    {line}")
 
 

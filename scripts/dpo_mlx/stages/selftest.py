@@ -143,7 +143,7 @@ def make_run(folder: Path) -> Config:
         for i, word in enumerate(WORDS * 4)
     ]
     jsonl.write(source, rows)
-    return configs.of_values(
+    return configs.from_values(
         {
             "model": str(tiny_granite.folder(folder / "model")),
             "run_dir": str(folder / "run"),

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
 from ..data import check_pairs, encoding, pairs
-from ..data.check_pairs import few
 from ..data.encoding import EncodedPair, Encoder
 from ..data.pairs import Pair
 from ..files import digest, fingerprint, model_files
@@ -58,7 +57,7 @@ class Setup:
         """
         if not self.config.dpo.match_length:
             return self.pairs
-        return {**self.pairs, TRAIN: [pair.matched() for pair in self.pairs[TRAIN]]}
+        return {**self.pairs, TRAIN: [pair.match_lengths() for pair in self.pairs[TRAIN]]}
 
     @property
     def watched(self) -> list[EncodedPair]:
@@ -105,7 +104,7 @@ def _encode(
         if long_lines:
             print(
                 f"10: dropped {len(long_lines)} {split} pairs that are longer than "
-                f"data.max_length = {max_length} tokens (lines {few(long_lines)})"
+                f"data.max_length = {max_length} tokens (lines {list_lines(long_lines)})"
             )
     return short, encoded
 
@@ -118,7 +117,7 @@ def _require_pairs(config: Config, encoded: dict[str, list[EncodedPair]]) -> Non
             f"{config.data.train_pairs}: {len(encoded[TRAIN])} pairs, but one update takes {size} "
             "(train.batch_size x train.grad_accumulation); add pairs or lower these settings"
         )
-    encoding.require_some(config.pairs.valid, encoded[VALID])
+    encoding.require_pairs(config.pairs.valid, encoded[VALID])
 
 
 def _require_memory(
