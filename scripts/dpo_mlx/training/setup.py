@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
 from ..data import check_pairs, encoding, pairs
+from ..data.check_pairs import list_lines
 from ..data.encoding import EncodedPair, Encoder
 from ..data.pairs import Pair
 from ..files import digest, fingerprint, model_files
