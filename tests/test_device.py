@@ -133,18 +133,18 @@ def test_a_reference_belongs_to_the_device_that_computed_it(
     train_dpo(config, ONLY_REFERENCE)
     stored = (config.run.path / "reference/base/train.jsonl").read_bytes()
 
-    def stale(config: Config) -> str:
-        """What is said of the stored reference when it is wanted again."""
+    def output(config: Config) -> str:
+        """What stage 10 prints when it needs the reference again."""
         capsys.readouterr()
         train_dpo(config, ONLY_REFERENCE)
         return capsys.readouterr().out
 
-    assert "stale" not in stale(config)
+    assert "again; what changed" not in output(config)
     other_chunk = replace(config, train=replace(config.train, scan_chunk=7))
-    assert "stale: train.scan_chunk: 64 -> 7" in stale(other_chunk)
+    assert "again; what changed: train.scan_chunk: 64 -> 7" in output(other_chunk)
     assert (config.run.path / "reference/base/train.jsonl").read_bytes() != stored
-    assert "stale: train.scan_chunk: 7 -> 64" in stale(config)
+    assert "again; what changed: train.scan_chunk: 7 -> 64" in output(config)
     monkeypatch.setattr(device, "name", lambda: "Apple M9 (Metal)")
-    assert "-> Apple M9 (Metal)" in stale(config)
+    assert "-> Apple M9 (Metal)" in output(config)
     monkeypatch.setattr(setup, "version", lambda package: "99.0")
-    assert "stale: mlx: " in stale(config)
+    assert "again; what changed: mlx: " in output(config)
