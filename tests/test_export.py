@@ -169,7 +169,7 @@ def test_config_names_a_changed_dtype(granite, tmp_path):
 
 
 def test_large_models_are_split(granite, tmp_path, monkeypatch):
-    """No file exceeds SHARD_GB, the index names each tensor's file, and each file is for PyTorch."""
+    """No file exceeds SHARD_GB, the index names each tensor's file, and files are for PyTorch."""
     monkeypatch.setattr(hugging_face, "SHARD_GB", 0)  # a file for each tensor
     hugging_face.write(granite, granite, tmp_path / "hf")
     files = list((tmp_path / "hf").glob("*.safetensors"))
