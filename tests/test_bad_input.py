@@ -484,7 +484,9 @@ CASES: dict[str, Case] = {
     ),
     # what a config may not do
     "model with code of its own": model(
-        lambda f: edit(f / "config.json", model_file="evil.py"), "model other", "Python code of its"
+        lambda f: edit(f / "config.json", model_file="evil.py"),
+        "model other",
+        "needs the Python code",
     ),
     "run_dir holds someone else's": Case(
         "10",

@@ -1,4 +1,4 @@
-"""The model card quotes what comes from outside for where it stands; read back, it is the same."""
+"""The model card quotes outside text for its place: parsed again, it is the same text."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def block(text: str, language: str, last: bool = False) -> str:
 
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
-def test_names_and_texts_stay_what_they_are(value, rendered):
+def test_outside_text_survives_quoting(value, rendered):
     """In the front matter, the prose, the commands and the Python code."""
     arguments = {"tone": value, "flag": True, "count": 2}
     text = rendered(
@@ -90,8 +90,8 @@ def test_names_and_texts_stay_what_they_are(value, rendered):
     assert f"\n{shown}\n" in text and fence not in shown[len(fence) : -len(fence)]
 
 
-def test_arguments_that_are_no_python_names(rendered):
-    """They go into a dict."""
+def test_arguments_that_are_not_python_names(rendered):
+    """The card passes them as a dict."""
     text = rendered(chat_template_args={"a-b": "x", "class": 1})
     assert ast.parse(block(text, "python"))
     assert "**{'a-b': 'x', 'class': 1}" in block(text, "python")
@@ -109,11 +109,11 @@ def test_arguments_that_are_no_python_names(rendered):
     ],
 )
 def test_markdown_shows_text_as_it_is(text, shown):
-    """Names of models and runs are left as they are."""
+    """Names of models and runs look as they are, and other text cannot become markup."""
     assert templates.markdown(text) == shown
 
 
 def test_code_within_a_line():
-    """More backticks around than any inside; a newline would end the paragraph."""
+    """The fence has more backticks than the text. A newline would end the paragraph."""
     assert templates.code("a b") == "`a b`"
     assert templates.code("a``b\n") == "``` a``b ```"

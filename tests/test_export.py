@@ -49,9 +49,9 @@ def their_logits(model: Any) -> np.ndarray:
         return model(torch.tensor(IDS), use_cache=False).logits[0].numpy()
 
 
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest one, over the largest value."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def difference(logits: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, divided by the largest value."""
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
 
 
 def fused_folder(base: Path, path: Path, dtype: mx.Dtype = mx.float32, how: str = NEAREST) -> Path:
@@ -76,7 +76,7 @@ GRANITES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", GRANITES)
 def test_granite_answers_alike_in_transformers(name, tmp_path):
-    """No key missing, unexpected or mismatched; logits of the fused MLX model to 1e-4."""
+    """transformers loads every key, and its logits are the fused MLX model's to 1e-4."""
     base = granite_folder(tmp_path / "base", **GRANITES[name])
     fused = fused_folder(base, tmp_path / "fused")
     hugging_face.write(fused, base, tmp_path / "hf")
@@ -87,7 +87,7 @@ def test_granite_answers_alike_in_transformers(name, tmp_path):
 
 @pytest.mark.demo_model
 def test_smollm2_answers_alike_in_transformers(smollm2, tmp_path):
-    """A real model with adapters in all of its layers, fused and exported: the same to 1e-4."""
+    """A real model with adapters in all layers, fused and exported, has the same logits to 1e-4."""
     fused = fused_folder(smollm2, tmp_path / "fused")
     hugging_face.write(fused, smollm2, tmp_path / "hf")
     found = mlx_logits(load_model(str(fused)).model)
@@ -95,7 +95,7 @@ def test_smollm2_answers_alike_in_transformers(smollm2, tmp_path):
     assert llama_cpp.faults(tmp_path / "hf") == []
 
 
-# What makes a tiny model of each kind in transformers, whose folder mlx-lm then reads.
+# transformers' config of a tiny model of each architecture. mlx-lm then reads its folder.
 OTHERS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": None},
@@ -109,8 +109,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", OTHERS)
 def test_llama_like_models_keep_their_layout(kind, tied, llama, tmp_path):
-    """Of transformers' own folder mlx-lm's weights go back to the same names and values, and what
-    llama.cpp needs of each kind is what transformers wrote.
+    """A folder of transformers, loaded in mlx-lm and exported, has the same names and values. The
+    shapes that we expect for llama.cpp are those that transformers wrote.
     """
     torch.manual_seed(0)
     sizes = {
@@ -141,7 +141,7 @@ def weights_of(folder: Path) -> dict[str, mx.array]:
 
 
 def test_settings_are_the_base_model_s_to_the_byte(tmp_path):
-    """config.json as the base has it, although fused/ says more; tokenizer and template too."""
+    """config.json, tokenizer and template are the base model's, although fused/ adds keys."""
     base = granite_folder(tmp_path / "base")
     (base / "chat_template.jinja").write_text(tiny.GRANITE_TEMPLATE)
     fused = fused_folder(base, tmp_path / "fused")
@@ -154,7 +154,7 @@ def test_settings_are_the_base_model_s_to_the_byte(tmp_path):
     assert template == tiny.GRANITE_TEMPLATE
 
 
-def test_dtype_is_said_where_it_changed(granite, tmp_path):
+def test_config_names_a_changed_dtype(granite, tmp_path):
     """bfloat16 weights of a float32 base: config.json says so, and nothing else differs."""
     fused = fused_folder(granite, tmp_path / "fused", mx.bfloat16, STOCHASTIC)
     hugging_face.write(fused, granite, tmp_path / "hf")
@@ -169,7 +169,7 @@ def test_dtype_is_said_where_it_changed(granite, tmp_path):
 
 
 def test_large_models_are_split(granite, tmp_path, monkeypatch):
-    """Files of at most SHARD_GB, an index that names each tensor's, metadata of PyTorch's."""
+    """No file exceeds SHARD_GB, the index names each tensor's file, and files are for PyTorch."""
     monkeypatch.setattr(hugging_face, "SHARD_GB", 0)  # a file for each tensor
     hugging_face.write(granite, granite, tmp_path / "hf")
     files = list((tmp_path / "hf").glob("*.safetensors"))
@@ -187,14 +187,14 @@ def test_large_models_are_split(granite, tmp_path, monkeypatch):
     [({"model_type": "mamba2"}, "mamba2"), ({"num_local_experts": 8}, "granitemoehybrid with exp")],
 )
 def test_unknown_layouts_are_refused_by_name(change, named):
-    """Rather than written in a layout that transformers reads as random weights."""
+    """In a wrong layout, transformers would read random weights."""
     config = {**tiny.config("granite"), **change}
     with pytest.raises(UserError, match=f"architecture {named}.*in mlx-lm instead"):
         hugging_face.hugging_face_layout(config, {})
 
 
 def test_quantised_models_are_refused(granite, tmp_path):
-    """transformers cannot read MLX's quantised weights; the key that makes plain ones is named."""
+    """transformers cannot read MLX's quantised weights. The error names the key to change."""
     model = load_model(str(granite)).model
     about = fusing.quantize(model, jsonl.read_json(granite / "config.json"), 4)
     save_model_folder(model, granite, tmp_path / "fused", about)
@@ -226,7 +226,7 @@ LORAS: dict[str, LoraConfig] = {
 @pytest.mark.parametrize("name", LORAS)
 @pytest.mark.parametrize("kind", ["granite", "llama"])
 def test_peft_adapters_answer_alike(kind, name, request, tmp_path):
-    """On the exported base PEFT has the logits of MLX's base + adapters, whichever layers."""
+    """PEFT on the exported base model has the logits of MLX with adapters, for any layers."""
     expected, theirs = in_peft(request.getfixturevalue(kind), LORAS[name], tmp_path)
     plain = their_logits(theirs.unload())
     found = their_logits(peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "peft").eval())
@@ -235,8 +235,8 @@ def test_peft_adapters_answer_alike(kind, name, request, tmp_path):
 
 
 def test_merged_layers_are_one_block_of_twice_the_rank(granite, tmp_path):
-    """gate over up: A is both A one above the other, B has both B on its diagonal and zeros
-    elsewhere, and alpha grows with the rank, so that the scale stays.
+    """gate and up: the merged A stacks both A, and the merged B has both B on its diagonal and
+    zeros elsewhere. alpha grows with the rank, so the scale stays.
     """
     save_adapters(adapted(granite, LORA), LORA, tmp_path / "adapters")
     peft_export.write(tmp_path / "adapters", granite, "a/name", tmp_path / "peft")

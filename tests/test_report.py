@@ -1,4 +1,4 @@
-"""The report page: what it may never contain, what it must survive, and its chart maths by hand."""
+"""The report page: escaping, broken input, and chart geometry worked out by hand."""
 
 import copy
 import json
@@ -110,8 +110,7 @@ def valid_row(update: int, loss: float, phase: str = "dpo", voice: float = 0.5) 
     }
 
 
-# Two updates of SFT, then two of DPO: the same model is evaluated at the end of one and at the
-# beginning of the other.
+# Two updates of SFT, then two of DPO. The model after update 2 is evaluated in both phases.
 METRICS = [
     valid_row(0, 0.69, "sft", voice=0.0),
     sft_row(1),
@@ -125,7 +124,7 @@ METRICS = [
 
 
 class Page(HTMLParser):
-    """A page as a browser takes it apart: elements with their attributes, and its text."""
+    """A parsed page: elements with their attributes, its text, style and heading."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -156,15 +155,15 @@ class Page(HTMLParser):
 
 
 def changed(**sections: Any) -> dict[str, Any]:
-    """REPORT with some of the values inside its sections replaced."""
-    made = copy.deepcopy(REPORT)
+    """REPORT with some values of its sections replaced."""
+    report = copy.deepcopy(REPORT)
     for name, values in sections.items():
-        made[name] |= values
-    return made
+        report[name] |= values
+    return report
 
 
-def test_every_text_from_outside_is_shown_and_none_becomes_markup() -> None:
-    """An answer must not be able to run a script or close an element of the page it stands in."""
+def test_outside_text_is_shown_and_never_becomes_markup() -> None:
+    """An answer must not run a script or close an element of the page."""
     page = Page(html_report.render(REPORT, METRICS))
     for text in HOSTILE:
         assert page.text.count(text) >= 4  # as question, base, tuned and chosen, whitespace kept
@@ -174,7 +173,7 @@ def test_every_text_from_outside_is_shown_and_none_becomes_markup() -> None:
 
 
 def test_hostile_text_does_not_change_the_structure() -> None:
-    """Not only the tags known to be dangerous: the elements are those of a harmless report."""
+    """The page has the same elements as with harmless text, not just no dangerous ones."""
     harmless = json.loads(json.dumps(REPORT))
     harmless["answers"] = [dict.fromkeys(row, "plain words") for row in REPORT["answers"]]
     harmless["run"]["pairs"]["dropped"] = {"copy of another row": 3, "another reason": 1}
@@ -186,7 +185,7 @@ def test_hostile_text_does_not_change_the_structure() -> None:
 
 
 def test_page_loads_nothing_from_anywhere() -> None:
-    """The report opens from disk without a network, and tells nobody that it was opened."""
+    """The report opens from disk without a network and contacts nobody."""
     page = Page(html_report.render(REPORT, METRICS))
     for tag, attrs in page.elements:
         assert tag not in {"link", "script", "iframe", "base"}
@@ -197,8 +196,8 @@ def test_page_loads_nothing_from_anywhere() -> None:
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_verdict_is_told_in_words(passed: bool) -> None:
-    """Somebody who cannot tell the colours apart still reads whether it passed, and why not."""
+def test_verdict_is_shown_in_words(passed: bool) -> None:
+    """A reader who cannot tell the colours apart still sees whether it passed, and why not."""
     crossed = [] if passed else ["smoke.min_voice_share: 0.2 against a limit of 0.6"]
     page = Page(
         html_report.render(changed(verdict={"passed": passed, "crossed": crossed}), METRICS)
@@ -221,15 +220,13 @@ def test_verdict_is_told_in_words(passed: bool) -> None:
     ],
 )
 def test_heading(outcome: str, stopped: list[str], expected: str) -> None:
-    """The largest words say what became of the model; a stop only where it is the cause."""
-    made = changed(verdict={"outcome": outcome}, training={"stopped": stopped})
-    assert Page(html_report.render(made, METRICS)).heading == expected
+    """The heading names the outcome. It names an early stop only when that is the cause."""
+    report = changed(verdict={"outcome": outcome}, training={"stopped": stopped})
+    assert Page(html_report.render(report, METRICS)).heading == expected
 
 
-def test_reasons_for_a_stop_are_told_and_escaped() -> None:
-    """Each is on the page once more than without the stop, whatever is in it, beside when it was
-    and what was kept.
-    """
+def test_reasons_for_a_stop_are_shown_and_escaped() -> None:
+    """Each reason is on the page, with the update of the stop and the update of the adapters."""
     whole = Page(html_report.render(REPORT, METRICS))
     page = Page(html_report.render(changed(training={"stopped": HOSTILE}), METRICS))
     for text in HOSTILE:
@@ -239,18 +236,18 @@ def test_reasons_for_a_stop_are_told_and_escaped() -> None:
 
 
 def test_a_whole_run_was_not_stopped() -> None:
-    """Nothing of guards stopping it at the top."""
+    """A run that was not stopped has no line about an early stop."""
     assert "stopped early" not in Page(html_report.render(REPORT, METRICS)).text
 
 
-def test_untrained_adapters_are_called_so() -> None:
-    """A run stopped before anything was better keeps update 0: a model that is the base model."""
-    made = changed(training={"kept_update": 0, "stopped": ["a reason"]})
-    assert "change nothing" in Page(html_report.render(made, METRICS)).text
+def test_untrained_adapters_are_named() -> None:
+    """A run that stops before it improves keeps update 0, which is the base model."""
+    report = changed(training={"kept_update": 0, "stopped": ["a reason"]})
+    assert "change nothing" in Page(html_report.render(report, METRICS)).text
 
 
 def test_a_run_whose_training_is_unknown() -> None:
-    """Adapters may come from elsewhere: no kept line, no stop, dashes, no `None`."""
+    """Without a record of training, the page has no dotted line and never shows `None`."""
     page = Page(html_report.render({**REPORT, "training": None}, METRICS))
     assert not page.with_class("kept")
     assert "dotted line" not in page.text
@@ -259,57 +256,55 @@ def test_a_run_whose_training_is_unknown() -> None:
 
 
 def test_an_unknown_limit_is_still_shown() -> None:
-    """A limit added to the smoke test later must not break the page or be left out of it."""
+    """A limit that the template does not know is on the page too."""
     crossed = ["smoke.new: 2 against a limit of 1"]
-    made = changed(verdict={"passed": False, "crossed": crossed})
-    assert crossed[0] in Page(html_report.render(made, METRICS)).text
+    report = changed(verdict={"passed": False, "crossed": crossed})
+    assert crossed[0] in Page(html_report.render(report, METRICS)).text
 
 
 def test_one_card_for_each_side_of_each_question() -> None:
-    """No answer is left out: 5 questions have 5 answers of base, of tuned and of the user."""
+    """Each of the 5 questions has the answers of the base model, the tuned model and the user."""
     page = Page(html_report.render(REPORT, METRICS))
     sides = [attrs["class"] for attrs in page.with_class("answer")]
     assert sides == ["answer base", "answer tuned", "answer chosen"] * len(HOSTILE)
 
 
 def test_share_is_counted_in_questions() -> None:
-    """A share of 0.6 of 5 questions is told as 3 of 5."""
+    """A share of 0.6 of 5 questions is shown as 3 of 5."""
     assert "3 of 5 questions" in " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
 
 
 def test_pairs_brought_by_the_user() -> None:
-    """Without stage 06 there is no pairs report; the section says so and draws no boxes."""
+    """Without stage 06 there is no pairs report. The section says so and draws no box plot."""
     page = Page(html_report.render(changed(run={"pairs": None}), METRICS))
     assert "ready-made" in page.text
     assert not page.with_class("boxes")
 
 
 def test_no_margin_to_keep() -> None:
-    """margin_kept is None when the adapters learned nothing; a dash stands for it."""
+    """margin_kept is None when the adapters learned nothing. The page shows a dash."""
     page = Page(html_report.render(changed(fuse={"margin_kept": None}), METRICS))
     assert "margin kept–" in page.text
     assert "None" not in page.text
 
 
 def test_every_measure_of_fluency_has_all_three_sides() -> None:
-    """Without the real answers beside it nobody can tell a measure of the tuned ones as good or
-    bad; the row of the longest repetition is checked by hand.
-    """
+    """Each row shows base, tuned and real answers, so a reader can judge the tuned ones."""
     lines = " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
     assert "without a loop has 0. 1.5 3.2 0.0 Ended by itself" in lines
     assert "how to stop. 75% 50% 100% Log-prob" in lines
 
 
-def test_measures_that_are_no_numbers() -> None:
-    """A model that says nothing has -inf nats a token; the page shows a dash, never `inf`."""
+def test_measures_that_are_nan_or_infinite() -> None:
+    """Empty answers have -inf nats a token. The page shows a dash, never `inf` or `nan`."""
     nan_everywhere = dict.fromkeys(REPORT["voice"], math.nan)
-    made = changed(
+    report = changed(
         voice=nan_everywhere,
         fluency={
             "base_logprob_per_token": {"base": -0.6, "tuned": -math.inf, "chosen": -3.0},
         },
     )
-    page = Page(html_report.render(made, METRICS))
+    page = Page(html_report.render(report, METRICS))
     assert not [word for word in page.text.split() if word.strip("−%") in {"nan", "inf"}]
 
 
@@ -325,22 +320,24 @@ def test_measures_that_are_no_numbers() -> None:
     ids=["nothing", "one evaluation", "one update", "only sft", "nothing finite"],
 )
 def test_short_and_broken_runs_are_drawn(rows: list[dict[str, Any]]) -> None:
-    """A run that stopped early or degenerated still gets a page, without a broken coordinate."""
+    """A run that stopped early or degenerated gets a page without broken coordinates."""
     page = Page(html_report.render(REPORT, rows))
-    drawn = [v for _, attrs in page.elements for k, v in attrs.items() if k in {"d", "cx", "cy"}]
-    assert drawn
-    assert not [value for value in drawn if value and ("nan" in value or "inf" in value)]
+    coordinates = [
+        v for _, attrs in page.elements for k, v in attrs.items() if k in {"d", "cx", "cy"}
+    ]
+    assert coordinates
+    assert not [value for value in coordinates if value and ("nan" in value or "inf" in value)]
 
 
 def test_values_left_out_are_counted() -> None:
-    """Two values that are not finite are told under the chart, the finite ones are drawn."""
+    """The chart draws the finite value, and the caption counts the two others."""
     rows = [train_row(1, loss=math.nan), train_row(2), train_row(3, loss=math.inf)]
     chart = charts.chart(rows, "loss", None)
     assert (chart.skipped, len(chart.curves[0].points)) == (2, 1)
     assert "Not drawn: 2 values" in Page(html_report.render(REPORT, rows)).text
 
 
-def test_places_of_a_curve() -> None:
+def test_points_of_a_curve() -> None:
     """By hand: updates 0..2 fill 54..348, so update 1 lies at 201. Losses 0 and 1 get 6% of room,
     so [-0.06, 1.06] fills 204..34 upwards: 0 lies at 204 - 170 * 0.06 / 1.12 = 194.89, 1 at 43.11.
     """
@@ -353,14 +350,14 @@ def test_places_of_a_curve() -> None:
 
 
 def test_voice_is_drawn_over_both_phases() -> None:
-    """By hand: updates 0..4 fill 54..348, scores 0..1 fill 204..34. Greedy ones are half of it."""
+    """By hand: updates 0..4 fill 54..348, scores 0..1 fill 204..34. Greedy scores are half."""
     sampled, greedy = charts.chart(METRICS, "voice", 2).curves
     assert sampled.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
     assert greedy.points == [(54, 204), (201, 161.5), (201, 161.5), (348, 119)]
 
 
 def test_shares_are_drawn_from_0_to_1() -> None:
-    """A voice score that rises by 0.02 must not look like a voice that was learned."""
+    """A rise of 0.02 must not fill the chart."""
     rows = [valid_row(0, 0.69, voice=0.1), valid_row(1, 0.69, voice=0.12)]
     for name in ("voice", "fluency"):
         labels = [tick.label for tick in charts.chart(rows, name, None).y_ticks]
@@ -369,8 +366,8 @@ def test_shares_are_drawn_from_0_to_1() -> None:
 
 @pytest.mark.parametrize("name", ["loss", "margin"])
 def test_sft_is_left_out_of_loss_and_margin(name: str) -> None:
-    """They are measured from where a phase began: SFT's 0.3 nats below the base model would be
-    joined to DPO's ln 2. The x range stays that of the whole run.
+    """Both are relative to the start of a phase, so SFT's values do not continue in DPO. The x axis
+    still covers the whole run.
     """
     chart = charts.chart(METRICS, name, None)
     train, valid = chart.curves
@@ -380,21 +377,21 @@ def test_sft_is_left_out_of_loss_and_margin(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", charts.CURVES)
-def test_lines_of_the_phase_and_of_what_was_kept(name: str) -> None:
-    """In every chart at the same place: of updates 0..4, DPO begins at 2 and 3 is kept."""
+def test_vertical_lines(name: str) -> None:
+    """Every chart has them at the same x: of updates 0..4, DPO begins at 2 and 3 is kept."""
     chart = charts.chart(METRICS, name, 3)
-    assert (chart.dpo_begins, chart.kept) == (201, 274.5)
+    assert (chart.dpo_x, chart.kept_x) == (201, 274.5)
 
 
 def test_the_phase_is_named_in_every_chart() -> None:
-    """The line alone says nothing."""
+    """A label names the line where DPO begins."""
     text = Page(html_report.render(REPORT, METRICS)).text
     assert text.count("DPO begins") == len(charts.CURVES)
     assert "4 updates: 2 of SFT, 2 of DPO." in text
 
 
 def test_a_run_without_sft() -> None:
-    """No line of a phase and no word of SFT; loss and margin are drawn from update 0."""
+    """The page has no phase line and does not mention SFT. The loss starts at update 0."""
     rows = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
     page = Page(html_report.render(REPORT, rows))
     assert not page.with_class("phase")
@@ -403,20 +400,20 @@ def test_a_run_without_sft() -> None:
 
 
 def test_a_run_stopped_in_sft() -> None:
-    """DPO never began: no line says it did, and charts of DPO alone say that they are empty."""
+    """DPO never began, so there is no phase line, and the DPO charts say that they are empty."""
     page = Page(html_report.render(REPORT, METRICS[:4]))
     assert not page.with_class("phase")
     assert page.text.count("no values") == len(charts.ONLY_DPO)
 
 
-def test_path_of_one_place_and_of_none() -> None:
-    """A line of no length is drawn as a dot by its round ends; no place draws nothing."""
+def test_path_of_one_point_and_of_none() -> None:
+    """Round line ends turn a line of length 0 into a dot. Without points the path is empty."""
     assert charts.path([(1.5, 2)]) == "M1.5 2h0"
     assert charts.path([]) == ""
 
 
 def test_a_curve_that_hardly_moves_looks_flat() -> None:
-    """0.6931 to 0.6930 must not fill the chart like a steep fall: 2% of the size is shown."""
+    """The axis spans at least 2% of the values, so 0.6931 to 0.6930 does not look steep."""
     low, high = charts.padded([0.6931, 0.6930])
     assert high - low == pytest.approx(0.0001 + 0.02 * 0.6931)
 
@@ -432,11 +429,11 @@ def test_a_curve_that_hardly_moves_looks_flat() -> None:
     ],
 )
 def test_nice_ticks(low: float, high: float, expected: list[float]) -> None:
-    """Round numbers inside the range, worked out by hand."""
+    """Round numbers within the range, worked out by hand."""
     assert charts.nice_ticks(low, high) == pytest.approx(expected)
 
 
-def test_updates_are_counted_in_whole_numbers() -> None:
+def test_update_ticks_are_whole_numbers() -> None:
     """A run of two updates has ticks 0, 1, 2, not 0.5."""
     assert charts.nice_ticks(0, 2, least_step=1) == [0, 1, 2]
 
@@ -451,7 +448,7 @@ def test_updates_are_counted_in_whole_numbers() -> None:
     ],
 )
 def test_tick_labels(low: float, high: float, expected: list[str]) -> None:
-    """As many decimals as the step needs, all labels alike, and short enough for the margin."""
+    """Labels have the decimals that the step needs, and fit in the margin."""
     assert [tick.label for tick in charts.ticks(charts.Scale(low, high, 0, 100))] == expected
 
 
@@ -463,15 +460,15 @@ def test_boxes_of_lengths() -> None:
 
 
 def test_speed_is_a_median_and_memory_a_maximum() -> None:
-    """A slow first update does not count for the speed; memory counts at its height."""
+    """A slow first update does not change the speed. Memory is the peak."""
     measured = ((1, 5, 2.0), (2, 90, 3.0), (3, 95, 2.5))
     rows = [train_row(i, tokens_per_second=s, peak_memory_gb=m) for i, s, m in measured]
-    made = html_report.cost(rows)
-    assert (made["tokens_per_second"], made["peak_memory_gb"], made["updates"]) == (90, 3, 3)
+    cost = html_report.cost(rows)
+    assert (cost["tokens_per_second"], cost["peak_memory_gb"], cost["updates"]) == (90, 3, 3)
 
 
 def test_settings_read_like_the_config() -> None:
-    """Every key is there, as in the YAML file: null, true and numbers; texts without quotes."""
+    """Every key is there with its value as in the YAML file, but text has no quotes."""
     sections = html_report.sections(REPORT["run"]["config"])
     assert list(sections) == ["run", "train", "lora", "dpo"]
     values = [None, True, 1e-06, "cosine", "", ["q_proj"]]
@@ -481,7 +478,7 @@ def test_settings_read_like_the_config() -> None:
 
 
 def test_file_is_written_whole(tmp_path: Path) -> None:
-    """It comes from metrics.jsonl, and leaves no temporary file."""
+    """The page comes from metrics.jsonl, and no temporary file remains."""
     metrics = tmp_path / "metrics.jsonl"
     jsonl.append(metrics, METRICS)
     html_report.write_html(tmp_path / "report.html", REPORT, metrics)

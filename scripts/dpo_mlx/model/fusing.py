@@ -26,7 +26,7 @@ QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
-    """Replace each layer that has an adapter or is quantised by a linear layer of `dtype`.
+    """Replace each layer that has an adapter or is quantised by an ordinary layer of `dtype`.
 
     Works in place, one layer after the other, so memory holds the model and one more layer.
     `how` is one of config.ROUNDINGS. The same seed gives the same weights. A layer without an

@@ -23,8 +23,8 @@ def save_model_folder(
 ) -> None:
     """Save the model's weights to `folder`, with copies of the other files of `source`.
 
-    config.json is `config`, or the source's without one. `config_additions` are added, so that the
-    model runs as it was trained. mlx-lm's own `save` is no help: it asks the hub for a model card
+    config.json comes from `config` if given, else from `source`. `config_additions` make the model
+    run as it was trained. We do not use mlx-lm's `save`, because it asks the hub for a model card
     and rewrites the tokenizer.
     """
     config = jsonl.read_json(source / "config.json") if config is None else config

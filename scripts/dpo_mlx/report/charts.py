@@ -85,20 +85,20 @@ class Curve:
 class Chart:
     """Everything the template needs to draw a chart.
 
-    `dpo_begins` and `kept` are the x of the two vertical lines, None for no line. `skipped` counts
-    the values left out because they are NaN or infinite.
+    `dpo_x` and `kept_x` are the x of the two vertical lines, None for no line. `skipped` counts the
+    values left out because they are NaN or infinite.
     """
 
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     curves: list[Curve]
-    dpo_begins: float | None
-    kept: float | None
+    dpo_x: float | None
+    kept_x: float | None
     skipped: int
 
 
-def chart(rows: Sequence[Row], name: str, kept: int | None) -> Chart:
-    """The curves of CURVES[name], and a vertical line at the update `kept`.
+def chart(rows: Sequence[Row], name: str, kept_update: int | None) -> Chart:
+    """The curves of CURVES[name], and a vertical line at `kept_update`.
 
     The x axis always covers the whole run. A metric without values gives a curve without points.
     """
@@ -114,13 +114,13 @@ def chart(rows: Sequence[Row], name: str, kept: int | None) -> Chart:
         points = [(x(update), y(value)) for update, value in points_by_key[key]]
         curves.append(Curve(label, css, path(points), points))
     values_in_rows = sum(key in row for row in chart_rows for key in points_by_key)
-    first_dpo = dpo_begins(rows)
+    end_of_sft = last_sft_update(rows)
     return Chart(
         x_ticks=ticks(x, least_step=1),
         y_ticks=ticks(y),
         curves=curves,
-        dpo_begins=None if first_dpo is None else x(first_dpo),
-        kept=None if kept is None else x(kept),
+        dpo_x=None if end_of_sft is None else x(end_of_sft),
+        kept_x=None if kept_update is None else x(kept_update),
         skipped=values_in_rows - len(values),
     )
 
@@ -140,7 +140,7 @@ def last_update(rows: Iterable[Row]) -> int:
     return max((row["iteration"] for row in rows), default=0)
 
 
-def dpo_begins(rows: Sequence[Row]) -> int | None:
+def last_sft_update(rows: Sequence[Row]) -> int | None:
     """The last update of SFT; None when the run had no SFT or never reached DPO."""
     sft = of_sft(rows)
     return last_update(sft) if sft and of_dpo(rows) else None

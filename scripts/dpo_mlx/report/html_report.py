@@ -23,11 +23,11 @@ def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
     """The page, from the content of report.json and the rows of metrics.jsonl."""
     training, pairs = report["training"], report["run"]["pairs"]
-    kept = None if training is None else training["kept_update"]
+    kept_update = None if training is None else training["kept_update"]
     return templates.render(
         TEMPLATE,
         **report,
-        charts={name: chart(metrics_rows, name, kept) for name in CURVES},
+        charts={name: chart(metrics_rows, name, kept_update) for name in CURVES},
         cost=cost(metrics_rows),
         frame=FRAME,
         lengths=None if pairs is None else lengths(pairs["tokens"]),

@@ -29,14 +29,14 @@ def load_or_compute(
     inputs: Fingerprint,
     log_probs: Callable[[list[EncodedAnswer]], list[float]],
     at_once: int = 1,
-    progress: Callable[[int], object] = lambda done: None,
+    progress: Callable[[int], object] = lambda pairs_done: None,
 ) -> list[Sides[float]]:
     """log p(answer | prompt) of both sides of each pair, in nats, from `folder`/`name`.jsonl or by
     `log_probs`, which is called for `at_once` pairs at a time.
 
     `inputs` is everything that determines the values. If the file was made from other inputs, this
     function starts it again; if an interrupted run left a part of it, it goes on from there. It
-    calls progress(pairs done) each time it has added pairs. Raises UserError for a file that is
+    calls progress(pairs_done) each time it has added pairs. Raises UserError for a file that is
     damaged or belongs to other pairs.
     """
     rows_path, stamp_path = folder / f"{name}.jsonl", folder / f"{name}.inputs.json"
