@@ -225,9 +225,9 @@ CASES: dict[str, Case] = {
     "report_to": setting("report_to=wnadb", "report_to", "'wnadb'", "wandb, swanlab"),
     "run_dir is a file": setting("run_dir=source.jsonl", "source.jsonl"),
     "config is a pipe": replaced("c.yaml", os.mkfifo, "is a pipe", "--config", script="10"),
-    "key twice": file("c.yaml", b"seed: 1\nseed: 2\n", "line 2: the key seed is on line 1"),
+    "key twice": file("c.yaml", b"seed: 1\nseed: 2\n", "line 2: the key seed is already on line 1"),
     "alias bomb": file("c.yaml", b"a: &a [x, x]\nb: [*a, *a]\n", "line 1: anchors"),
-    "number without end": setting(f"lora.rank=0x{'f' * 9999}", "a number of 10001 characters"),
+    "number without end": setting(f"lora.rank=0x{'f' * 9999}", "the number has 10001 characters"),
     "scale of 1e308": setting("lora.scale=1e308", "lora.scale: 1e+308 is too large", script="11"),
     "run_dir holds the data": setting("run_dir=..", "run_dir: .. contains the folder of --config"),
     "valid pairs are the samples": setting(
@@ -277,7 +277,7 @@ CASES: dict[str, Case] = {
         lambda: other_weights(tiny.folder(Path("other"))),
         ("--set", "model=other"),
     ),
-    "no weights": model(lambda f: (f / "model.safetensors").unlink(), "other: holds no weights"),
+    "no weights": model(lambda f: (f / "model.safetensors").unlink(), "other: contains no weights"),
     "torn weights": model(
         lambda f: os.truncate(f / "model.safetensors", 5000),
         "other/model.safetensors: is cut short",
@@ -470,7 +470,7 @@ CASES: dict[str, Case] = {
     ),
     "fused torn": Case(
         "12",
-        ("run/fused/model.safetensors: is cut short", "run the stage that makes it again"),
+        ("run/fused/model.safetensors: is cut short", "run the stage that writes it again"),
         lambda: os.truncate("run/fused/model.safetensors", 999),
     ),
     "config.json broken": model(

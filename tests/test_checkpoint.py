@@ -319,7 +319,10 @@ DAMAGES = {
     "a list": (lambda f: (f / STATE).write_text("[]"), "state.json: the file must be an object"),
     "no version": (lambda f: (f / STATE).write_text("{}"), "written by another version .None"),
     "another version": (lambda f: edit(f / STATE, version=99), "another version .99, this one"),
-    "an unknown field": (lambda f: edit(f / STATE, extra=1), 'state.json: has "extra"'),
+    "an unknown field": (
+        lambda f: edit(f / STATE, extra=1),
+        'state.json: has the unknown key "extra"',
+    ),
     "text for a number": (lambda f: edit_state(f, update="9"), "update. must be a whole number"),
     "a negative number": (lambda f: edit_state(f, rows=-1), "rows. is not between 0 and"),
     "a number of 400 digits": (lambda f: edit_state(f, rows=10**400), "rows. is not between"),

@@ -188,7 +188,8 @@ def test_space_is_asked_of_the_disk_it_will_be_on(tmp_path):
     deep = tmp_path / "a" / "b"
     require_space(deep, 1000, "run_dir")
     with pytest.raises(
-        UserError, match=r"b: the disk has [\d.]+ GB free, up to 1000000.00 GB .*run_dir"
+        UserError,
+        match=r"b: the disk has [\d.]+ GB free, but the stage needs up to 1000000.00 GB.*run_dir",
     ):
         require_space(deep, 10**15, "run_dir")
     assert not deep.exists()

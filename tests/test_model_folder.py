@@ -165,17 +165,20 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a link to nothing": (link("tokenizer.json", "gone"), ("tokenizer.json", "cannot be read")),
     "a link to itself": (link("tokenizer.json", "tokenizer.json"), ("tokenizer.json", "cannot be")),
     "no config": (lambda f: (f / "config.json").unlink(), ("config.json: no such file",)),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), ("holds no weights",)),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), ("contains no weights",)),
     "a part is missing": (parts, ("model-00002-of-00002.safetensors: no such file",)),
     # sizes and form
-    "config too large": (sized("config.json", 2**26), ("config.json", "more than any such file")),
-    "tokenizer too large": (sized("tokenizer.json", 2**33), ("tokenizer.json", "more than any")),
-    "template too large": (sized("chat_template.jinja", 2**33), ("chat_template.jinja", "more")),
+    "config too large": (sized("config.json", 2**26), ("config.json", "the limit is")),
+    "tokenizer too large": (sized("tokenizer.json", 2**33), ("tokenizer.json", "the limit is")),
+    "template too large": (
+        sized("chat_template.jinja", 2**33),
+        ("chat_template.jinja", "the limit is"),
+    ),
     "config empty": (text("config.json", ""), ("config.json: broken JSON",)),
     "config no UTF-8": (text("config.json", b"\xff{}"), ("config.json: not UTF-8",)),
     "config a list": (text("config.json", "[]"), ("config.json: expected a JSON object",)),
     "config a number": (text("config.json", "1" * 5000), ("config.json: broken JSON",)),
-    "config nested": (text("config.json", '{"a":' * 500 + "1" + "}" * 500), ("brackets",)),
+    "config nested": (text("config.json", '{"a":' * 500 + "1" + "}" * 500), ("nested more than",)),
     "config nested deep": (text("config.json", "[" * 10**6), ("config.json: broken JSON",)),
     "generation a list": (text("generation_config.json", "[]"), ("generation_config.json: exp",)),
     "template no UTF-8": (
@@ -196,11 +199,11 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         text(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"),
         ("is a Git LFS pointer", "git lfs pull"),
     ),
-    "header too long": (text(WEIGHTS, b"\xff" * 100), ("cut short or no safetensors",)),
+    "header too long": (text(WEIGHTS, b"\xff" * 100), ("cut short, or is not a safetensors",)),
     "header no JSON": (text(WEIGHTS, struct.pack("<Q", 4) + b"nope"), ("header that is not JSON",)),
     "header a list": (text(WEIGHTS, struct.pack("<Q", 2) + b"[]"), ("not a JSON object",)),
     "header without tensors": (text(WEIGHTS, struct.pack("<Q", 2) + b"{}"), ("no weights",)),
-    "entry no object": (header(lambda h: h.update(x=1)), ("size of tensor 'x'",)),
+    "entry no object": (header(lambda h: h.update(x=1)), ("size for the tensor 'x'",)),
     "shape negative": (header(lambda h: h[EMBEDDING].update(shape=[-1, 2])), (EMBEDDING,)),
     "shape huge": (header(lambda h: h[EMBEDDING].update(shape=[2**40, 0])), (EMBEDDING,)),
     "shape another": (header(lambda h: h[EMBEDDING].update(shape=[260, 65])), (EMBEDDING,)),
@@ -255,7 +258,10 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "end no number": (number(eos_token_id=[0, "</s>"]), ("eos_token_id",)),
     # the chat template's form
     **{
-        f"template {value!r}": (tokenizer(chat_template=value), ("chat_template is neither text",))
+        f"template {value!r}": (
+            tokenizer(chat_template=value),
+            ("chat_template is neither a text",),
+        )
         for value in (5, True, {"a": 1}, ["x"], [{"name": "default"}], [{"template": "x"}])
     },
     "no default template": (
@@ -278,7 +284,7 @@ def test_a_damaged_folder_is_one_line(case, folder):
 
 def test_a_folder_that_mlx_lm_takes_for_a_pattern(folder, tmp_path):
     """Brackets in the path; the weights are there, and the line says why they are not seen."""
-    assert "rename it" in one_line(lambda: encoder(folder.rename(tmp_path / "m[1]")))
+    assert "rename the folder" in one_line(lambda: encoder(folder.rename(tmp_path / "m[1]")))
 
 
 @pytest.mark.parametrize("kind", ["granite", "dense", "thinking", "llama"])
@@ -405,7 +411,7 @@ def test_a_link_out_of_the_folder_is_refused_early(folder, tmp_path):
         ):
             line = one_line(call)
             assert line.startswith(f"{copy / name}: is a link to {tmp_path / 'secret'}")
-            assert "copy that file into the folder" in line
+            assert "replace the link with a copy" in line
 
 
 def test_links_within_the_folder_and_the_hub_s_are_followed(folder, tmp_path):
@@ -458,7 +464,7 @@ def test_the_fingerprint_is_of_the_content(folder, tmp_path):
 
 def test_a_large_file_is_told_by_slices(tmp_path, monkeypatch):
     """Both ends, the size, and every stretch as long as the distance of two slices."""
-    monkeypatch.setattr(model_files, "HASHED_WHOLE", 1000)
+    monkeypatch.setattr(model_files, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(digest, "SLICES", 10)
     monkeypatch.setattr(digest, "SLICE_BYTES", 16)
     path, content = tmp_path / "w", bytearray(5000)
@@ -466,7 +472,7 @@ def test_a_large_file_is_told_by_slices(tmp_path, monkeypatch):
 
     def mark() -> str:
         path.write_bytes(content)
-        return digest.of_file(path, model_files.HASHED_WHOLE)
+        return digest.of_file(path, model_files.WHOLE_BYTES)
 
     marks.add(mark())
     for place in (0, 4999, *range(0, 5000 - 600, 600)):

@@ -322,7 +322,7 @@ def keys(section: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    content = bounded.read(path, bounded.CONFIG, "give --config the path of a YAML file")
+    content = bounded.read(path, bounded.CONFIG_LIMIT, "give --config the path of a YAML file")
     try:
         values = strict_yaml.load(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Writes that a crash cannot halve: synced, and whole under their names."""
+"""Writes files so that a crash leaves the old content or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pathlib import Path
 
 from .errors import UserError
 
-# What a stage writes beside its large files, in bytes: pairs, metrics, the report.
+# Bytes that a stage needs for its small files: pairs, metrics, the report.
 SMALL_FILES = 20_000_000
 
-SWAP, AT_FDCWD = 2, -100  # flag and constant of both systems' calls that swap two names
+SWAP, AT_FDCWD = 2, -100  # RENAME_SWAP on macOS and RENAME_EXCHANGE on Linux; AT_FDCWD on Linux
 
 
 def sync_file(descriptor: int) -> None:
-    """Wait until an open file is on the disk; macOS's fsync leaves it in the drive's own memory."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        with suppress(OSError):  # network disks do not know it
-            fcntl.fcntl(descriptor, full)
+    """Wait until an open file is on the disk. On macOS, fsync leaves it in the drive's cache."""
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_sync is not None:
+        with suppress(OSError):  # network disks do not support it
+            fcntl.fcntl(descriptor, full_sync)
             return
     os.fsync(descriptor)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync_file(descriptor)
@@ -41,7 +41,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Makes a failed write an OSError that names `path`; MLX has only a RuntimeError for it."""
+    """Turn a failed write into an OSError that names `path`. MLX raises a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -53,31 +53,31 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, size: int, key: str) -> None:
-    """Raises UserError when the disk of `folder`, which may not be there yet, has less than `size`
-    bytes free; `key` is the config's key that names it.
+    """Raises UserError when the disk of `folder` has less than `size` bytes free. The folder need
+    not exist. `key` is the config key that sets it.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    parents = (folder, *folder.absolute().parents)
+    free = shutil.disk_usage(next(path for path in parents if path.exists())).free
     if free < size:
         raise UserError(
-            f"{folder}: the disk has {free / 1e9:.2f} GB free, up to {size / 1e9:.2f} GB are "
-            f"needed; free some space, or set {key} to another disk"
+            f"{folder}: the disk has {free / 1e9:.2f} GB free, but the stage needs up to "
+            f"{size / 1e9:.2f} GB; free some space, or set {key} to another disk"
         )
 
 
 def temporary_name(path: Path) -> Path:
-    """Where the new content of `path` is written before it takes that name."""
+    """The temporary file for the new content of `path`."""
     return path.with_name(f".{path.name}.dpo-mlx.tmp")
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Give a file this content: a reader sees the old file or the whole new one.
+    """Replace a file's content. A reader sees the old file or the whole new one.
 
-    The caller has made sure that nobody else's file stands under either name. Raises OSError, and
-    leaves the old file, when the content cannot be written.
+    The caller must check that neither `path` nor its temporary file is the user's. Raises OSError
+    and keeps the old file when the content cannot be written.
     """
     temporary = temporary_name(path)
-    temporary.unlink(missing_ok=True)  # a killed process has left it
+    temporary.unlink(missing_ok=True)  # a killed process may have left it
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with disk_errors(path):
         try:
@@ -93,26 +93,26 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add to the end of a file, all or nothing, and wait until it is on the disk."""
+    """Append all of `content` or nothing, and wait until it is on the disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     with disk_errors(path), open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
+        old_size = file.seek(0, os.SEEK_END)
         try:
             while content:
                 content = content[file.write(content) :]
             sync_file(file.fileno())
         except OSError:
-            file.truncate(before)
+            file.truncate(old_size)
             raise
 
 
 def aside_name(path: Path) -> Path:
-    """Where `swap` puts the other one of two, for a moment."""
+    """The name that `swap` gives to the old folder for a moment."""
     return path.with_name(f"{path.name}.old")
 
 
 def swap(one: Path, other: Path) -> None:
-    """Swap two folders' names in one step; where the file system cannot, in three."""
+    """Swap the names of two folders in one step, or in three if the disk does not support that."""
     libc = ctypes.CDLL(None)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin":

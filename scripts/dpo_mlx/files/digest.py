@@ -1,4 +1,4 @@
-"""SHA-256 of files, of the large ones in part."""
+"""SHA-256 of files. Large files can be hashed in slices."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import hashlib
 import math
 from pathlib import Path
 
-# Of a file that is too large to be read whole: slices spread evenly over it, the first and the last
-# bytes among them.
+# A large file is hashed in slices that are spread evenly from its first to its last byte.
 SLICES, SLICE_BYTES = 1024, 4096
 
 
 def of_file(path: Path, whole: float = math.inf) -> str:
-    """SHA-256 of a file of up to `whole` bytes; of a larger one, of its size and of slices.
+    """SHA-256 of a file. For a file of more than `whole` bytes: SHA-256 of its size and its slices.
 
-    Hashing gigabytes takes many seconds. In a file of 5 GB the slices lie 5 MB apart: a changed
-    tensor of more megabytes is noticed, one of kilobytes may not be.
+    Hashing gigabytes takes many seconds. In a file of 5 GB the slices are 5 MB apart: this notices
+    any change to a tensor of more than 5 MB, but can miss a change of a few kilobytes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

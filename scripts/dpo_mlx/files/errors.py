@@ -1,26 +1,26 @@
-"""What a stage says when it cannot go on."""
+"""The exceptions that become one error line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-WHILE = "while "  # begins the notes that `doing` adds
+WHILE = "while "  # the start of the notes that `doing` adds
 
 
 class UserError(Exception):
-    """A fault the user can mend: one line that names the file, line or key and the remedy."""
+    """An error that the user can fix: one line that says what is wrong, where, and what to do."""
 
 
 class LostProcess(UserError):
-    """Another process of the run, or its machine, is gone."""
+    """Another process of the run, or its machine, has died."""
 
 
 @contextmanager
 def doing(verb: str, what: object) -> Iterator[None]:
-    """Within, an exception learns what was being done: `with doing("reading", path):`.
+    """Add a note to an exception: what the program was doing. `with doing("reading", path):`
 
-    The innermost `doing` is what the error line says; a traceback shows all of them.
+    The error line shows the innermost note, the traceback shows all of them.
     """
     try:
         yield

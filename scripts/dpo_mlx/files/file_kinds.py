@@ -1,4 +1,4 @@
-"""What kind of file was given in the place of JSON lines, and how to convert it."""
+"""Recognises files that are not JSON lines, and says how to convert them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ SAVE_AS_UTF_8 = "save it as UTF-8"
 EXPORT = "export it as JSON lines, one JSON object a line"
 UNPACK = "unpack it and name the file inside"
 
-# The first bytes of a file, what it then is, and what to do with it. The longer of two that begin
-# alike stands first.
+# (first bytes, kind of file, what to do). A longer prefix comes before a shorter one.
 MAGIC = (
     (b"\xff\xfe\0\0", "UTF-32 text", SAVE_AS_UTF_8),
     (b"\0\0\xfe\xff", "UTF-32 text", SAVE_AS_UTF_8),
@@ -34,7 +33,7 @@ MAGIC = (
     (b"version https://git-lfs", "a pointer of Git LFS", "run: git lfs pull"),
 )
 
-# How a program that reads JSON makes lines of a list.
+# A command that converts a JSON list to JSON lines.
 TO_LINES = (
     "python3 -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]' "
     "< OLD > NEW.jsonl"
@@ -42,7 +41,7 @@ TO_LINES = (
 
 
 def by_first_bytes(content: bytes) -> str | None:
-    """What a file is that holds no JSON lines, with the remedy; None if its start does not tell."""
+    """The kind of a file that is not JSON lines, and what to do. None if it could be JSON lines."""
     start = content[:64].lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "is a web page (HTML); download the file itself"
@@ -53,12 +52,12 @@ def by_first_bytes(content: bytes) -> str | None:
 
 
 def by_first_line(line: bytes) -> str | None:
-    """The same for a file whose first line that is not blank is not a JSON object."""
+    """The same, for a file whose first non-blank line is not a JSON object."""
     text = line.strip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"["):
         return f"is a JSON list, not JSON lines; convert it: {TO_LINES}"
     if text.startswith(b"{") and text.endswith((b"{", b"[", b",")) and not text.endswith(b"},"):
-        return "is JSON over several lines; write each object on a line of its own"
+        return "has JSON objects over several lines; write each object on one line"
     if not text.startswith(b"{") and any(mark in text for mark in (b",", b"\t", b";")):
         return f"is not JSON lines (a CSV or a table?); {EXPORT}"
     return None

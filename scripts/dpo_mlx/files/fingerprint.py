@@ -1,7 +1,7 @@
 """What each output depends on. A stage runs again when one of these files or config keys changes.
 
-A fingerprint maps the name of each dependency ("dpo.beta", "train pairs") to its value, or to the
-digest of the file.
+A fingerprint maps the name of each dependency ("dpo.beta", "train pairs") to the key's value or the
+file's digest.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .text import shown
 
 Fingerprint = dict[str, Any]
 
-# The stages, as their stamps are called.
+# The names of the stages' stamps.
 TRAINING, FUSING = "10_train_dpo", "11_fuse_adapters"
 EVALUATION, EXPORT = "12_smoke_test", "13_export_hf"
-# Other outputs that are kept: the pairs and the samples behind them; a reference; the adapters of a
-# phase; the judgement which adapters are best.
+# Other outputs: the pairs and the sampled answers behind them, the references, the adapters of each
+# phase, and the choice of the best checkpoint (JUDGEMENT).
 PAIRS, SAMPLES = "pairs", "samples"
 REFERENCE = {split: f"reference of {split}" for split in SPLITS}
 SFT_ADAPTERS, DPO_ADAPTERS, JUDGEMENT = "SFT's adapters", "DPO's adapters", "judgement"
@@ -33,8 +33,8 @@ SFT_ADAPTERS, DPO_ADAPTERS, JUDGEMENT = "SFT's adapters", "DPO's adapters", "jud
 
 @dataclass(frozen=True)
 class Dependencies:
-    """Files by their names in FILES, and config keys; "dpo.*" stands for all keys of a section.
-    `except_keys` have no effect on the output.
+    """Names of FILES, and config keys ("dpo.*" is all keys of a section). `except_keys` have no
+    effect on the output.
     """
 
     files: tuple[str, ...] = ()
@@ -43,13 +43,13 @@ class Dependencies:
 
 
 PROMPT = ("system_prompt", "chat_template_args.*")
-OF_DPO_ALONE = ("dpo.*", "train.learning_rate", "train.epochs")
-OF_JUDGEMENT = ("train.eval_every", "train.eval_questions")
-# These change neither the adapters nor which of them are best.
-WITHOUT_EFFECT = ("train.force", "train.restart", "train.save_every")
+DPO_KEYS = ("dpo.*", "train.learning_rate", "train.epochs")
+EVAL_KEYS = ("train.eval_every", "train.eval_questions")
+# These change neither the adapters nor the choice of the best checkpoint.
+KEYS_WITHOUT_EFFECT = ("train.force", "train.restart", "train.save_every")
 ADAPTER_FILES = ("train pairs", "valid pairs", "model files")
 ADAPTER_KEYS = (*PROMPT, "data.max_length", "seed", "lora.*", "sft.*", "dpo.*", "train.*")
-JUDGEMENT_KEYS = ("guard.*", "generation.*", *OF_JUDGEMENT)
+JUDGEMENT_KEYS = ("guard.*", "generation.*", *EVAL_KEYS)
 JUDGEMENT_EXCEPT = ("generation.restart", "generation.batch_size")
 
 TABLE = {
@@ -75,12 +75,12 @@ TABLE = {
         for split in SPLITS
     },
     SFT_ADAPTERS: Dependencies(
-        ADAPTER_FILES, ADAPTER_KEYS, (*WITHOUT_EFFECT, *OF_JUDGEMENT, *OF_DPO_ALONE)
+        ADAPTER_FILES, ADAPTER_KEYS, (*KEYS_WITHOUT_EFFECT, *EVAL_KEYS, *DPO_KEYS)
     ),
-    DPO_ADAPTERS: Dependencies(ADAPTER_FILES, ADAPTER_KEYS, (*WITHOUT_EFFECT, *OF_JUDGEMENT)),
+    DPO_ADAPTERS: Dependencies(ADAPTER_FILES, ADAPTER_KEYS, (*KEYS_WITHOUT_EFFECT, *EVAL_KEYS)),
     JUDGEMENT: Dependencies((), JUDGEMENT_KEYS, JUDGEMENT_EXCEPT),
     TRAINING: Dependencies(
-        ADAPTER_FILES, (*ADAPTER_KEYS, *JUDGEMENT_KEYS), (*WITHOUT_EFFECT, *JUDGEMENT_EXCEPT)
+        ADAPTER_FILES, (*ADAPTER_KEYS, *JUDGEMENT_KEYS), (*KEYS_WITHOUT_EFFECT, *JUDGEMENT_EXCEPT)
     ),
     FUSING: Dependencies(
         ("adapters", "model files", "valid pairs"),
@@ -117,13 +117,14 @@ FILES: dict[str, Callable[[Config], Any]] = {
 
 
 def of(output: str, config: Config, digests: Fingerprint | None = None) -> Fingerprint:
-    """The fingerprint of an output of TABLE as this run would make it now.
+    """Compute the fingerprint of an output of TABLE from the current files and settings.
 
-    Files whose digests `digests`, an earlier fingerprint, has are not read again.
+    Files whose digests are in `digests`, an earlier fingerprint, are not read again.
     """
-    dependencies, known = TABLE[output], digests or {}
+    dependencies, digests = TABLE[output], digests or {}
     files = {
-        name: known[name] if name in known else FILES[name](config) for name in dependencies.files
+        name: digests[name] if name in digests else FILES[name](config)
+        for name in dependencies.files
     }
     keys = {key: value for key, value in config.flat.items() if _depends(dependencies, key)}
     return {**files, **keys}
@@ -138,15 +139,15 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _digest(path: Path) -> str | None:
-    """SHA-256 of a file, None when there is none."""
+    """SHA-256 of a file. None when it does not exist."""
     return digest.of_file(path) if path.is_file() else None
 
 
 def read(path: Path) -> Fingerprint | None:
-    """A stored fingerprint, None when there is none. Raises UserError for one that is damaged or
-    not ours.
+    """Read a stored fingerprint. None if there is none. Raises UserError when it is damaged or not
+    ours.
     """
-    return records.read_if_there(path, Fingerprint)
+    return records.read_if_exists(path, Fingerprint)
 
 
 def write(path: Path, fingerprint: Fingerprint) -> None:
@@ -154,14 +155,14 @@ def write(path: Path, fingerprint: Fingerprint) -> None:
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs: `name: old -> new` for short values, the name alone for long ones."""
-    new = json.loads(json.dumps(new))  # tuples and the like as they come back from a file
+    """List the differences: `name: old -> new` for short values, only the name for long ones."""
+    new = json.loads(json.dumps(new))  # tuples become lists, as in a file
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [_difference(name, old.get(name), new.get(name)) for name in names]
 
 
 def is_current(path: Path, fingerprint: Fingerprint, outputs: list[Path]) -> bool:
-    """Whether the fingerprint stored at `path` is this one, and every output is still complete."""
+    """Whether the fingerprint stored at `path` is the same, and every output is still complete."""
     old = read(path)
     return old is not None and not differences(old, fingerprint) and all(map(_exists, outputs))
 

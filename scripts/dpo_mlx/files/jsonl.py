@@ -1,4 +1,4 @@
-"""JSON and JSON-lines files: faults name `path:line`, and only files of ours are written."""
+"""Reads JSON and JSON-lines files with errors that name `path:line`, and writes our own ones."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from . import bounded, file_kinds, ownership
 from .errors import UserError
 from .text import shown
 
-# Bytes of a row, which may be an answer that is too long, with each character escaped.
+# Bytes. A row can be a very long answer with every character escaped.
 LONGEST_LINE = 2**26
 
 
-def read_bytes(path: Path, remedy: str, most: int = bounded.STATE) -> bytes:
-    """The file's bytes. Raises UserError, ending in `remedy`, when it cannot be read, or has more
-    than `most` bytes.
+def read_bytes(path: Path, remedy: str, limit: int = bounded.STATE_LIMIT) -> bytes:
+    """Read a file. Raises UserError, ending in `remedy`, when it cannot be read or has more than
+    `limit` bytes.
     """
-    return bounded.read(path, most, remedy)
+    return bounded.read(path, limit, remedy)
 
 
 def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line; blank lines, a BOM and CRLF are fine.
+    """Yield (line number from 1, object) for every line. Blank lines, a BOM and CRLF are allowed.
 
-    Raises UserError for an unreadable or empty file or one of another kind, and with `path:line`
-    for a line that is not UTF-8, no JSON or no object.
+    Raises UserError for an unreadable or empty file, for a file of another kind, and with
+    `path:line` for a line that is not UTF-8, not JSON or not an object.
     """
-    content = read_bytes(path, remedy, bounded.DATA)
+    content = read_bytes(path, remedy, bounded.DATA_LIMIT)
     if kind := file_kinds.by_first_bytes(content):
         raise UserError(f"{shown(path)}: {kind}")
-    first = True
+    is_first_row = True
     for number, raw in enumerate(io.BytesIO(content), start=1):
         line = raw.removesuffix(b"\n")
         if not line.strip(b"\xef\xbb\xbf \t\r"):
@@ -41,54 +41,58 @@ def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = _parse(line, f"{shown(path)}:{number}")
         except UserError as error:
-            if first and (kind := file_kinds.by_first_line(line)):
+            if is_first_row and (kind := file_kinds.by_first_line(line)):
                 raise UserError(f"{shown(path)}: {kind}") from error
             raise
-        first = False
+        is_first_row = False
         yield number, row
-    if first:
+    if is_first_row:
         raise UserError(f"{shown(path)}: is empty; {remedy}")
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
+def _parse(raw: bytes, place: str) -> dict[str, Any]:
     if len(raw) > LONGEST_LINE:
-        raise UserError(f"{where}: a line of {len(raw) / 1e6:.0f} MB; no row is that long")
+        raise UserError(f"{place}: the line has {len(raw) / 1e6:.0f} MB; split or remove it")
     try:
         text = raw.decode("utf-8-sig")
-        row = json.loads(text, object_pairs_hook=_without_repetition)
+        row = json.loads(text, object_pairs_hook=_require_unique_keys)
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            raise UserError(f"{place}: expected a JSON object, found {type(row).__name__}")
         if "\\u" in text and not _is_text(row):
-            raise UserError(f"{where}: half a surrogate pair (\\ud800 to \\udfff); write it whole")
+            raise UserError(
+                f"{place}: half of a surrogate pair (\\ud800 to \\udfff); remove or complete it"
+            )
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}); save as UTF-8") from error
+        raise UserError(
+            f"{place}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from error
+        raise UserError(f"{place}: broken JSON at column {error.colno}: {error.msg}") from error
     except RecursionError as error:
-        raise UserError(f"{where}: JSON that is nested too deeply; write text fields") from error
-    except _Repeated as error:
-        raise UserError(f"{where}: the key {error} appears twice; remove one") from error
+        raise UserError(f"{place}: the JSON is nested too deeply; use text fields") from error
+    except _RepeatedKeyError as error:
+        raise UserError(f"{place}: the key {error} appears twice; remove one") from error
     except ValueError as error:
         raise UserError(
-            f"{where}: a number of thousands of digits; shorten or remove it"
+            f"{place}: a number has thousands of digits; shorten or remove it"
         ) from error
     return row
 
 
-class _Repeated(ValueError):
-    """A key that appears twice in an object, as a message shows it."""
+class _RepeatedKeyError(ValueError):
+    """A key appears twice in an object. The text is the key in quotes."""
 
 
-def _without_repetition(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(items)
     if len(row) < len(items):
         [(key, _)] = Counter(key for key, _ in items).most_common(1)
-        raise _Repeated(f'"{shown(key)}"')
+        raise _RepeatedKeyError(f'"{shown(key)}"')
     return row
 
 
 def _is_text(row: Any) -> bool:
-    """Whether all of it can be written as UTF-8."""
+    """Whether every text in a row can be encoded as UTF-8."""
     try:
         return bool(dumps(row).encode())
     except UnicodeEncodeError:
@@ -96,7 +100,7 @@ def _is_text(row: Any) -> bool:
 
 
 def dumps(row: Any) -> str:
-    """One line of JSON, text as it is written."""
+    """Returns one line of JSON, with non-ASCII characters unescaped."""
     return json.dumps(row, ensure_ascii=False)
 
 
@@ -105,49 +109,49 @@ def _lines(rows: Iterable[Any]) -> str:
 
 
 def append(path: Path, rows: Iterable[Any]) -> None:
-    """Add rows to a file of ours, all or none of them, and wait until they are on the disk."""
+    """Append all rows or none to a file of ours, and wait until they are on the disk."""
     ownership.append(path, _lines(rows).encode())
 
 
 def write(path: Path, rows: Iterable[Any]) -> None:
-    """Replace a file of ours by these rows, atomically."""
+    """Replace a file of ours with these rows, atomically."""
     write_text(path, _lines(rows))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file of ours by one indented JSON value, atomically."""
+    """Replace a file of ours with one indented JSON value, atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file of ours, atomically: a reader sees the old text or the whole new one.
+    """Replace a file of ours atomically. A reader sees the old text or the whole new one.
 
-    Like the functions above, raises UserError for a file that the pipeline did not write, and for
-    one that was changed since.
+    Like the functions above, raises UserError for a file that the pipeline did not write, or that
+    was changed since.
     """
     ownership.write(path, text.encode())
 
 
 def read_whole_lines(path: Path, remedy: str = "") -> list[dict[str, Any]]:
-    """The rows of a file that `append` wrote; a torn last line is cut off the file first.
+    """Read a file that `append` wrote, after cutting a torn last line off the file.
 
     Raises UserError with `path:line`, ending in `remedy`, for a row that is not a JSON object.
     """
-    raw = read_bytes(path, remedy, bounded.DATA)
-    whole = raw[: raw.rfind(b"\n") + 1]
+    raw = read_bytes(path, remedy, bounded.DATA_LIMIT)
+    whole_lines = raw[: raw.rfind(b"\n") + 1]
     rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole_lines.splitlines(), start=1):
         try:
             rows.append(_parse(line, f"{path}:{number}"))
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
-    if whole != raw:
-        ownership.truncate(path, len(whole))
+    if whole_lines != raw:
+        ownership.truncate(path, len(whole_lines))
     return rows
 
 
 def read_json(path: Path, remedy: str = "put back the whole file") -> Any:
-    """One JSON value. Raises UserError, ending in `remedy`, when it is not there or broken."""
+    """Read one JSON value. Raises UserError, ending in `remedy`, when it is missing or broken."""
     try:
         return json.loads(read_bytes(path, remedy))
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""The files of a model folder, checked before anything loads them.
+"""Checks the files of a model folder before MLX loads them.
 
-What is read is a regular file of bounded size, complete and finite. The numbers in config.json are
-possible for these weights: MLX believes any, and builds millions of layers, or ends in a crash.
+Each file must be regular, limited in size and complete, and the weights finite. The numbers in
+config.json must fit the weights, because MLX would build millions of layers or crash.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .text import reason
 from .weights_file import Damaged, Tensor
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
-WEIGHTS = "model*.safetensors"  # what mlx-lm loads
-# Files that can hold a vocabulary, and so be large.
+WEIGHTS = "model*.safetensors"  # the files that mlx-lm loads
+# Files that can contain a vocabulary, so they can be large.
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -39,7 +39,7 @@ VOCABULARIES = (
     "vocab.txt",
     "merges.txt",
 )
-# JSON files, each of which holds one object.
+# JSON files that contain one object.
 OBJECTS = (
     CONFIG,
     "generation_config.json",
@@ -54,17 +54,17 @@ OBJECTS = (
 )
 TEMPLATES = ("chat_template.jinja", "chat_templates/*.jinja")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
-# All that a model folder holds beside its weights. Other files are never read and never copied:
-# fused/ and hf/ are uploaded, and a user's own files have no place there.
+# All files of a model except its weights. We never read or copy other files, because users upload
+# fused/ and hf/, and their private files must not end up there.
 SETTINGS = (*OBJECTS, *TEMPLATES, *VOCABULARIES, *LICENCES)
-# Other names of files that a tokenizer may look for.
+# Also the other files that a tokenizer may read.
 READABLE = (*SETTINGS, "*.json", "*.jinja", "*.model", "*.txt", WEIGHTS)
 
-VOCABULARY_LIMIT = 256 * 2**20  # bytes; the largest of today's models have about 35 MB
+VOCABULARY_LIMIT = 256 * 2**20  # bytes; the largest today are about 35 MB
 SETTINGS_LIMIT = 32 * 2**20
-DEPTH_LIMIT = 32  # brackets within brackets in a settings file
+DEPTH_LIMIT = 32  # nesting in a settings file
 
-# Numbers in config.json that are sizes of tensors, or whose products are.
+# Keys of config.json that are sizes of tensors or factors of such sizes.
 SIZES = (
     *("vocab_size", "hidden_size", "n_embd", "d_model", "dim", "model_dim"),
     *("intermediate_size", "shared_intermediate_size", "moe_intermediate_size", "ffn_hidden_size"),
@@ -76,42 +76,43 @@ SIZES = (
     *("mamba_expand", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "state_size"),
 )
 BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-NOT_ZERO = (*SIZES[:6], "num_attention_heads", "n_head", "n_heads", "num_heads", *BLOCKS)
-# Numbers that the model computes with. MLX fails on larger ones, and they overflow a float32.
+POSITIVE = (*SIZES[:6], "num_attention_heads", "n_head", "n_heads", "num_heads", *BLOCKS)
+# Keys of numbers in the model's equations. Larger values overflow a float32.
 FACTORS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
     *("logit_scale", "rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
     *("norm_eps", "final_logit_softcapping"),
 )
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-30, 1e15
-NO_WEIGHTS = ("BOOL", "I8", "I16", "I32", "I64", "C64")
-# Numbers in one packed integer of a quantised weight, at most: 32 of one bit.
-PACKED = 32
+NOT_WEIGHT_TYPES = ("BOOL", "I8", "I16", "I32", "I64", "C64")
+# The most numbers that one packed integer of a quantised weight can hold: 32 of one bit.
+MAX_PACKED = 32
 
-AGAIN = "download the model or run the stage that makes it again, or set model to another folder"
+REPLACE_MODEL = (
+    "download the model again, run the stage that writes it again, or set model to another folder"
+)
 
 
 @contextmanager
 def _with_remedy(remedy: str) -> Iterator[None]:
-    """Makes Damaged a UserError that ends in the remedy. As a decorator too."""
+    """Turn Damaged into a UserError that ends in the remedy. Also a decorator."""
     try:
         yield
     except Damaged as fault:
         raise UserError(f"{fault}; {remedy}") from fault
 
 
-@_with_remedy(AGAIN)
+@_with_remedy(REPLACE_MODEL)
 def check(folder: Path) -> None:
-    """Raises UserError, with one line that names the file and what to do, unless the folder holds
-    a complete model that can be loaded without risk. Whether its weights are finite is not looked
-    at here; see `require_finite`.
+    """Raises UserError unless the folder contains a complete model that is safe to load. Does not
+    check that the weights are finite; see `require_finite`.
     """
     if glob.escape(str(folder)) != str(folder):
         raise UserError(
-            f"{folder}: mlx-lm finds no weights in a folder with *, ? or [ in its path; rename it"
+            f"{folder}: mlx-lm cannot load a model from a path with *, ? or [; rename the folder"
         )
     for path in _files(folder, READABLE):
-        if not path.is_dir():  # a directory is not read; one under a known name is refused below
+        if not path.is_dir():  # settings_files refuses a directory with the name of a settings file
             require_regular(path)
     settings = {path.relative_to(folder).as_posix(): path for path in settings_files(folder)}
     if CONFIG not in settings:
@@ -125,32 +126,32 @@ def check(folder: Path) -> None:
     _check_numbers(objects[CONFIG], _tensors(folder), settings[CONFIG])
 
 
-@_with_remedy(f"the download or the conversion is damaged; {AGAIN}")
+@_with_remedy(f"the download or the conversion is damaged; {REPLACE_MODEL}")
 def require_finite(folder: Path) -> None:
-    """Raises UserError when the weights of a folder hold a NaN or an infinity."""
+    """Raises UserError when the weights contain a NaN or an infinity."""
     for path in weights_files(folder):
         weights_file.require_finite(path)
 
 
-@_with_remedy(AGAIN)
+@_with_remedy(REPLACE_MODEL)
 def settings_files(folder: Path) -> list[Path]:
-    """The files beside the weights that belong to a model, in the order of their names.
+    """Returns the files of a model except its weights, sorted by name.
 
-    Raises UserError for one that is not a regular file, too large, or a link out of the model.
+    Raises UserError for a file that is not regular, too large, or a link out of the folder.
     """
     files = sorted(_files(folder, SETTINGS))
     for path in files:
-        large = any(fnmatchcase(path.name, pattern) for pattern in VOCABULARIES)
-        require_regular(path, VOCABULARY_LIMIT if large else SETTINGS_LIMIT)
+        is_vocabulary = any(fnmatchcase(path.name, pattern) for pattern in VOCABULARIES)
+        require_regular(path, VOCABULARY_LIMIT if is_vocabulary else SETTINGS_LIMIT)
         _require_inside(path, folder)
     return files
 
 
-@_with_remedy(AGAIN)
+@_with_remedy(REPLACE_MODEL)
 def weights_files(folder: Path) -> list[Path]:
-    """The files of weights that mlx-lm loads, in the order of their names.
+    """Returns the weight files that mlx-lm loads, sorted by name.
 
-    Raises UserError for one that is not a regular file.
+    Raises UserError for a file that is not regular.
     """
     files = sorted(_files(folder, (WEIGHTS,)))
     for path in files:
@@ -166,10 +167,9 @@ def _files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 
 def require_regular(path: Path, limit: int | None = None) -> None:
-    """Raises Damaged unless the path, with links followed, is a regular file of at most `limit`
-    bytes.
+    """Raises Damaged unless the path is a regular file, or a link to one, of at most `limit` bytes.
 
-    Nothing is opened, because opening a pipe would wait forever.
+    Does not open the file, because opening a pipe would wait forever.
     """
     try:
         status = path.stat()
@@ -179,13 +179,13 @@ def require_regular(path: Path, limit: int | None = None) -> None:
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise Damaged(path, f"is {kind}, not a file")
     if limit is not None and status.st_size > limit:
-        raise Damaged(path, f"has {status.st_size} bytes, more than any such file ({limit})")
+        raise Damaged(path, f"has {status.st_size} bytes; the limit is {limit}")
 
 
 def _require_inside(path: Path, folder: Path) -> None:
-    """Raises UserError for a link that leads out of the folder and is not the hub's.
+    """Raises UserError for a link out of the folder, except in the hub's cache.
 
-    Its target would be copied into fused/ and hf/, which are uploaded. In the hub's cache,
+    We would copy the link's target into fused/ and hf/, which users upload. In the hub's cache,
     models--NAME/snapshots/REVISION/FILE is a link into models--NAME/blobs.
     """
     root, target = folder.resolve(), path.resolve()
@@ -195,8 +195,8 @@ def _require_inside(path: Path, folder: Path) -> None:
     in_hub = root.parent.name == "snapshots" and cache.name.startswith("models--")
     if not (in_hub and target.parent == cache / "blobs"):
         raise UserError(
-            f"{path}: is a link to {target}, outside of the model's folder, whose files are copied "
-            "into fused/ and hf/; copy that file into the folder in place of the link"
+            f"{path}: is a link to {target}, outside the model's folder, and would be copied into "
+            "fused/ and hf/; replace the link with a copy of the file"
         )
 
 
@@ -208,7 +208,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises Damaged for anything else, and for one nested too deep."""
+    """Read a JSON object. Raises Damaged for anything else, and for too deep nesting."""
     try:
         value = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -219,7 +219,7 @@ def read_object(path: Path) -> dict[str, Any]:
     for _ in range(DEPTH_LIMIT):
         level = [part for whole in level for part in _parts(whole)]
     if level:
-        raise Damaged(path, f"has more than {DEPTH_LIMIT} brackets within brackets")
+        raise Damaged(path, f"is nested more than {DEPTH_LIMIT} levels deep")
     return value
 
 
@@ -230,16 +230,16 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _check_template(template: Any, path: Path) -> None:
-    """A chat template is one text, or a list of texts with names."""
+    """Raises Damaged unless the chat template is a text, or a list of texts with names."""
     rows = template if isinstance(template, list) else []
     texts = [row.get(key) for row in rows if isinstance(row, dict) for key in ("name", "template")]
     is_list = len(texts) == 2 * len(rows) and all(isinstance(text, str) for text in texts)
     if not isinstance(template, str | None) and not (isinstance(template, list) and is_list):
-        raise Damaged(path, "chat_template is neither text nor a list of names and texts")
+        raise Damaged(path, "chat_template is neither a text nor a list of texts with names")
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder. Raises Damaged when there are none, or a file is not complete."""
+    """Read the headers of all weight files. Raises Damaged when one or all are missing."""
     paths = weights_files(folder)
     tensors: dict[str, Tensor] = {}
     for path in paths:
@@ -247,80 +247,80 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         _require_types(header, path)
         tensors |= header
     if not tensors:
-        raise Damaged(folder, f"holds no weights ({WEIGHTS})")
+        raise Damaged(folder, f"contains no weights ({WEIGHTS})")
     names = {path.name for path in paths}
     for name in sorted(names):
         if missing := next((part for part in _all_parts(name) if part not in names), None):
-            raise Damaged(folder / missing, "no such file, so the weights are not complete")
+            raise Damaged(folder / missing, "no such file, so the weights are incomplete")
     return tensors
 
 
 def _require_types(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises Damaged for weights that are neither floats nor packed into unsigned integers, as
-    MLX quantises: some layers compute with others, and nobody would see it.
+    """Raises Damaged for a weight that is neither floating point nor packed into unsigned integers
+    (MLX's quantisation). Some layers would compute with it and give wrong numbers silently.
     """
     for name, tensor in tensors.items():
-        if name.endswith(".weight") and tensor.dtype in NO_WEIGHTS:
+        if name.endswith(".weight") and tensor.dtype in NOT_WEIGHT_TYPES:
             raise Damaged(
-                path, f"tensor {name[:100]} has the type {tensor.dtype}, which no weight has"
+                path, f"tensor {name[:100]} has the type {tensor.dtype}; weights are floating point"
             )
 
 
 def _all_parts(name: str) -> list[str]:
-    """The names of model-00001-of-00003.safetensors and so on, of one among them."""
+    """The names of all parts of a model, from one such as model-00001-of-00003.safetensors."""
     match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.safetensors)", name)
     if match is None:
         return [name]
-    before, count, after = match.groups()
-    return [f"{before}{number:05d}-of-{count}{after}" for number in range(1, int(count) + 1)]
+    prefix, count, suffix = match.groups()
+    return [f"{prefix}{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
 
 
 def _check_numbers(config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises Damaged for numbers that no model with these tensors has.
+    """Raises Damaged for numbers that are impossible with these tensors.
 
-    The upper bounds hold for every architecture: a block has at least one tensor, and a size is no
-    larger than a dimension of some tensor, where one integer may hold PACKED quantised numbers.
+    The upper bounds hold for every architecture: a block has at least one tensor, and no size is
+    larger than MAX_PACKED times the largest dimension of a tensor.
     """
     dimension = max((size for tensor in tensors.values() for size in tensor.shape), default=1)
-    limits = dict.fromkeys(SIZES, max(PACKED * dimension, len(tensors)))
+    limits = dict.fromkeys(SIZES, max(MAX_PACKED * dimension, len(tensors)))
     limits |= dict.fromkeys(BLOCKS, len(tensors))
     for section in (config, config.get("text_config")):
         if not isinstance(section, dict):
             continue
         for key, value in section.items():
             if key in limits:
-                fault = _fault_of_count(key, value, limits[key])
+                fault = _count_fault(key, value, limits[key])
             else:
-                fault = _fault_of_factor(key, value) if key in FACTORS else None
+                fault = _factor_fault(key, value) if key in FACTORS else None
             if fault:
                 raise Damaged(path, f"{key} is {_short(value)}, {fault}")
 
 
-def _fault_of_count(key: str, value: Any, limit: int) -> str | None:
-    """Why this is not a count of something, and some layers' own counts in a list neither."""
+def _count_fault(key: str, value: Any, limit: int) -> str | None:
+    """Why a value cannot be a size or a number of blocks. A list has one value per layer."""
     for count in value if isinstance(value, list) else [value]:
         if count is None:
             continue
         if type(count) is not int:
             return "which is not a whole number"
-        if count < (key in NOT_ZERO):
+        if count < (key in POSITIVE):
             return "which is too small"
         if count > limit:
             return f"but these weights allow at most {limit}"
     return None
 
 
-def _fault_of_factor(key: str, value: Any) -> str | None:
-    """Why a float32 cannot be multiplied or divided by this."""
+def _factor_fault(key: str, value: Any) -> str | None:
+    """Why a value cannot be a factor in float32 arithmetic."""
     if value is None and key not in FACTORS[:4]:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "which is not a number"
-    least = 0 if key.endswith(("eps", "epsilon")) else SMALLEST_FACTOR
-    return None if least <= value <= LARGEST_FACTOR else "outside the range that a model can use"
+    minimum = 0 if key.endswith(("eps", "epsilon")) else SMALLEST_FACTOR
+    return None if minimum <= value <= LARGEST_FACTOR else "outside the range that a model can use"
 
 
 def _short(value: Any) -> str:
-    """A value as JSON has it, in a few characters."""
-    large = isinstance(value, int) and abs(value) >= 10**15
-    return f"about 10^{len(str(abs(value))) - 1}" if large else json.dumps(value)[:60]
+    """A value as short JSON."""
+    is_huge = isinstance(value, int) and abs(value) >= 10**15
+    return f"about 10^{len(str(abs(value))) - 1}" if is_huge else json.dumps(value)[:60]

@@ -1,4 +1,4 @@
-"""Reads what an earlier stage wrote: whole, of the right shape, and unchanged since."""
+"""Reads files that an earlier stage wrote, and checks their types and that nobody changed them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from . import jsonl, ownership, schema
 from .errors import UserError
 
-RUN_AGAIN = "move it away, and the stage that makes it runs again"
+RUN_AGAIN = "move it away, and the stage that writes it runs again"
 
 
 def read(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> Any:
-    """The JSON value of a file as `kind` (see `schema.parse`).
+    """Read a JSON file as the type `kind` (see `schema.parse`).
 
-    Raises UserError, ending in `remedy`, when it is not there, broken, of another shape, or was
-    not written by the pipeline.
+    Raises UserError, ending in `remedy`, when the file is missing, broken, of another type, or not
+    ours.
     """
-    return checked(path, jsonl.read_json(path, remedy), kind, remedy)
+    return parse(path, jsonl.read_json(path, remedy), kind, remedy)
 
 
-def checked(path: Path, value: Any, kind: Any, remedy: str = RUN_AGAIN) -> Any:
-    """The same for a file whose JSON value is already in memory."""
+def parse(path: Path, value: Any, kind: Any, remedy: str = RUN_AGAIN) -> Any:
+    """The same, for a file whose JSON value is already in memory."""
     try:
         record = schema.parse(value, kind)
     except ValueError as error:
@@ -30,16 +30,16 @@ def checked(path: Path, value: Any, kind: Any, remedy: str = RUN_AGAIN) -> Any:
     return record
 
 
-def read_if_there(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> Any:
-    """The same; None when there is no such file."""
+def read_if_exists(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> Any:
+    """The same, but returns None when the file does not exist."""
     return read(path, kind, remedy) if path.exists() else None
 
 
 def read_rows(path: Path, kind: Any, remedy: str = RUN_AGAIN) -> list[Any]:
-    """The rows of a file that grew by `jsonl.append`, each as `kind`; a last row that a kill has
-    torn is cut off the file first.
+    """Read a file that `jsonl.append` wrote, each row as the type `kind`, after cutting a torn last
+    row off the file.
 
-    Raises UserError as `read` does, with the line at fault.
+    Raises UserError like `read`, with the line number.
     """
     rows = []
     for number, row in enumerate(jsonl.read_whole_lines(path, remedy), start=1):

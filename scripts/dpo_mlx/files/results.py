@@ -1,5 +1,5 @@
-"""What stages leave in a run for later stages: the pairs' report, training's outcome, its metrics,
-and fusing's report.
+"""The files that a stage writes for later stages: the pairs' report, the outcome and the metrics of
+training, and the fuse report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LENGTHS: tuple[Literal["percentiles", "chosen", "rejected"], ...] = (
 
 
 class Lengths(TypedDict):
-    """Lengths of the answers in tokens, at these percentiles."""
+    """Percentiles of the answer lengths in tokens."""
 
     percentiles: list[Count]
     chosen: list[Count]
@@ -32,7 +32,7 @@ class Lengths(TypedDict):
 
 
 class PairsReport(TypedDict):
-    """Stage 06: how many pairs, what was dropped and why, answer lengths, the fingerprint."""
+    """Stage 06: number of pairs, dropped rows by reason, answer lengths, the fingerprint."""
 
     train: Count
     valid: Count
@@ -43,8 +43,8 @@ class PairsReport(TypedDict):
 
 
 def read_pairs_report(files: PairFiles) -> PairsReport | None:
-    """None when stage 06 has not come to its end, or was left out."""
-    report: PairsReport | None = records.read_if_there(files.report, PairsReport)
+    """Read the pairs' report. None when stage 06 has not finished, or did not run."""
+    report: PairsReport | None = records.read_if_exists(files.report, PairsReport)
     if report and any(len(report["tokens"][part]) != len(PERCENTILES) for part in LENGTHS):
         raise UserError(
             f'{files.report}: "tokens" has lists of different lengths; {records.RUN_AGAIN}'
@@ -74,23 +74,24 @@ def write_outcome(run: RunFolder, outcome: Outcome) -> None:
 
 
 def read_outcome(run: RunFolder) -> Outcome:
-    """Raises UserError when stage 10 has not come to its end, or the file is damaged."""
+    """Read the outcome. Raises UserError when stage 10 has not finished, or the file is damaged."""
     path = run.outcome
     if not path.exists():
         raise UserError(f"{path}: no such file; run 10_train_dpo.py first")
     outcome: Outcome = records.read(path, Outcome)
     if outcome.kept_update > outcome.updates:
         raise UserError(
-            f"{path}: keeps update {outcome.kept_update} of {outcome.updates}; {records.RUN_AGAIN}"
+            f"{path}: kept_update {outcome.kept_update} is above updates {outcome.updates}; "
+            f"{records.RUN_AGAIN}"
         )
     return outcome
 
 
 def require_adapters(run: RunFolder) -> Path:
-    """The folder of the best adapters. Raises UserError unless it holds what this run trained."""
+    """Returns the folder of the best adapters. Raises UserError unless this run trained them."""
     folder = run.adapters
     if not (folder / ADAPTERS).is_file():
-        raise UserError(f"{folder}: no adapters there; run 10_train_dpo.py first")
+        raise UserError(f"{folder}: has no adapters; run 10_train_dpo.py first")
     remedy = f"move {folder} away and run 10_train_dpo.py again"
     for name in (ADAPTERS, ADAPTER_CONFIG):
         ownership.require(folder / name, remedy)
@@ -100,8 +101,8 @@ def require_adapters(run: RunFolder) -> Path:
 
 
 class MetricsRow(TypedDict):
-    """A row of metrics.jsonl: the update that it is about. Everything else is optional, and a
-    number except for TEXT_METRICS.
+    """A row of metrics.jsonl: the number of its update. All other keys are optional, and numbers
+    except for the keys in TEXT_METRICS.
     """
 
     iteration: Count
@@ -111,7 +112,7 @@ TEXT_METRICS = {"phase": str, "skipped_lines": list[Count]}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. Raises UserError as `records.read_rows` does."""
+    """Read metrics.jsonl. Raises UserError like `records.read_rows`."""
     rows = records.read_rows(path, MetricsRow)
     for number, row in enumerate(rows, start=1):
         try:
@@ -123,8 +124,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class FuseReport(TypedDict):
-    """Stage 11. `margin_...` and `max_logprob_difference` are in nats; `margin_kept` is a share,
-    None when the adapters have no margin. `by_rounding` holds the same for each rounding.
+    """Stage 11. `margin_...` and `max_logprob_difference` are in nats. `margin_kept` is a share, or
+    None when the adapters have no margin. `by_rounding` has the same figures for each rounding.
     """
 
     pairs: Count
@@ -139,5 +140,5 @@ class FuseReport(TypedDict):
 
 
 def read_fuse_report(run: RunFolder) -> FuseReport:
-    """Raises UserError when it is missing or damaged."""
+    """Read the fuse report. Raises UserError when it is missing or damaged."""
     return records.read(run.fuse_report, FuseReport)

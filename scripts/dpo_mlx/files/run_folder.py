@@ -1,6 +1,6 @@
-"""Every path of a run: what is in its folder, and what stands beside the pairs.
+"""Every path of a run: in its folder, and beside the pairs.
 
-No other module spells these names.
+No other module contains these file names.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from pathlib import Path
 LOCK = ".dpo-mlx.lock"
 
 TRAIN, VALID = SPLITS = ("train", "valid")
-# The models that a reference can be of: the base model, and the model at the end of SFT.
+# The two reference models: the base model, and the model after SFT.
 BASE, AFTER_SFT = "base", "sft"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder `run_dir` and the names in it."""
+    """The folder `run_dir` and the paths in it."""
 
     path: Path
 
     @property
     def settings(self) -> Path:
-        """The config with every key, as the run used it."""
+        """The config of the run, with every key."""
         return self.path / "config.yaml"
 
     @property
     def plan(self) -> Path:
-        """Each stage's minutes, which `--check` estimates."""
+        """The minutes of each stage, as `--check` estimates them."""
         return self.path / "plan.json"
 
     @property
@@ -43,17 +43,17 @@ class RunFolder:
 
     @property
     def fuse_report(self) -> Path:
-        """How much of the adapters' margin the fused model keeps."""
+        """The share of the adapters' margin that the fused model keeps."""
         return self.path / "fuse.json"
 
     @property
     def report(self) -> Path:
-        """The verdict, its figures and every answer."""
+        """The verdict, its measurements and every answer."""
         return self.path / "report.json"
 
     @property
     def page(self) -> Path:
-        """The report as a page."""
+        """The report as an HTML page."""
         return self.path / "report.html"
 
     @property
@@ -86,7 +86,7 @@ class RunFolder:
         return self.path / "reference"
 
     def reference(self, model: str) -> Path:
-        """The log-probs under one model, BASE or AFTER_SFT."""
+        """The folder of a reference model's log-probs; `model` is BASE or AFTER_SFT."""
         return self.references / model
 
     @property
@@ -94,7 +94,7 @@ class RunFolder:
         return self.path / "stamps"
 
     def stamp(self, stage: str) -> Path:
-        """The fingerprint of what a stage last wrote."""
+        """The fingerprint of a stage's last output."""
         return self.stamps / f"{stage}.json"
 
     @property
@@ -103,11 +103,11 @@ class RunFolder:
 
     @property
     def sweep(self) -> Path:
-        """The folder of a sweep's runs, beside this one; the root of a disk has none but itself."""
+        """The folder of a sweep's runs, beside run_dir."""
         run = self.path
         if run.name in ("", ".."):
             run = Path(os.path.realpath(run))
-        return run.with_name(f"{run.name}_sweep") if run.name else run
+        return run.with_name(f"{run.name}_sweep") if run.name else run  # the root has no sibling
 
     @property
     def files(self) -> list[Path]:
@@ -124,23 +124,23 @@ class RunFolder:
 
     @property
     def whole_folders(self) -> list[Path]:
-        """The folders that a stage replaces as a whole."""
+        """The folders that a stage replaces completely."""
         return [self.adapters, self.fused, self.hugging_face, self.peft]
 
     @property
     def shared_folders(self) -> list[Path]:
-        """The folders that stages add files and folders to."""
+        """The folders that stages add files to."""
         return [self.checkpoints, self.references, self.stamps]
 
     @property
     def names(self) -> list[Path]:
-        """Everything above that a stage may write."""
+        """All files and folders that a stage can write."""
         return [*self.files, *self.whole_folders, *self.shared_folders]
 
 
 @dataclass(frozen=True)
 class PairFiles:
-    """The files of stage 06. All lie beside the train pairs, except for the valid pairs."""
+    """The files of stage 06. All but the valid pairs are in the folder of the train pairs."""
 
     train: Path
     valid: Path
@@ -151,12 +151,12 @@ class PairFiles:
 
     @property
     def report(self) -> Path:
-        """Counts, lengths, and what was dropped and why."""
+        """Counts, answer lengths, and dropped rows by reason."""
         return self.train.with_suffix(".report.json")
 
     @property
     def samples(self) -> Path:
-        """Every batch of sampled answers, as soon as it is complete."""
+        """The sampled answers, appended batch by batch."""
         return self.train.with_suffix(".samples.jsonl")
 
     @property
@@ -166,12 +166,12 @@ class PairFiles:
 
     @property
     def lock(self) -> Path:
-        """Held while these files are written, because several runs may share them."""
+        """Stage 06 holds this lock while it writes, because several runs can share the pairs."""
         return self.samples.with_name(f".{self.samples.name}{LOCK}")
 
     @property
     def beside_train(self) -> tuple[Path, ...]:
-        """What stage 06 keeps beside the train pairs."""
+        """The files that stage 06 writes beside the train pairs."""
         return self.report, self.samples, self.samples_stamp
 
     @property

@@ -168,7 +168,7 @@ def sweep(base: Config, runs: list[Combination]) -> list[Row]:
 
 def _read(folder: Path) -> list[EarlierRow]:
     path = folder / RESULTS
-    results = records.read_if_there(path, Results)
+    results = records.read_if_exists(path, Results)
     return results["runs"] if results else []
 
 

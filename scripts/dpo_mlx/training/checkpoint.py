@@ -243,7 +243,7 @@ def read(path: Path) -> tuple[State, Origin]:
             f"{path}: was written by another version ({values.get('version')!r:.20}; this one "
             f"reads {VERSION}); continue with that version, or {remedy}"
         )
-    contents = records.checked(path / STATE, values, Contents, remedy)
+    contents = records.parse(path / STATE, values, Contents, remedy)
     state = contents.state
     if path.name != f"{state.phase}-{state.update:06d}":
         raise UserError(
