@@ -24,7 +24,7 @@ from dpo_mlx.model.loading import load_model
 from dpo_mlx.scoring.scorer import Scorer
 from mlx.utils import tree_flatten
 from runs import differences, saved
-from test_engine import perturb
+from test_scorer import perturb
 
 LORA = LoraConfig(rank=4)
 SEQUENCE = EncodedAnswer((5, 9, 20, 33, 8, 100, 61, 7), 3)

@@ -26,7 +26,7 @@ from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.stages.fuse_adapters import fuse_adapters, require_kept
 from dpo_mlx.stages.train_dpo import train_dpo
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from test_engine import perturb
+from test_scorer import perturb
 
 IDS = mx.array([[5, 9, 20, 33, 8, 100, 61, 7]])
 LORA = LoraConfig(rank=4)

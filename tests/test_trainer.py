@@ -28,7 +28,7 @@ from dpo_mlx.training.trainer import Stopped
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 from runs import VALID, Adapters, differences, saved, swapped, wrote
-from test_engine import perturb
+from test_scorer import perturb
 from virtual_mac import in_bfloat16
 
 # Which pairs ------------------------------------------------------------------------------------

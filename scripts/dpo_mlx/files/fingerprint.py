@@ -7,19 +7,19 @@ file's digest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
 from . import digest, jsonl, model_files, ownership, records
 from .model_files import ADAPTERS, CARD
-from .run_folder import SPLITS, TRAIN, VALID
+from .run_folder import SPLITS, RunFolder
 from .text import shown
 
 Fingerprint = dict[str, Any]
+Settings = Mapping[str, Any]  # every config value by its dotted key
 
 # The names of the stages' stamps.
 TRAINING, FUSING = "10_train_dpo", "11_fuse_adapters"
@@ -103,34 +103,40 @@ TABLE = {
     EXPORT: Dependencies(("fused", "model files", "card")),
 }
 
-FILES: dict[str, Callable[[Config], Any]] = {
-    "source": lambda config: _digest(Path(config.data.source)),
-    "model files": lambda config: model_files.fingerprint(config.model),
-    "train pairs": lambda config: _digest(config.pairs.splits[TRAIN]),
-    "valid pairs": lambda config: _digest(config.pairs.splits[VALID]),
-    "adapters": lambda config: _digest(config.run.adapters / ADAPTERS),
-    "metrics": lambda config: _digest(config.run.metrics),
-    "outcome": lambda config: _digest(config.run.outcome),
-    "fused": lambda config: model_files.fingerprint(str(config.run.fused)),
-    "card": lambda config: _digest(config.run.fused / CARD),
+FILES: dict[str, Callable[[Settings], Any]] = {
+    "source": lambda settings: _digest(Path(settings["data.source"])),
+    "model files": lambda settings: model_files.fingerprint(settings["model"]),
+    "train pairs": lambda settings: _digest(Path(settings["data.train_pairs"])),
+    "valid pairs": lambda settings: _digest(Path(settings["data.valid_pairs"])),
+    "adapters": lambda settings: _digest(_run(settings).adapters / ADAPTERS),
+    "metrics": lambda settings: _digest(_run(settings).metrics),
+    "outcome": lambda settings: _digest(_run(settings).outcome),
+    "fused": lambda settings: model_files.fingerprint(str(_run(settings).fused)),
+    "card": lambda settings: _digest(_run(settings).fused / CARD),
 }
 
 
-def of(output: str, config: Config, digests: Fingerprint | None = None) -> Fingerprint:
+def _run(settings: Settings) -> RunFolder:
+    return RunFolder(Path(settings["run_dir"]))
+
+
+def of(output: str, settings: Settings, digests: Fingerprint | None = None) -> Fingerprint:
     """Compute the fingerprint of an output of TABLE from the current files and settings.
 
-    Files whose digests are in `digests`, an earlier fingerprint, are not read again.
+    `settings` are those of `Config.flat`. Files whose digests are in `digests`, an earlier
+    fingerprint, are not read again.
     """
     dependencies, digests = TABLE[output], digests or {}
     files = {
-        name: digests[name] if name in digests else FILES[name](config)
+        name: digests[name] if name in digests else FILES[name](settings)
         for name in dependencies.files
     }
-    keys = {key: value for key, value in config.flat.items() if _depends(dependencies, key)}
-    return {**files, **keys}
+    return {**files, **{key: settings[key] for key in settings if depends(output, key)}}
 
 
-def _depends(dependencies: Dependencies, key: str) -> bool:
+def depends(output: str, key: str) -> bool:
+    """Whether an output of TABLE depends on a config key."""
+    dependencies = TABLE[output]
     return _matches(key, dependencies.keys) and not _matches(key, dependencies.except_keys)
 
 

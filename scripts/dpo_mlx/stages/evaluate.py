@@ -95,7 +95,7 @@ def evaluate(config: Config) -> bool:
     if not (fused.is_dir() and run.fuse_report.is_file()):
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
     results.read_outcome(run)
-    stamp, current = run.stamp(EVALUATION), fingerprint.of(EVALUATION, config)
+    stamp, current = run.stamp(EVALUATION), fingerprint.of(EVALUATION, config.flat)
     if fingerprint.is_current(stamp, current, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
         report = records.read(report_path, SmokeReport)

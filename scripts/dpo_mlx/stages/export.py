@@ -22,7 +22,7 @@ def export_model(config: Config) -> Path:
     fused, folder = config.run.fused, config.run.hugging_face
     if not (fused / "config.json").is_file():
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
-    stamp, current = config.run.stamp(EXPORT), fingerprint.of(EXPORT, config)
+    stamp, current = config.run.stamp(EXPORT), fingerprint.of(EXPORT, config.flat)
     if fingerprint.is_current(stamp, current, [folder]):
         print(f"13: {folder} is up to date, skipped")
         return folder

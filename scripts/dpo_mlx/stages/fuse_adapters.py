@@ -39,7 +39,7 @@ def fuse_adapters(config: Config) -> None:
     fused, report_path = config.run.fused, config.run.fuse_report
     adapters = results.require_adapters(config.run)
     require_folder(config.model)
-    stamp, current = config.run.stamp(FUSING), fingerprint.of(FUSING, config)
+    stamp, current = config.run.stamp(FUSING), fingerprint.of(FUSING, config.flat)
     if fingerprint.is_current(stamp, current, [fused, report_path]):
         print(f"11: {fused} is up to date, skipped")
         report: Report = {**results.read_fuse_report(config.run)}

@@ -50,7 +50,7 @@ def make_pairs(config: Config) -> None:
     """
     files = config.pairs
     rows = questions.read(Path(config.data.source))
-    current = fingerprint.of(PAIRS, config)
+    current = fingerprint.of(PAIRS, config.flat)
     restart = config.generation.restart
     if not restart and current["model files"] and _is_current(files, current):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
@@ -63,7 +63,7 @@ def make_pairs(config: Config) -> None:
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
     generation = generation_settings(rows, config, encoder)
-    sampling = fingerprint.of(SAMPLES, replace(config, generation=generation), current)
+    sampling = fingerprint.of(SAMPLES, replace(config, generation=generation).flat, current)
     _refuse_other_samples(files, sampling, restart)
     _require_memory(config, worker, encoder, usable, generation)
     _print_prompt(encoder, usable, config)

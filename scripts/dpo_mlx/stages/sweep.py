@@ -219,7 +219,7 @@ def _end_of_sft(config: Config, other: RunFolder) -> Path | None:
     end = Checkpoints(other.checkpoints).newest(SFT) if config.sft.epochs else None
     if end is None or not other.reference(AFTER_SFT).is_dir():
         return None
-    expected = fingerprint.of(SFT_ADAPTERS, config)
+    expected = fingerprint.of(SFT_ADAPTERS, config.flat)
     origin = checkpoint.read(end)[1]
     return None if fingerprint.differences(origin.adapters, expected) else end
 

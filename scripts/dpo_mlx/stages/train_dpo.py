@@ -26,7 +26,7 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
     Raises UserError for pairs, a model or settings that cannot be trained, and for ONLY_TRAINING
     without a reference.
     """
-    run, current = config.run, fingerprint.of(TRAINING, config)
+    run, current = config.run, fingerprint.of(TRAINING, config.flat)
     stamp, outputs = run.stamp(TRAINING), [run.adapters, run.outcome, run.metrics]
     if only != ONLY_REFERENCE and fingerprint.is_current(stamp, current, outputs):
         print(f"10: {run.adapters} is up to date, skipped")
@@ -41,7 +41,7 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
         return True
     results.write_outcome(run, outcome)
     fingerprint.write(stamp, setup.fingerprint)
-    _refuse_changes(setup.fingerprint, fingerprint.of(TRAINING, config), run.adapters)
+    _refuse_changes(setup.fingerprint, fingerprint.of(TRAINING, config.flat), run.adapters)
     print(f"10: the best adapters are in {run.adapters}")
     return _print(outcome)
 

@@ -184,8 +184,8 @@ class Phases:
 def _origin(setup: Setup, phase: str) -> Origin:
     """What a phase's checkpoints depend on."""
     return Origin(
-        fingerprint.of(PHASE_ADAPTERS[phase], setup.config, setup.fingerprint),
-        fingerprint.of(JUDGEMENT, setup.config),
+        fingerprint.of(PHASE_ADAPTERS[phase], setup.config.flat, setup.fingerprint),
+        fingerprint.of(JUDGEMENT, setup.config.flat),
     )
 
 

@@ -76,7 +76,7 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     `current` is the fingerprint of training, taken before anything is read. Raises UserError for
     pairs, a model or settings that cannot be trained.
     """
-    current = current or fingerprint.of(TRAINING, config)
+    current = current or fingerprint.of(TRAINING, config.flat)
     raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
     for note in check_pairs.check(raw[TRAIN], raw[VALID], config):
         print(f"10: note: {note}")
@@ -159,7 +159,7 @@ def reference_fingerprint(
     `digests` holds digests of files, as `fingerprint.of` takes them. `adapters` are SFT's, None for
     the base model's reference.
     """
-    return fingerprint.of(REFERENCE[split], config, digests) | {
+    return fingerprint.of(REFERENCE[split], config.flat, digests) | {
         "token ids": encoding.digest(encoded),
         "adapters of SFT": adapters and digest.of_file(adapters / ADAPTERS),
         "lora.scale": adapters and config.lora.scale,

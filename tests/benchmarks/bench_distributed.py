@@ -1,6 +1,6 @@
 """What sharing the work is worth, and what of it is communication.
 
-    python tests/benchmarks/bench_team.py [--processes 2] [--pairs 6] [--answer 200] [--rounds 3]
+    python tests/benchmarks/bench_distributed.py [--processes 2] [--pairs 6] [--answer 200] [--rounds 3]
 
 An update of the demo model (--model) on --pairs random pairs, whose answers have --answer tokens
 more or less, by one process with all of the machine's BLAS threads and by --processes with one
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def arguments() -> Namespace:
-    parser = common.parser(__doc__, "bench_team")
+    parser = common.parser(__doc__, "bench_distributed")
     default = common.ROOT / "data/models/smollm2-135m-instruct"
     parser.add_argument("--model", type=Path, default=default, help="a model folder")
     parser.add_argument("--processes", type=int, default=2)
@@ -78,7 +78,9 @@ def measure(args: Namespace, count: int) -> common.Values:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as started:
         found = list(
             started.map(
-                lambda ring: common.measure("bench_team.py", task, threads=threads, more=ring),
+                lambda ring: common.measure(
+                    "bench_distributed.py", task, threads=threads, more=ring
+                ),
                 rings.environments(Path(folder), count),
             )
         )
