@@ -1,6 +1,7 @@
 """What sharing the work is worth, and what of it is communication.
 
-    python tests/benchmarks/bench_distributed.py [--processes 2] [--pairs 6] [--answer 200] [--rounds 3]
+    python tests/benchmarks/bench_distributed.py [--processes 2] [--pairs 6] [--answer 200]
+        [--rounds 3]
 
 An update of the demo model (--model) on --pairs random pairs, whose answers have --answer tokens
 more or less, by one process with all of the machine's BLAS threads and by --processes with one

@@ -47,7 +47,7 @@ RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
 # The metrics of an evaluation in the table: (column, metric, number format).
 COLUMNS = (
     ("voice", "eval_text/voice", ".2f"),
-    ("distinct pairs", "eval_text/distinct2", ".3f"),
+    ("distinct word pairs", "eval_text/distinct2", ".3f"),
     ("ended", "eval_text/self_ended", ".2f"),
     ("base log-prob", "eval_text/base_logprob_per_token", ".2f"),
     ("tokens", "eval_text/median_tokens", ".0f"),

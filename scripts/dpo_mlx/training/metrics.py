@@ -95,7 +95,7 @@ class ProgressBar(TrainingCallback):
             f"  nats/token chosen {val_info['eval_logps/chosen_per_token']:.2f}"
             f" rejected {val_info['eval_logps/rejected_per_token']:.2f}"
             f"  | answers: voice {val_info['eval_text/voice']:.2f}"
-            f"  distinct pairs {val_info['eval_text/distinct2']:.2f}"
+            f"  distinct word pairs {val_info['eval_text/distinct2']:.2f}"
             f" (greedy {val_info['eval_text/greedy_distinct2']:.2f})"
             f"  ended {val_info['eval_text/self_ended']:.0%}"
             f"  tokens {val_info['eval_text/median_tokens']:.0f}"
