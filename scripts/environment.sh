@@ -98,7 +98,7 @@ python_fault() {
   fi
 }
 
-# MLX's Linux wheel brings a reference BLAS, which multiplies float32 matrices some 60 times slower
+# MLX's Linux wheel brings a reference BLAS, which multiplies float32 matrices about 60 times slower
 # than OpenBLAS. MLX processes get MLX_PRELOAD as their LD_PRELOAD.
 find_openblas() {
   export MLX_PRELOAD=""
@@ -106,7 +106,7 @@ find_openblas() {
   if has_openblas || { apt_install libopenblas0-pthread && has_openblas; }; then
     MLX_PRELOAD=libopenblas.so.0
   else
-    echo "note: without OpenBLAS, matrix products on a CPU are some 60 times slower; install" \
+    echo "note: without OpenBLAS, matrix products on a CPU are about 60 times slower; install" \
       "libopenblas0-pthread" >&2
   fi
 }
