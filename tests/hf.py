@@ -54,7 +54,7 @@ def dpo_config(output: Path, **changes: Any) -> Any:
     return trl.DPOConfig(**{**settings, **changes})
 
 
-def preferences(pairs: Sequence[Pair], encoder: Encoder) -> Any:
+def dpo_pairs(pairs: Sequence[Pair], encoder: Encoder) -> Any:
     """The pairs as a data set for TRL, prompts in the chat template's markup."""
     from datasets import Dataset
 

@@ -42,7 +42,7 @@ def test_measures_by_hand(llama: Path) -> None:
     answers = [Answer("a b a b", STOP, 4), Answer("c d", LENGTH, 8)]
     found = measure(answers, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder)
     sequences = [
-        encoder.sequence(p.prompt, a.text, a.finish) for p, a in zip(ASKED, answers, strict=True)
+        encoder.encode(p.prompt, a.text, a.finish) for p, a in zip(ASKED, answers, strict=True)
     ]
     own = [scorer.log_prob(s) / s.answer_length for s in sequences]
     assert found == {
@@ -108,7 +108,7 @@ def test_a_greedy_batch_is_no_matter_of_chance(llama: Path) -> None:
     """Two seeds answer alike when greedy, and otherwise when sampled."""
     loaded = load_model(str(llama))
     encoder, settings = Encoder(loaded.tokenizer), GenerationConfig(max_tokens=8, temperature=1.0)
-    prompts = [encoder.prompt(pair.prompt) for pair in ASKED]
+    prompts = [encoder.prompt_ids(pair.prompt) for pair in ASKED]
     model, tokenizer = loaded.model, loaded.tokenizer
     greedy, again = (
         sample_batch(model, tokenizer, Batch(prompts, seed, greedy=True), settings)

@@ -13,7 +13,7 @@ from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.model import device
 from dpo_mlx.stages import check_run as checks
-from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
+from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN_DPO, Cost, Workload, minutes_of
 from runs import exit_code
 
 CHECK = REPOSITORY / "scripts/phase1-check-machine/02_check_run.py"
@@ -44,7 +44,7 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
         return {script: round(60 * value, 6) for script, value in minutes.items()}
 
     def by_stage(pairs: float, train: float, fuse: float, smoke: float) -> dict[str, float]:
-        return {MAKE_PAIRS: pairs, TRAIN: train, FUSE: fuse, SMOKE: smoke}
+        return {MAKE_PAIRS: pairs, TRAIN_DPO: train, FUSE: fuse, SMOKE: smoke}
 
     # 06 and 10 read the model once, 12 twice. 11 reads it to measure the adapters, once for each
     # rounding, and once as the saved folder, whose writing counts as two more.
@@ -73,7 +73,7 @@ def test_everything_is_told(
         assert words in said
     run = configs.load(config).run.path
     minutes = jsonl.read_json(run / "plan.json")["minutes"]
-    assert list(minutes) == [MAKE_PAIRS, TRAIN, FUSE, SMOKE]
+    assert list(minutes) == [MAKE_PAIRS, TRAIN_DPO, FUSE, SMOKE]
     for script, value in minutes.items():
         assert value > 0
         assert said.count(f"    {script}  ") == 2, "its memory and its minutes"
@@ -91,7 +91,9 @@ def test_what_does_not_fit_is_told_for_each_stage(
     with pytest.raises(UserError) as error:
         checks.check_run(config)
     lines = str(error.value).splitlines()
-    for script, line in zip(sorted([MAKE_PAIRS, TRAIN, FUSE, SMOKE]), sorted(lines), strict=True):
+    for script, line in zip(
+        sorted([MAKE_PAIRS, TRAIN_DPO, FUSE, SMOKE]), sorted(lines), strict=True
+    ):
         assert line.startswith(f"{script}: ")
         assert "use the adapters without fusing" in line if script == FUSE else "lower " in line
 
@@ -115,6 +117,6 @@ def test_a_download_that_does_not_fit_is_refused(
 ) -> None:
     """The check stops before the download, and prints its size."""
     monkeypatch.setattr(checks, "download_size", lambda name: (10**18, ""))
-    with pytest.raises(UserError, match="the disk has .* needed"):
+    with pytest.raises(UserError, match="the disk has .* needs up to"):
         checks._print_download("owner/no-such-model")
     assert "owner/no-such-model, 1000000000.00 GB" in capsys.readouterr().out

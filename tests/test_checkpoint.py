@@ -16,7 +16,7 @@ from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.files.model_files import ADAPTERS
 from dpo_mlx.process import signals
-from dpo_mlx.stages.train_dpo import ONLY_TRAINING, train_dpo
+from dpo_mlx.stages.train_dpo import ONLY_DPO, train_dpo
 from dpo_mlx.training import checkpoint
 from dpo_mlx.training.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
 from dpo_mlx.training.guard import Evaluation
@@ -232,7 +232,7 @@ def test_an_unfinished_run_of_other_settings_is_not_thrown_away(unfinished, two_
 
 def test_how_often_it_is_saved_changes_no_bit_and_may_change(unfinished, two_phases, tmp_path):
     """A run resumed with another save_every ends like a whole run with that value."""
-    assert train_dpo(two_phases(save_every=1), ONLY_TRAINING)
+    assert train_dpo(two_phases(save_every=1), ONLY_DPO)
     found = end(unfinished.run.path)
     unfinished.run.path.rename(tmp_path / "first")
     config = two_phases(save_every=1)
@@ -318,7 +318,7 @@ DAMAGES = {
     "no state": (lambda f: (f / STATE).unlink(), "state.json: no such file"),
     "a list": (lambda f: (f / STATE).write_text("[]"), "state.json: the file must be an object"),
     "no version": (lambda f: (f / STATE).write_text("{}"), "written by another version .None"),
-    "another version": (lambda f: edit(f / STATE, version=99), "another version .99, this one"),
+    "another version": (lambda f: edit(f / STATE, version=99), "another version .99; this one"),
     "an unknown field": (
         lambda f: edit(f / STATE, extra=1),
         'state.json: has the unknown key "extra"',

@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from dpo_mlx import config
 from dpo_mlx.config import Config
 from dpo_mlx.files import jsonl
-from dpo_mlx.parallel.channel import LOST
+from dpo_mlx.parallel.channel import LOST_PROCESS
 from dpo_mlx.parallel.distributed import shares
 from dpo_mlx.process import aborts
 from dpo_mlx.stages.make_pairs import make_pairs
@@ -163,7 +163,7 @@ def test_when_a_process_dies_the_other_says_so_and_the_run_goes_on(victim, fresh
     code, _, err = end(processes)[1 - victim]
     assert code == aborts.LOST
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert LOST in line
+    assert LOST_PROCESS in line
     kept = determined(folder / "run/metrics.jsonl")[:-1]  # the last update may not be saved
     run_alone(folder, train)
     assert determined(folder / "run/metrics.jsonl")[: len(kept)] == kept

@@ -9,10 +9,10 @@ import pytest
 from conftest import REPOSITORY
 from dpo_mlx.config import Config, keys
 from dpo_mlx.files import fingerprint
-from dpo_mlx.files.fingerprint import EVALUATION, FUSING, PAIRS, SFT_ADAPTERS, TABLE, TRAINING
+from dpo_mlx.files.fingerprint import FUSING, PAIRS, SFT_ADAPTERS, SMOKE_TEST, TABLE, TRAINING
 
 # The outputs of the stages that the runner starts, in its order.
-STAGES = {"06": PAIRS, "10": TRAINING, "11": FUSING, "12": EVALUATION}
+STAGES = {"06": PAIRS, "10": TRAINING, "11": FUSING, "12": SMOKE_TEST}
 
 # Keys that name files: fingerprints hold the files' digests instead.
 PATHS = {"model", "demo_model", "run_dir", "data.source", "data.train_pairs", "data.valid_pairs"}

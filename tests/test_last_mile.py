@@ -117,7 +117,7 @@ def test_trl_s_evaluation_of_the_export_is_what_was_reported(finished, tmp_path)
 
     tokenizer = load_model(str(finished.base)).tokenizer
     valid = pairs.read(Path(finished.config.data.valid_pairs))
-    dataset = hf.preferences(valid, Encoder(tokenizer))
+    dataset = hf.dpo_pairs(valid, Encoder(tokenizer))
     trainer: Any = trl.DPOTrainer(
         model=hf.load(finished.at("hf")),
         ref_model=hf.load(hf.folder(finished.base, tmp_path / "base")),

@@ -197,7 +197,7 @@ def test_the_larger_of_both_models_counts_in_stage_12(granite: Path) -> None:
         data=DataConfig(source="", train_pairs="", valid_pairs=""),
         train=TrainConfig(learning_rate=1e-4),
     )
-    lengths = memory.Lengths(questions=2, prompt=30, answer=20, longest=sequence(40))
+    lengths = memory.LargestSizes(questions=2, prompt=30, answer=20, longest=sequence(40))
     own = memory.nbytes(model.parameters())
     for other, expected in ((0, own), (10**9, 10**9)):
         needs = memory.stage_12(model, config, lengths, other)

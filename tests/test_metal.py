@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dpo_mlx.config import STOCHASTIC, Config
 from dpo_mlx.model import device
-from dpo_mlx.model.rounding import LEAST_EXPONENT, MANTISSA, round_to
+from dpo_mlx.model.rounding import MANTISSA, MIN_EXPONENT, round_to
 from dpo_mlx.stages import selftest
 from test_rounding import weights
 from test_virtual_mac import (
@@ -108,7 +108,7 @@ def test_rounding_s_bits_are_numpy_s(name: str) -> None:
     draws = np.array(mx.random.uniform(shape=x.shape, key=key))
     values = np.array(x)
     power = (values.view(np.uint32) & 0x7F800000).view(np.float32)
-    step = np.maximum(power, np.float32(2.0 ** LEAST_EXPONENT[dtype])) * 2.0 ** -MANTISSA[dtype]
+    step = np.maximum(power, np.float32(2.0 ** MIN_EXPONENT[dtype])) * 2.0 ** -MANTISSA[dtype]
     below = np.floor(values / step)
     expected = (below + (draws < values / step - below)) * step
     found = np.array(round_to(x, dtype, STOCHASTIC, key).astype(mx.float32))

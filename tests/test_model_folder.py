@@ -24,7 +24,7 @@ from dpo_mlx.files.errors import UserError
 from dpo_mlx.files.ownership import MANIFEST
 from dpo_mlx.model.adapters import attach_lora, save_adapters
 from dpo_mlx.model.loading import load_model
-from dpo_mlx.model.saving import INDEX, copy_settings, save_model_folder
+from dpo_mlx.model.saving import INDEX, copy_model_files, save_model_folder
 from dpo_mlx.model.tensors import load_tensors
 from test_pairs import edit
 
@@ -346,9 +346,9 @@ def test_an_added_token_without_a_row_counts_only_in_text(folder):
     content["added_tokens"].append({**content["added_tokens"][0], "id": 260, "content": "<image>"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
     loaded = Encoder(load_model(str(folder)).tokenizer)
-    assert loaded.prompt("Why?")
+    assert loaded.prompt_ids("Why?")
     assert "its tokenizer gives the token '<image>' the id 260" in one_line(
-        lambda: loaded.prompt("An <image>?")
+        lambda: loaded.prompt_ids("An <image>?")
     )
 
 
@@ -407,7 +407,7 @@ def test_a_link_out_of_the_folder_is_refused_early(folder, tmp_path):
         for call in (
             lambda copy=copy: model_folder.check(copy),
             lambda copy=copy: load_model(str(copy)),
-            lambda copy=copy: copy_settings(copy, tmp_path, {}),
+            lambda copy=copy: copy_model_files(copy, tmp_path, {}),
         ):
             line = one_line(call)
             assert line.startswith(f"{copy / name}: is a link to {tmp_path / 'secret'}")

@@ -71,7 +71,7 @@ def test_scored_ids_are_the_answer(kind, answer, finish, encoders):
     """What is scored is the answer and its end, whole; the prompt's ids never change with it."""
     encoder = encoders[kind]
     prompt, end = RENDERED[kind]
-    sequence = encoder.sequence("Why?", answer, finish)
+    sequence = encoder.encode("Why?", answer, finish)
     scored = encoder.tokenizer.decode(list(sequence.ids[sequence.prompt_length :]))
     assert scored == answer + (end if finish == STOP else "")
     assert encoder.tokenizer.decode(list(sequence.ids[: sequence.prompt_length])) == prompt
@@ -84,7 +84,7 @@ def test_system_prompt_comes_first(kind, granite, llama):
     prompt, end = RENDERED[kind]
     turn, rest = prompt.split("user", 1)
     system = f"{turn}system{rest.split('Why?')[0]}Be brief.{end}\n"
-    sequence = encoder.sequence("Why?", "So.")
+    sequence = encoder.encode("Why?", "So.")
     assert list(sequence.ids) == by_hand(kind, system + prompt + "So." + end)
     assert sequence.answer_length == 4
 
@@ -99,7 +99,7 @@ def test_no_token_spans_prompt_and_answer(tmp_path):
     encoder = encoder_of(folder)
     assert encoder.tokenizer.encode("\n\n", add_special_tokens=False) == [double]
     newline = by_hand("llama", "\n")[0]
-    sequence = encoder.sequence("Why?", "\nSo\n\n")
+    sequence = encoder.encode("Why?", "\nSo\n\n")
     start = sequence.prompt_length
     assert sequence.ids[start - 1 : start + 1] == (newline, newline)
     assert sequence.ids[start:] == (newline, *by_hand("llama", "So"), double, 0)
@@ -211,8 +211,8 @@ def test_only_what_dpo_trains_on_is_matched(job):
 
     found = prepare(config)
     whole = {(len("Yes0") + 1, len("No, never0") + 1)}
-    assert lengths(found.pairs["train"]) == lengths(found.preferences["valid"]) == whole
-    assert lengths(found.preferences["train"]) == {(4, 4)}
+    assert lengths(found.pairs["train"]) == lengths(found.dpo_pairs["valid"]) == whole
+    assert lengths(found.dpo_pairs["train"]) == {(4, 4)}
 
 
 def test_digest_tells_ids_and_spans_apart(encoders):

@@ -153,7 +153,7 @@ def test_scored_ids_are_the_answer_s(setting, answer, finish, monkeypatch):
         return mx.zeros(len(targets))
 
     monkeypatch.setattr(scorer_module, "token_log_probs", record)
-    sequence = setting.encoder.sequence("Why 7?", answer, finish)
+    sequence = setting.encoder.encode("Why 7?", answer, finish)
     Scorer(setting.model).log_prob(sequence)
     tokenizer = setting.encoder.tokenizer
     expected = tokenizer.encode(answer, add_special_tokens=False)
@@ -161,7 +161,7 @@ def test_scored_ids_are_the_answer_s(setting, answer, finish, monkeypatch):
         expected.append(tokenizer.eos_token_id)
     assert scored == [(len(expected), expected)]
     # Nothing comes after the end of turn, though the template writes a newline there.
-    assert list(sequence.ids) == setting.encoder.prompt("Why 7?") + expected
+    assert list(sequence.ids) == setting.encoder.prompt_ids("Why 7?") + expected
 
 
 def test_prompt_tokens_are_read_but_not_scored(setting):

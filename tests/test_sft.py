@@ -17,7 +17,7 @@ from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.scoring.objectives import SFT, Sft
 from dpo_mlx.scoring.scorer import Scorer
-from dpo_mlx.stages.train_dpo import ONLY_REFERENCE, ONLY_TRAINING, train_dpo
+from dpo_mlx.stages.train_dpo import ONLY_DPO, ONLY_REFERENCE, train_dpo
 from dpo_mlx.training.schedule import groups
 from mlx.utils import tree_flatten, tree_map
 from runs import SCRIPT, Scripted, determined, differences, saved, wrote
@@ -195,11 +195,11 @@ def in_parts(config: Config, *parts: str | None) -> Path:
 
 @pytest.mark.parametrize(("epochs", "watch"), [(0, Norm), (1, Norm), (1, Shy)])
 def test_parts_are_one_run(epochs, watch, warmed):
-    """`--only reference` and then `--only training` give the adapters, outcome and metrics of a
+    """`--only reference` and then `--only dpo` give the adapters, outcome and metrics of a
     whole run, to the last bit, whether the best evaluation is DPO's last or SFT's first.
     """
     config = warmed(watch, epochs=epochs)
-    whole, apart = in_parts(config, None), in_parts(config, ONLY_REFERENCE, ONLY_TRAINING)
+    whole, apart = in_parts(config, None), in_parts(config, ONLY_REFERENCE, ONLY_DPO)
     assert differences(saved(apart / "adapters"), saved(whole / "adapters")) == 0
     assert jsonl.read_json(apart / "outcome.json") == jsonl.read_json(whole / "outcome.json")
     found, expected = (determined(folder / "metrics.jsonl") for folder in (apart, whole))
@@ -222,30 +222,30 @@ def test_evaluations_look_at_a_few_valid_pairs(job):
 
 
 def test_only_reference_trains_no_dpo(warmed):
-    """It ends with SFT's adapters and both references; `--only training` does the rest."""
+    """It ends with SFT's adapters and both references; `--only dpo` does the rest."""
     config = warmed()
     assert train_dpo(config, ONLY_REFERENCE)
     assert not (config.run.path / "adapters").exists() and of_phase(config, "dpo") == []
     before = contents(config.run.path / END_OF_SFT)
-    assert train_dpo(config, ONLY_TRAINING)
+    assert train_dpo(config, ONLY_DPO)
     assert contents(config.run.path / END_OF_SFT) == before
     assert (config.run.path / "adapters").exists()
 
 
 def test_only_training_needs_the_adapters_of_sft(warmed):
-    """Without SFT's adapters, or with those of other settings, `--only training` names what to run
+    """Without SFT's adapters, or with those of other settings, `--only dpo` names what to run
     first.
     """
     with pytest.raises(UserError, match="reference/base: no complete .*--only reference"):
-        train_dpo(warmed(), ONLY_TRAINING)
+        train_dpo(warmed(), ONLY_DPO)
     config = warmed()
     train_dpo(config, ONLY_REFERENCE)
     changed = "sft-000007: .* other settings .*sft.learning_rate: 0.001 -> 0.002.*train.restart"
     with pytest.raises(UserError, match=changed):
-        train_dpo(warmed(learning_rate=2e-3), ONLY_TRAINING)
+        train_dpo(warmed(learning_rate=2e-3), ONLY_DPO)
     shutil.rmtree(config.run.path / END_OF_SFT)
     with pytest.raises(UserError, match="checkpoints: no finished SFT .*--only reference"):
-        train_dpo(warmed(), ONLY_TRAINING)
+        train_dpo(warmed(), ONLY_DPO)
 
 
 def test_other_sft_settings_make_another_sft(warmed):
@@ -316,9 +316,13 @@ def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
 @pytest.mark.parametrize(
     ("stage", "only", "note"),
     [
-        ("precompute", "reference", "10: --stage precompute is now called --only reference\n"),
-        ("train", "training", "10: --stage train is now called --only training\n"),
-        ("all", None, "10: --stage all is now called no option\n"),
+        (
+            "precompute",
+            "reference",
+            "10: --stage precompute is the old spelling; use --only reference",
+        ),
+        ("train", "dpo", "10: --stage train is the old spelling; use --only dpo"),
+        ("all", None, "10: --stage all is the old spelling; leave it out"),
     ],
 )
 def test_the_old_option_still_works(stage, only, note, warmed, monkeypatch, capsys):

@@ -61,7 +61,7 @@ def test_the_prompt_has_a_system_message_in_any_case(system_prompt, seen, granit
     encoder = encoder_of(granite_4, system_prompt=system_prompt)
     prompt = turn("system", seen) + ASKED
     assert encoder.render("Why?") == prompt
-    sequence = encoder.sequence("Why?", "So.")
+    sequence = encoder.encode("Why?", "So.")
     assert list(sequence.ids) == by_hand("granite", f"{prompt}So.<|end_of_text|>")
     assert sequence.answer_length == len("So.") + 1
     assert encoder.template.system_message() == seen
@@ -179,7 +179,7 @@ def test_arguments_reach_prompt_and_end_of_turn(thinking, tmp_path):
     encoder = encoder_of(thinking, template_args=OFF)
     rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n"
     assert encoder.render("Why?") == rendered
-    assert list(encoder.sequence("Why?", "So.").ids) == by_hand(
+    assert list(encoder.encode("Why?", "So.").ids) == by_hand(
         "thinking", rendered + "So.<|im_end|>"
     )
     assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|im_end|>"
@@ -352,9 +352,9 @@ def test_a_template_that_fails_on_one_question_is_one_line(tmp_path):
     """Later than at the start, when the question is encoded."""
     picky = "{{ raise_exception('rude') if 'damn' in messages[0].content }}" + GRANITE
     encoder = with_template(tmp_path, picky)
-    assert encoder.prompt("Why?")
+    assert encoder.prompt_ids("Why?")
     with pytest.raises(UserError, match=r"chat template fails \(rude\)"):
-        encoder.prompt("damn")
+        encoder.prompt_ids("damn")
 
 
 def test_the_date_is_no_chance(tmp_path):

@@ -15,7 +15,7 @@ from dpo_mlx.parallel.worker import Worker, log_probs
 from dpo_mlx.scoring.losses import Sides
 from dpo_mlx.scoring.objectives import Example
 from dpo_mlx.scoring.scorer import (
-    LEAST_DIFFERENCE,
+    MIN_DIFFERENCE,
     Scorer,
     rounding_limit,
     score_against,
@@ -228,7 +228,7 @@ def test_what_rounding_explains_by_hand():
     """
     assert rounding_limit(1, mx.bfloat16) == 0.25
     assert rounding_limit(100, mx.bfloat16) == 2.5
-    assert rounding_limit(1000, mx.float32) == LEAST_DIFFERENCE == 0.01
+    assert rounding_limit(1000, mx.float32) == MIN_DIFFERENCE == 0.01
 
 
 # Updates ----------------------------------------------------------------------------------------

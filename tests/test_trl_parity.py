@@ -92,7 +92,7 @@ def theirs(folder, path, kind, adapters, pairs, encoder, **arguments):
         target_modules=[key.split(".")[1] for key in KEYS[kind]],
         task_type="CAUSAL_LM",
     )
-    dataset = hf.preferences(pairs, encoder)
+    dataset = hf.dpo_pairs(pairs, encoder)
     granite = {"router_aux_loss_coef": 0.0 if kind == "granite" else None}
     trainer: Any = Recorder(
         model=base,

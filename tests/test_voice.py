@@ -55,7 +55,7 @@ def test_probability_is_the_sigmoid_of_the_score(classifier):
     """One probability for each text, above a half where the score is above 0."""
     texts = [*many(teacher, 5, 4), *many(plain, 5, 5)]
     probability = classifier.probability(texts)
-    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-classifier.score(texts))))
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-classifier.log_odds(texts))))
     assert probability.shape == (10,)
     assert (probability > 0.5).tolist() == [True] * 5 + [False] * 5
 
@@ -105,7 +105,7 @@ def test_text_without_ngrams_is_zero(text):
     the bias.
     """
     assert not voice_classifier.features([text]).any()
-    assert voice_classifier.VoiceClassifier(np.ones(voice_classifier.FEATURES), 0.25).score(
+    assert voice_classifier.VoiceClassifier(np.ones(voice_classifier.FEATURES), 0.25).log_odds(
         [text]
     ) == [0.25]
 

@@ -13,7 +13,7 @@ from dpo_mlx.config import Config
 STOPPED = 3  # exit code when a guard stopped training; the best adapters are kept
 
 # The values of the old option --stage, and what they are called now.
-OLD_STAGES = {"precompute": "reference", "train": "training", "all": None}
+OLD_STAGES = {"precompute": "reference", "train": "dpo", "all": None}
 
 
 def stage(config: Config, options: argparse.Namespace) -> int:
@@ -25,8 +25,8 @@ def stage(config: Config, options: argparse.Namespace) -> int:
     only = options.only
     if options.stage:
         only = OLD_STAGES[options.stage]
-        new = f"--only {only}" if only else "no option"
-        print(f"10: --stage {options.stage} is now called {new}", file=sys.stderr)
+        advice = f"use --only {only}" if only else "leave it out"
+        print(f"10: --stage {options.stage} is the old spelling; {advice}", file=sys.stderr)
     if options.check:
         preflight(prepare(config))
         return 0
@@ -38,7 +38,7 @@ def main() -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument(
         "--only",
-        choices=("reference", "training"),
+        choices=("reference", "dpo"),
         help="do only this part: compute the reference (and SFT before it), or train with it",
     )
     part.add_argument("--stage", choices=OLD_STAGES, help=argparse.SUPPRESS)

@@ -103,7 +103,7 @@ def sampled(task: common.Values, model: Any, tokenizer: Any, encoder: Encoder) -
     """The sample's answers as chosen, the base model's own as rejected ones."""
     lines = Path(task["data"]).read_text().splitlines()[: task["train"] + task["valid"]]
     rows = [json.loads(line) for line in lines]
-    prompts = [encoder.prompt(row["question"]) for row in rows]
+    prompts = [encoder.prompt_ids(row["question"]) for row in rows]
     answers = answer_all(Worker(model, tokenizer), prompts, GENERATION, seed=0)
     return [
         encoder.pair(Pair(row["question"], row["answer"], said.text, said.finish, line))

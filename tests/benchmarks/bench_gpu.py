@@ -289,7 +289,7 @@ def pair_rows(task: common.Values) -> list[common.Values]:
     for length in task["lengths"]:
         for _ in range(task["pairs"]):
             question = text(12)
-            answer = length - len(encoder.prompt(question)) - 1  # the end of turn is a token
+            answer = length - len(encoder.prompt_ids(question)) - 1  # the end of turn is a token
             row = as_values(Pair(question, text(answer), text(answer)), encoder)
             assert {len(row["prompt_ids"] + row[f"{s}_ids"]) for s in SIDES} == {length}
             rows.append(row)

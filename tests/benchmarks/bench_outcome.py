@@ -277,7 +277,7 @@ class Asked:
         }
 
     def as_sampled(self, text: str, finish: str) -> Answer:
-        return Answer(text, finish, len(self.encoder.answer(text, LENGTH)))
+        return Answer(text, finish, len(self.encoder.answer_ids(text, LENGTH)))
 
     def answer(self, loaded: LoadedModel, encoder: Encoder, how: str) -> list[Answer]:
         return answer(loaded, encoder, self.pairs[VALID], self.decodings[how], self.config.seed)
@@ -299,7 +299,7 @@ class Asked:
             }
             for how, both in self.answers.items()
         }
-        scores = {who: self.classifier.score(given) for who, given in texts[SAMPLED].items()}
+        scores = {who: self.classifier.log_odds(given) for who, given in texts[SAMPLED].items()}
         rows = jsonl.read_whole_lines(run / "metrics.jsonl")
         last = [row for row in rows if "eval_loss" in row][-1]
         return {
@@ -322,7 +322,7 @@ def answer(
     settings: GenerationConfig,
     seed: int,
 ) -> list[Answer]:
-    prompts = [encoder.prompt(pair.prompt) for pair in asked]
+    prompts = [encoder.prompt_ids(pair.prompt) for pair in asked]
     return answer_all(Worker(loaded.model, loaded.tokenizer), prompts, settings, seed)
 
 
@@ -370,8 +370,8 @@ class RawEncoder(Encoder):
     def rendered(self, question: str) -> str:
         return f"Question: {question}\nAnswer:"
 
-    def answer(self, text: str, finish: str = STOP) -> list[int]:
-        return super().answer(" " + text, LENGTH)
+    def answer_ids(self, text: str, finish: str = STOP) -> list[int]:
+        return super().answer_ids(" " + text, LENGTH)
 
 
 def collapse(changes: list[str], asked: Asked) -> common.Values:

@@ -192,7 +192,7 @@ def worker(task: common.Values) -> common.Values:
 def planned(stage: str, config: configs.Config, dtype: str) -> common.Values:
     """Bytes of the weights in bfloat16, and of each need of a stage beyond its weights."""
     model = ours.granite(LAYERS, dtype)
-    lengths = memory.Lengths(QUESTIONS, PROMPT, ANSWER, longest())
+    lengths = memory.LargestSizes(QUESTIONS, PROMPT, ANSWER, longest())
     if stage in ("10", "11"):
         attach_lora(model, config.lora)
     if stage == "11":

@@ -38,14 +38,14 @@ from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.model.sampling import with_max_tokens
 from dpo_mlx.scoring import memory
 from dpo_mlx.scoring.objectives import Dpo, Sft
-from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN, Cost, Workload, minutes_of
+from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN_DPO, Cost, Workload, minutes_of
 from dpo_mlx.training import checkpoint
 from dpo_mlx.training.checkpoint import SaveClock
 from dpo_mlx.training.schedule import count_updates
 
 CONFIG = common.ROOT / "config/mlx_granite-4.0-h-micro_dpo.yaml"
 LAYERS = 40
-STAGES = {MAKE_PAIRS: "06", TRAIN: "10", FUSE: "11", SMOKE: "12"}
+STAGES = {MAKE_PAIRS: "06", TRAIN_DPO: "10", FUSE: "11", SMOKE: "12"}
 
 DISK = 2e9  # bytes/s that are read from the SSD, assumed
 # Bytes that fusing reads and writes for a weight: the weight and its float32 copy (2 + 4), the
@@ -255,7 +255,7 @@ def checkpoints_table(config: configs.Config, model: Model, works: dict[int, Wor
 def evaluations(config: configs.Config, work: Workload) -> int:
     """Those after which a checkpoint is written: minutes_of counts one more, of the base model."""
     alone = Cost(model=0, prompts=1, step=0, scored_token=0, gradient_token=0, layer=0)
-    return round(60 * minutes_of(config, work, alone)[TRAIN] / 2) - 1
+    return round(60 * minutes_of(config, work, alone)[TRAIN_DPO] / 2) - 1
 
 
 def saves(seconds: float, size: int, update: float = UPDATE) -> int:

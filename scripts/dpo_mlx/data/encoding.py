@@ -87,7 +87,7 @@ class Encoder:
         """Returns an encoder with a run's system message and template arguments."""
         return cls(tokenizer, config.system_prompt, config.chat_template_args)
 
-    def prompt(self, question: str) -> list[int]:
+    def prompt_ids(self, question: str) -> list[int]:
         """The ids of a question's prompt, up to where the answer begins."""
         return tokens.encode(self.tokenizer, self.render(question))
 
@@ -95,19 +95,19 @@ class Encoder:
         """The text of a question's prompt."""
         return self.template.render(question)
 
-    def answer(self, text: str, finish: str = STOP) -> list[int]:
+    def answer_ids(self, text: str, finish: str = STOP) -> list[int]:
         """The ids of an answer, with the end of turn if the answer was not cut."""
         ids = tokens.encode(self.tokenizer, text)
         return [*ids, self.end_of_turn] if finish == STOP else ids
 
-    def sequence(self, question: str, answer: str, finish: str = STOP) -> EncodedAnswer:
-        prompt = self.prompt(question)
-        return EncodedAnswer((*prompt, *self.answer(answer, finish)), len(prompt))
+    def encode(self, question: str, answer: str, finish: str = STOP) -> EncodedAnswer:
+        prompt = self.prompt_ids(question)
+        return EncodedAnswer((*prompt, *self.answer_ids(answer, finish)), len(prompt))
 
     def pair(self, pair: Pair) -> EncodedPair:
         return EncodedPair(
-            self.sequence(pair.prompt, pair.chosen),
-            self.sequence(pair.prompt, pair.rejected, pair.rejected_finish),
+            self.encode(pair.prompt, pair.chosen),
+            self.encode(pair.prompt, pair.rejected, pair.rejected_finish),
             pair.line,
         )
 
@@ -157,7 +157,7 @@ def chosen_lengths(pairs: list[Pair], encoder: Encoder, max_length: int) -> list
     """
     limit = max_characters(encoder, max_length)
     answers = [pair.chosen for pair in pairs if len(pair.prompt) + len(pair.chosen) <= limit]
-    return [len(encoder.answer(answer)) for answer in answers[:MEASURED_ANSWERS]]
+    return [len(encoder.answer_ids(answer)) for answer in answers[:MEASURED_ANSWERS]]
 
 
 def sequences(pairs: list[EncodedPair]) -> Iterator[EncodedAnswer]:

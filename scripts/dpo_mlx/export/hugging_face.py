@@ -14,7 +14,7 @@ from ..files import jsonl, ownership
 from ..files.errors import UserError
 from ..model import fusing
 from ..model.loading import load_model
-from ..model.saving import INDEX, config_for, copy_settings
+from ..model.saving import INDEX, config_for, copy_model_files
 from ..model.tensors import save_tensors
 
 # Architectures whose weights have the same names and axes in mlx-lm and transformers.
@@ -46,7 +46,7 @@ def write(source: Path, base: Path, folder: Path) -> None:
     weights = {**hugging_face_layout(model_config, parameters)}
     del loaded, parameters  # so that _save_weights can free each tensor
     with ownership.new_folder(folder) as temporary:
-        copy_settings(base, temporary, model_config)
+        copy_model_files(base, temporary, model_config)
         _save_weights(weights, temporary)
 
 

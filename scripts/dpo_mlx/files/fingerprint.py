@@ -23,12 +23,12 @@ Settings = Mapping[str, Any]  # every config value by its dotted key
 
 # The names of the stages' stamps.
 TRAINING, FUSING = "10_train_dpo", "11_fuse_adapters"
-EVALUATION, EXPORT = "12_smoke_test", "13_export_hf"
+SMOKE_TEST, EXPORT = "12_smoke_test", "13_export_hf"
 # Other outputs: the pairs and the sampled answers behind them, the references, the adapters of each
-# phase, and the choice of the best checkpoint (JUDGEMENT).
+# phase, and the choice of the best checkpoint (BEST_CHECKPOINT).
 PAIRS, SAMPLES = "pairs", "samples"
 REFERENCE = {split: f"reference of {split}" for split in SPLITS}
-SFT_ADAPTERS, DPO_ADAPTERS, JUDGEMENT = "SFT's adapters", "DPO's adapters", "judgement"
+SFT_ADAPTERS, DPO_ADAPTERS, BEST_CHECKPOINT = "SFT's adapters", "DPO's adapters", "best checkpoint"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ EVAL_KEYS = ("train.eval_every", "train.eval_questions")
 KEYS_WITHOUT_EFFECT = ("train.force", "train.restart", "train.save_every")
 ADAPTER_FILES = ("train pairs", "valid pairs", "model files")
 ADAPTER_KEYS = (*PROMPT, "data.max_length", "seed", "lora.*", "sft.*", "dpo.*", "train.*")
-JUDGEMENT_KEYS = ("guard.*", "generation.*", *EVAL_KEYS)
-JUDGEMENT_EXCEPT = ("generation.restart", "generation.batch_size")
+BEST_KEYS = ("guard.*", "generation.*", *EVAL_KEYS)
+BEST_EXCEPT = ("generation.restart", "generation.batch_size")
 
 TABLE = {
     PAIRS: Dependencies(
@@ -78,16 +78,16 @@ TABLE = {
         ADAPTER_FILES, ADAPTER_KEYS, (*KEYS_WITHOUT_EFFECT, *EVAL_KEYS, *DPO_KEYS)
     ),
     DPO_ADAPTERS: Dependencies(ADAPTER_FILES, ADAPTER_KEYS, (*KEYS_WITHOUT_EFFECT, *EVAL_KEYS)),
-    JUDGEMENT: Dependencies((), JUDGEMENT_KEYS, JUDGEMENT_EXCEPT),
+    BEST_CHECKPOINT: Dependencies((), BEST_KEYS, BEST_EXCEPT),
     TRAINING: Dependencies(
-        ADAPTER_FILES, (*ADAPTER_KEYS, *JUDGEMENT_KEYS), (*KEYS_WITHOUT_EFFECT, *JUDGEMENT_EXCEPT)
+        ADAPTER_FILES, (*ADAPTER_KEYS, *BEST_KEYS), (*KEYS_WITHOUT_EFFECT, *BEST_EXCEPT)
     ),
     FUSING: Dependencies(
         ("adapters", "model files", "valid pairs"),
         (*PROMPT, "seed", "data.max_length", "fuse.*"),
         ("fuse.min_margin_kept",),
     ),
-    EVALUATION: Dependencies(
+    SMOKE_TEST: Dependencies(
         ("fused", "model files", "train pairs", "valid pairs", "metrics", "outcome"),
         (
             *PROMPT,

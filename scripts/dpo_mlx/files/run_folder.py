@@ -23,7 +23,7 @@ class RunFolder:
     path: Path
 
     @property
-    def settings(self) -> Path:
+    def config_copy(self) -> Path:
         """The config of the run, with every key."""
         return self.path / "config.yaml"
 
@@ -113,7 +113,7 @@ class RunFolder:
     def files(self) -> list[Path]:
         """The files that the stages write."""
         return [
-            self.settings,
+            self.config_copy,
             self.fuse_report,
             self.metrics,
             self.outcome,

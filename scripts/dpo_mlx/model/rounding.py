@@ -15,7 +15,7 @@ from ..config import NEAREST
 # Bits of the mantissa, and the exponent below which the steps get no smaller. For bfloat16 that is
 # really -126, but some devices flush steps that small to zero.
 MANTISSA = {mx.bfloat16: 7, mx.float16: 10}
-LEAST_EXPONENT = {mx.bfloat16: -118, mx.float16: -14}
+MIN_EXPONENT = {mx.bfloat16: -118, mx.float16: -14}
 EXPONENT_MASK = 0x7F800000  # the exponent's bits in a float32
 
 
@@ -35,4 +35,4 @@ def round_to(x: mx.array, dtype: mx.Dtype, how: str, key: mx.array) -> mx.array:
 def _step(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """The distance between the two `dtype` neighbours of each value, a power of two."""
     power = (mx.view(x, mx.uint32) & EXPONENT_MASK).view(mx.float32)  # largest power <= |x|
-    return mx.maximum(power, 2.0 ** LEAST_EXPONENT[dtype]) * 2.0 ** -MANTISSA[dtype]
+    return mx.maximum(power, 2.0 ** MIN_EXPONENT[dtype]) * 2.0 ** -MANTISSA[dtype]

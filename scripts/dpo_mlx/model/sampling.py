@@ -25,7 +25,7 @@ LENGTH_PERCENTILE, STEP = 95, 64
 EVALUATED_AT_ONCE = 8
 
 # With a smaller top_p, too many draws would fall outside the nucleus.
-LEAST_TOP_P = 0.5
+MIN_TOP_P = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
     probable tokens already have a mass of `top_p`. For a small `top_p`, which would reject most
     draws, it returns mlx-lm's sampler.
     """
-    if temperature == 0 or not LEAST_TOP_P <= top_p < 1:
+    if temperature == 0 or not MIN_TOP_P <= top_p < 1:
         return make_sampler(temp=temperature, top_p=top_p)
 
     def sample(log_probs: mx.array) -> mx.array:

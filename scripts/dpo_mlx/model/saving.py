@@ -32,11 +32,11 @@ def save_model_folder(
     mx.eval(model.parameters())
     mx.synchronize()  # raises here if a GPU command failed, before the first file is written
     with disk_errors(folder):
-        copy_settings(source, folder, {**config, **config_additions(source)})
+        copy_model_files(source, folder, {**config, **config_additions(source)})
         save_model(folder, model)
 
 
-def copy_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
+def copy_model_files(source: Path, folder: Path, config: dict[str, Any]) -> None:
     """Copy a model's files other than its weights, byte by byte. config.json becomes `config`.
 
     Copies only files that belong to a model, because users upload the copy. Raises UserError for a

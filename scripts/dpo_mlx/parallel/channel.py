@@ -17,7 +17,7 @@ import numpy as np
 from ..files.errors import LostProcess, UserError
 from ..process import aborts
 
-LOST = (
+LOST_PROCESS = (
     "another process of this run has ended, or its machine cannot be reached; read its last lines, "
     "then start the same command again to resume"
 )
@@ -76,7 +76,7 @@ class Channel:
             if aborts.of_gpu_error(error) is not None:
                 raise  # this process's own GPU command failed
             self.busy = True  # nobody is left for `dismiss` to tell
-            raise LostProcess(LOST) from error
+            raise LostProcess(LOST_PROCESS) from error
         return result
 
 

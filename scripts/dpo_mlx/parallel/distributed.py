@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import signal
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -78,7 +78,7 @@ class DistributedWorker(Worker):
     def _share(
         self,
         kind: str,
-        items: Many[Any],
+        items: Sequence[Any],
         costs: list[int],
         without_adapters: bool = False,
         **settings: Any,
@@ -231,14 +231,14 @@ def serve() -> None:
     """
     for number in signals.DEFERRED:
         signal.signal(number, signal.SIG_IGN)
-    channel, team = open_channel(), None
+    channel, worker = open_channel(), None
     try:
         while (task := channel.receive()) is not None:
             if "config" in task:
-                _, team = load(configs.from_values(task["config"]), task["train"])
+                _, worker = load(configs.from_values(task["config"]), task["train"])
             else:
-                assert isinstance(team, DistributedWorker)
-                team.perform(task)
+                assert isinstance(worker, DistributedWorker)
+                worker.perform(task)
     except UserError as error:
         raise type(error)(f"rank {channel.rank} on {platform.node()}: {error}") from error
 

@@ -70,10 +70,10 @@ def _exit_code_of(program: Callable[[], int | None]) -> int:
     except SystemExit as stop:  # argparse has printed its error
         return _code_of_system_exit(stop)
     except signals.Interrupted as stop:
-        _print_line(f"stopped by {stop}; run the same command again to resume")
+        _print_line("stopped; run the same command again to resume")
         return stop.exit_code
     except KeyboardInterrupt:  # before there was work to save
-        _print_line("stopped by SIGINT")
+        _print_line("stopped")
         return 130
     except UserError as error:
         print_errors(str(error))

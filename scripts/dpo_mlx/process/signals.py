@@ -79,8 +79,8 @@ def _receive(number: int, frame: FrameType | None) -> None:
         return
     _received, _received_at = signal.Signals(number), time.monotonic()
     line = (
-        f"\n{_received.name}: stopping after the current step is saved; press ^C again to stop at "
-        "once and lose that step\n"
+        "\nstopping after the current step is saved; press ^C again to stop at once and lose that "
+        "step\n"
     )
     with suppress(OSError):  # the terminal may be closed
         os.write(2, line.encode())  # print would fail if the signal interrupted a print

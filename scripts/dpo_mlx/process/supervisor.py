@@ -38,8 +38,11 @@ from .signals import SUPERVISOR
 # mlx.launch does not report exit codes. `cli.main` appends rank 0's process number, and later its
 # exit code, to the file that this variable names.
 RANK_0 = "DPO_RANK_0"
+# The value of --launch, for `--check`: it plans for the processes that the runner would start.
+LAUNCH = "DPO_LAUNCH"
 
 STAGES_FOR_SEVERAL_PROCESSES = "06_generate_dpo_pairs.py", "10_train_dpo.py"
+FIRST_LONG_STAGE = "06"  # the minutes to go are printed from here on
 STOPPED_BY_GUARD = 3  # stage 10's exit code; the chain goes on
 
 # The supervisor checks on its runner this often, and types a newline for mlx.launch.
@@ -438,9 +441,10 @@ def main() -> int:
         options.retries,
         options.runner,
     )
+    os.environ[LAUNCH] = options.launch
     with sign_of_life():
         code = supervisor.run()
-    if config is not None and code in (0, STOPPED_BY_GUARD):
+    if config is not None and code in (0, STOPPED_BY_GUARD) and name >= FIRST_LONG_STAGE:
         _say_minutes_to_go(minutes_to_go(config, name))
     return code
 

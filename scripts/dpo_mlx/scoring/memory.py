@@ -9,8 +9,7 @@ architecture and gradient checkpointing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +39,7 @@ HELD_COPIES = 3
 
 # Run at most this many blocks of a kind. With more blocks, a chance overlap of buffers at one peak
 # matters less.
-MOST_BLOCKS = 5
+MAX_BLOCKS = 5
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ class Need:
         )
 
 
-def largest(needs: List[Need]) -> Need:
+def largest(needs: Sequence[Need]) -> Need:
     """The need that decides a stage's peak memory."""
     return max(needs, key=lambda need: need.total)
 
 
-def require(needs: List[Need], model: str) -> Need:
+def require(needs: Sequence[Need], model: str) -> Need:
     """The largest need. Raises UserError when it exceeds the device's memory."""
     need, available = largest(needs), device.available()
     if need.total > available:
@@ -171,7 +170,7 @@ def scoring(model: nn.Module, longest: EncodedAnswer) -> Need:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LargestSizes:
     """The largest sizes in a stage.
 
     `questions` to answer, tokens of a `prompt`, tokens of a sampled `answer`, and the `longest`
@@ -193,14 +192,18 @@ class Lengths:
         )
 
 
-def stage_06(model: nn.Module, config: Config, lengths: Lengths, processes: int = 1) -> list[Need]:
+def stage_06(
+    model: nn.Module, config: Config, lengths: LargestSizes, processes: int = 1
+) -> list[Need]:
     """The need of stage 06: sampling the rejected answers."""
     batch = min(config.generation.batch_size, lengths.questions)
     key = "generation.batch_size"
     return [sampling(model, batch, lengths.prompt, lengths.answer, key, processes)]
 
 
-def stage_10(model: nn.Module, config: Config, lengths: Lengths, processes: int = 1) -> list[Need]:
+def stage_10(
+    model: nn.Module, config: Config, lengths: LargestSizes, processes: int = 1
+) -> list[Need]:
     """The needs of stage 10: updates and evaluations. The model must have adapters."""
     batch = min(EVALUATED_AT_ONCE, config.train.eval_questions, lengths.questions)
     key = "train.eval_questions"
@@ -236,7 +239,7 @@ def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[N
 
 
 def stage_12(
-    model: nn.Module, config: Config, lengths: Lengths, other_weights: int = 0
+    model: nn.Module, config: Config, lengths: LargestSizes, other_weights: int = 0
 ) -> list[Need]:
     """The needs of stage 12: answering the held-out questions, and scoring pairs and answers.
 
@@ -311,16 +314,16 @@ def _lowest_adapted(model: nn.Module) -> int:
 def _span(kinds: list[str], first: int) -> tuple[int, int]:
     """(start, end) so that runs of `start` and of `end` blocks differ by blocks of one kind.
 
-    The kind is that of the block `first`, and at most MOST_BLOCKS of it are run. `start` is 2 or
+    The kind is that of the block `first`, and at most MAX_BLOCKS of it are run. `start` is 2 or
     more where possible, because only from the second block on do the blocks' buffers overlap.
     """
     end = first + 1
-    while end < min(len(kinds), first + MOST_BLOCKS) and kinds[end] == kinds[first]:
+    while end < min(len(kinds), first + MAX_BLOCKS) and kinds[end] == kinds[first]:
         end += 1
     return max(1, first, min(2, end - 1)), end
 
 
-def _kinds(layers: List[nn.Module]) -> list[str]:
+def _kinds(layers: Sequence[nn.Module]) -> list[str]:
     """The kind of each block: the names and shapes of its parameters, as text."""
     return [
         str([(name, array.shape) for name, array in dict(tree_flatten(layer.parameters())).items()])

@@ -20,8 +20,8 @@ from .losses import Arrays, Sides, objective, preference_loss, rewards
 # machine computes it. Over an answer's tokens these differences add up like a random walk.
 # Measured with SmolLM2 in bfloat16, fused against unfused attention, on 7 real answers: 3 to 12
 # steps (0.3 to 0.9 nats an answer).
-ROUNDINGS = 32
-LEAST_DIFFERENCE = 1e-2  # nats; in float32 the difference is far smaller
+ROUNDING_STEPS = 32
+MIN_DIFFERENCE = 1e-2  # nats; in float32 the difference is far smaller
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def rounding_limit(length: int, dtype: mx.Dtype) -> float:
     """The largest difference, in nats, that rounding explains between two log-probs of an answer of
     `length` tokens, computed by two machines or kernels under a model of `dtype`.
     """
-    return max(LEAST_DIFFERENCE, ROUNDINGS * mx.finfo(dtype).eps * math.sqrt(length))
+    return max(MIN_DIFFERENCE, ROUNDING_STEPS * mx.finfo(dtype).eps * math.sqrt(length))
 
 
 def objective_slopes(pi: Arrays, ref: Arrays, length: Arrays, settings: DpoConfig) -> Arrays:

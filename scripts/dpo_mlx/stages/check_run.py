@@ -5,6 +5,7 @@ stage's memory and minutes. A probe of a few seconds times the machine.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -34,7 +35,7 @@ from ..model.loading import LoadedModel, load_model
 from ..model.sampling import EVALUATED_AT_ONCE, Batch, sample_batch
 from ..parallel.worker import Worker
 from ..process import signals
-from ..process.supervisor import has_cpu_for_two
+from ..process.supervisor import LAUNCH, has_cpu_for_two
 from ..scoring import memory
 from ..scoring.objectives import Dpo, Sft
 from ..training import checkpoint
@@ -44,7 +45,7 @@ from .make_pairs import generation_settings, usable_rows
 
 T = TypeVar("T")
 
-MAKE_PAIRS, TRAIN = "06_generate_dpo_pairs.py", "10_train_dpo.py"
+MAKE_PAIRS, TRAIN_DPO = "06_generate_dpo_pairs.py", "10_train_dpo.py"
 FUSE, SMOKE = "11_fuse_adapters.py", "12_smoke_test.py"
 
 # Tokens in an answer of the probe; pairs whose gradients the preflight computes.
@@ -98,7 +99,7 @@ def check_run(config: Config) -> None:
     splits: tuple[list[EncodedAnswer], list[EncodedAnswer]] = [], []
     for row in usable:
         held_out = questions.is_held_out(row.question, config.data.valid_fraction)
-        splits[held_out].append(encoder.sequence(row.question, row.answer))
+        splits[held_out].append(encoder.encode(row.question, row.answer))
     if not all(splits):
         raise UserError(
             f"{config.data.source}: {len(splits[0])} rows to train on and {len(splits[1])} held "
@@ -143,8 +144,12 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer])
     answer = config.generation.max_tokens or 0
     longest = max(prompt + answer, *(len(sequence.ids) for sequence in chosen))
     longest = min(longest, config.data.max_length)
-    lengths = memory.Lengths(len(chosen), prompt, answer, EncodedAnswer((0,) * longest, prompt))
-    processes = 2 if has_cpu_for_two() else 1  # as the runner starts them
+    lengths = memory.LargestSizes(
+        len(chosen), prompt, answer, EncodedAnswer((0,) * longest, prompt)
+    )
+    # As the runner would start the stages with this --launch.
+    two = os.environ.get(LAUNCH, "auto") == "auto" and has_cpu_for_two()
+    processes = 2 if two else 1
     needs = {
         MAKE_PAIRS: memory.stage_06(model, config, lengths, processes),
         SMOKE: memory.stage_12(model, config, lengths, _fused_bytes(config, model)),
@@ -152,7 +157,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer])
     signals.check()
     mx.random.seed(config.seed)
     attach_lora(model, config.lora)
-    needs[TRAIN] = memory.stage_10(model, config, lengths, processes)
+    needs[TRAIN_DPO] = memory.stage_10(model, config, lengths, processes)
     signals.check()
     needs[FUSE] = memory.stage_11(model, config, lengths.longest)
     faults = []
@@ -170,7 +175,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer])
 def _check_disk(config: Config, model: nn.Module) -> None:
     """Print what the run's folder will hold. Raises UserError when the disk has no room for it."""
     fused = _fused_bytes(config, model)
-    checkpoints = checkpoint.MOST_CHECKPOINTS * checkpoint.size(model)
+    checkpoints = checkpoint.MAX_CHECKPOINTS * checkpoint.size(model)
     total = fused + checkpoints + atomic.SMALL_FILES
     free = shutil.disk_usage(config.run.path).free
     print(
@@ -209,7 +214,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     roundings = 1 if config.fuse.dtype == "float32" else 2
     seconds = {
         MAKE_PAIRS: cost.model + answering(len(work.rows), config.generation.batch_size),
-        TRAIN: cost.model
+        TRAIN_DPO: cost.model
         + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
         + config.train.epochs * 2 * chosen * cost.gradient_token
         + scoring(2 * chosen + 2 * held_out)

@@ -12,7 +12,7 @@ from ..data.encoding import EncodedPair, Encoder
 from ..data.pairs import LENGTH, STOP, Pair
 from ..files import atomic, fingerprint, jsonl, model_files, ownership, records, results
 from ..files.errors import UserError
-from ..files.fingerprint import EVALUATION, Fingerprint
+from ..files.fingerprint import SMOKE_TEST, Fingerprint
 from ..files.ownership import Status
 from ..files.results import FuseReport, read_metrics
 from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
@@ -27,7 +27,7 @@ from ..scoring.losses import Sides
 from ..scoring.scorer import score_against, summarise
 from ..training.setup import reference_fingerprint
 from ..voice.answers import measure
-from ..voice.voice_classifier import LEAST_ACCURACY, fit_classifier
+from ..voice.voice_classifier import MIN_ACCURACY, fit_classifier
 
 Report = dict[str, Any]
 
@@ -95,7 +95,7 @@ def evaluate(config: Config) -> bool:
     if not (fused.is_dir() and run.fuse_report.is_file()):
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
     results.read_outcome(run)
-    stamp, current = run.stamp(EVALUATION), fingerprint.of(EVALUATION, config.flat)
+    stamp, current = run.stamp(SMOKE_TEST), fingerprint.of(SMOKE_TEST, config.flat)
     if fingerprint.is_current(stamp, current, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
         report = records.read(report_path, SmokeReport)
@@ -146,9 +146,9 @@ def _require_memory(
     questions: list[Pair],
 ) -> None:
     """Raises UserError when the machine has too little memory for this stage."""
-    lengths = memory.Lengths(
+    lengths = memory.LargestSizes(
         questions=len(questions),
-        prompt=max(len(encoder.prompt(pair.prompt)) for pair in questions),
+        prompt=max(len(encoder.prompt_ids(pair.prompt)) for pair in questions),
         answer=config.generation.max_tokens or 0,
         longest=max(encoding.sequences(encoded), key=lambda sequence: len(sequence.ids)),
     )
@@ -215,7 +215,7 @@ def sample_answers(
     worker: Worker, questions: list[Pair], encoder: Encoder, config: Config
 ) -> list[Answer]:
     """One sampled answer to each question, seeded."""
-    prompts = [encoder.prompt(pair.prompt) for pair in questions]
+    prompts = [encoder.prompt_ids(pair.prompt) for pair in questions]
     return answer_all(worker, prompts, config.generation, config.seed)
 
 
@@ -234,7 +234,7 @@ def _measure_answers(
         for who, texts in answers.items()
     }
     base, tuned = (
-        classifier.score([answer.text for answer in answers[who]]) for who in ("base", "tuned")
+        classifier.log_odds([answer.text for answer in answers[who]]) for who in ("base", "tuned")
     )
     by_name = {
         name: {who: values[name] for who, values in measures.items()} for name in measures["base"]
@@ -254,7 +254,8 @@ def _measure_answers(
 def _real_answers(questions: list[Pair], encoder: Encoder) -> list[Answer]:
     """The chosen answers in the form of sampled ones."""
     return [
-        Answer(pair.chosen, STOP, len(encoder.answer(pair.chosen, LENGTH))) for pair in questions
+        Answer(pair.chosen, STOP, len(encoder.answer_ids(pair.chosen, LENGTH)))
+        for pair in questions
     ]
 
 
@@ -282,7 +283,7 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
     else:
         outcome = "learned"
         summary = "The tuned model has learned the voice and is still fluent."
-    if voice["classifier_accuracy"] < LEAST_ACCURACY:
+    if voice["classifier_accuracy"] < MIN_ACCURACY:
         summary += (
             " (The voice cannot be measured on these pairs: the classifier cannot tell your "
             "answers from the base model's.)"

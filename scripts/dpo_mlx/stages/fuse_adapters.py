@@ -1,4 +1,4 @@
-"""Stage 11: fuse the adapters into the base model, and measure how much of their effect is left."""
+"""Stage 11: fuse the adapters into the base model, and before how much of their effect is left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..scoring import memory
 from ..scoring.losses import Sides
 
 # Below this margin, in nats, a kept share would only be rounding noise.
-LEAST_MARGIN = 1e-3
+MIN_MARGIN = 1e-3
 
 Report = dict[str, Any]
 
@@ -62,24 +62,24 @@ def fuse_adapters(config: Config) -> None:
 
 def _fuse(config: Config) -> Report:
     """Fuse and save the model. Returns how much of the margin each rounding and the folder keep."""
-    settings, measure = config.fuse, _measure_adapters(config)
+    settings, before = config.fuse, _measure_adapters(config)
     # Measure both roundings, unless nothing is rounded; save the configured one.
-    others = {*ROUNDINGS} - {settings.rounding} if measure.dtype != mx.float32 else set()
-    by_rounding = {rounding: _measure_fused(config, rounding, measure) for rounding in others}
-    by_rounding[settings.rounding] = _measure_fused(config, settings.rounding, measure, save=True)
-    quantized_base = _quantized_base(config, measure)
+    others = {*ROUNDINGS} - {settings.rounding} if before.dtype != mx.float32 else set()
+    by_rounding = {rounding: _measure_fused(config, rounding, before) for rounding in others}
+    by_rounding[settings.rounding] = _measure_fused(config, settings.rounding, before, save=True)
+    quantized_base = _quantized_base(config, before)
     return {
-        "pairs": len(measure.pairs),
-        "dtype": dtype_name(measure.dtype),
+        "pairs": len(before.pairs),
+        "dtype": dtype_name(before.dtype),
         "rounding": settings.rounding,
         "quantize": settings.quantize,
-        **_measure_folder(config, measure, quantized_base),
+        **_measure_folder(config, before, quantized_base),
         "by_rounding": by_rounding,
     }
 
 
 @dataclass(frozen=True)
-class _Measure:
+class _BeforeFusing:
     """The pairs to compare models on, their log-probs before fusing, and the dtype to fuse into."""
 
     pairs: list[EncodedPair]
@@ -94,7 +94,7 @@ class _Measure:
 # One model is in memory at a time: each function below loads one and drops it when it returns.
 
 
-def _measure_adapters(config: Config) -> _Measure:
+def _measure_adapters(config: Config) -> _BeforeFusing:
     """Score the valid pairs with and without the adapters.
 
     Raises UserError when the disk or the memory is too small for fusing.
@@ -109,7 +109,7 @@ def _measure_adapters(config: Config) -> _Measure:
     _require_room(config, loaded, checked, dtype)
     with adapters_off(loaded.model):
         base = log_probs(loaded, checked)
-    return _Measure(checked, base, log_probs(loaded, checked), dtype)
+    return _BeforeFusing(checked, base, log_probs(loaded, checked), dtype)
 
 
 def _require_room(
@@ -130,15 +130,17 @@ def _load(config: Config) -> LoadedModel:
     )
 
 
-def _measure_fused(config: Config, rounding: str, measure: _Measure, save: bool = False) -> Report:
+def _measure_fused(
+    config: Config, rounding: str, before: _BeforeFusing, save: bool = False
+) -> Report:
     """How much of the margin fusing with a rounding keeps. `save` also writes the model."""
     loaded = _load(config)
-    fusing.fuse(loaded.model, rounding, measure.dtype, config.seed)
+    fusing.fuse(loaded.model, rounding, before.dtype, config.seed)
     if config.fuse.dtype:
-        fusing.cast(loaded.model, measure.dtype)
-    report = measure.compare(loaded)
+        fusing.cast(loaded.model, before.dtype)
+    report = before.compare(loaded)
     if save:
-        _save(loaded, config, measure.dtype)
+        _save(loaded, config, before.dtype)
     return report
 
 
@@ -151,7 +153,7 @@ def _save(loaded: LoadedModel, config: Config, dtype: mx.Dtype) -> None:
         save_model_folder(loaded.model, loaded.folder, temporary, about)
 
 
-def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
+def _quantized_base(config: Config, before: _BeforeFusing) -> Sides | None:
     """Log-probs under the base model, quantised like the fused model. None without fuse.quantize.
 
     Quantising changes every log-prob far more than a short training does, and about as much in both
@@ -160,15 +162,15 @@ def _quantized_base(config: Config, measure: _Measure) -> Sides | None:
     if config.fuse.quantize is None:
         return None
     loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
-    fusing.fuse(loaded.model, NEAREST, measure.dtype)
+    fusing.fuse(loaded.model, NEAREST, before.dtype)
     fusing.quantize(loaded.model, {}, config.fuse.quantize)
-    return log_probs(loaded, measure.pairs)
+    return log_probs(loaded, before.pairs)
 
 
-def _measure_folder(config: Config, measure: _Measure, fused_base: Sides | None) -> Report:
+def _measure_folder(config: Config, before: _BeforeFusing, fused_base: Sides | None) -> Report:
     """How much of the margin the saved folder keeps."""
     fused = load_model(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
-    return measure.compare(fused, fused_base)
+    return before.compare(fused, fused_base)
 
 
 def compare(
@@ -181,7 +183,7 @@ def compare(
     None when the adapters have no margin. `max_logprob_difference` is in nats.
     """
     margin, margin_fused = _margin(with_adapters, base), _margin(fused, fused_base or base)
-    kept_share = margin_fused / margin if abs(margin) > LEAST_MARGIN else None
+    kept_share = margin_fused / margin if abs(margin) > MIN_MARGIN else None
     differences = [float(mx.abs(f - a).max()) for f, a in zip(fused, with_adapters, strict=True)]
     return {
         "margin_adapters": margin,

@@ -84,8 +84,8 @@ def _require_memory(
     rows: list[Question],
     generation: GenerationConfig,
 ) -> None:
-    sequences = [encoder.sequence(row.question, row.answer) for row in rows]
-    lengths = memory.Lengths(
+    sequences = [encoder.encode(row.question, row.answer) for row in rows]
+    lengths = memory.LargestSizes(
         questions=len(rows),
         prompt=max(sequence.prompt_length for sequence in sequences),
         answer=generation.max_tokens or 0,
@@ -153,7 +153,9 @@ def generation_settings(rows: list[Question], config: Config, encoder: Encoder) 
         return config.generation
     fitting = (row for row in _short(rows, config, encoder) if _fits(encoder, row, config))
     counted = islice(fitting, MEASURED_ANSWERS)
-    return with_max_tokens(config.generation, [len(encoder.answer(row.answer)) for row in counted])
+    return with_max_tokens(
+        config.generation, [len(encoder.answer_ids(row.answer)) for row in counted]
+    )
 
 
 def usable_rows(
@@ -192,7 +194,7 @@ def _short(rows: list[Question], config: Config, encoder: Encoder) -> list[Quest
 
 
 def _fits(encoder: Encoder, row: Question, config: Config) -> bool:
-    return len(encoder.sequence(row.question, row.answer).ids) <= config.data.max_length
+    return len(encoder.encode(row.question, row.answer).ids) <= config.data.max_length
 
 
 def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
@@ -245,7 +247,7 @@ def _sample(
 ) -> list[Answer]:
     """One answer for each row. A batch with the same questions as before comes from `finished`."""
     size = config.generation.batch_size
-    prompts = batches([encoder.prompt(row.question) for row in rows], size, config.seed)
+    prompts = batches([encoder.prompt_ids(row.question) for row in rows], size, config.seed)
     texts = [[row.question for row in rows[i : i + size]] for i in range(0, len(rows), size)]
     answers = {
         number: finished[number]["answers"]
@@ -335,9 +337,9 @@ def _write(
         "rejected_finish": dict(Counter(pair.rejected_finish for pair in pairs)),
         "tokens": {
             "percentiles": list(PERCENTILES),
-            "chosen": _percentiles([encoder.answer(pair.chosen) for pair in pairs]),
+            "chosen": _percentiles([encoder.answer_ids(pair.chosen) for pair in pairs]),
             "rejected": _percentiles(
-                [encoder.answer(pair.rejected, pair.rejected_finish) for pair in pairs]
+                [encoder.answer_ids(pair.rejected, pair.rejected_finish) for pair in pairs]
             ),
         },
         "inputs": current,

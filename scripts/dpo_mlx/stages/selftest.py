@@ -42,7 +42,7 @@ from ..parallel import distributed
 from ..scoring import memory
 from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, Dpo, Example
-from ..scoring.scorer import LEAST_DIFFERENCE
+from ..scoring.scorer import MIN_DIFFERENCE
 from ..training.checkpoint import Checkpoints
 from .evaluate import evaluate
 from .fuse_adapters import fuse_adapters
@@ -50,7 +50,7 @@ from .make_pairs import make_pairs
 from .train_dpo import train_dpo
 
 # Nats that a sequence's log-prob may move before the first update, as in training.
-START_TOLERANCE = LEAST_DIFFERENCE
+START_TOLERANCE = MIN_DIFFERENCE
 # Nats that a token's log-prob may differ between two ways to compute it in bfloat16. On the tiny
 # model 0.03 to 0.08 is usual; a lost Mamba state moves it by 1 to 4, a lost attention mask by 0.3.
 TOKEN_TOLERANCE = 0.2
@@ -215,7 +215,7 @@ def check_batch(config: Config) -> str:
     loaded = load_model(config.model)
     encoder = Encoder.of(loaded.tokenizer, config)
     settings = GenerationConfig(max_tokens=ANSWER_TOKENS)
-    prompts = [encoder.prompt(question) for question in PROMPTS]
+    prompts = [encoder.prompt_ids(question) for question in PROMPTS]
     tokenizer = _Numbers(loaded.tokenizer.eos_token_ids)
     answers = sample_batch(loaded.model, tokenizer, Batch(prompts, 0, greedy=True), settings)
     largest = 0.0
@@ -333,7 +333,7 @@ def _last_checkpoint(config: Config) -> Path:
 def _sequences(encoder: Encoder) -> list[EncodedAnswer]:
     """Answers of 60 to 240 tokens."""
     return [
-        encoder.sequence(question, "**So it is.** Take it as red. " * repeats)
+        encoder.encode(question, "**So it is.** Take it as red. " * repeats)
         for question in PROMPTS[-2:]
         for repeats in (2, 4, 8)
     ]

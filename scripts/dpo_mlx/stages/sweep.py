@@ -38,7 +38,7 @@ from .train_dpo import train_dpo
 VARIED = ("lora", "sft", "dpo", "train", "guard")
 
 # The most runs of a sweep: each takes minutes at least.
-MOST_RUNS = 100
+MAX_RUNS = 100
 # Characters in the name of a run's folder, and of the digest in a name that would be longer.
 LONGEST_NAME, DIGEST = 120, 12
 
@@ -86,7 +86,7 @@ def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Comb
     """Every combination of the values in `grid`, whose lines are `section.key=value,value`.
 
     Raises UserError for a key that a sweep does not vary, for values that the config refuses, for
-    two values that mean the same, and for more than MOST_RUNS combinations.
+    two values that mean the same, and for more than MAX_RUNS combinations.
     """
     folder = configs.load(path, overrides).run.sweep
     choices = [_choices(line) for line in grid]
@@ -95,9 +95,9 @@ def combinations(path: Path, overrides: list[str], grid: list[str]) -> list[Comb
         raise UserError(
             f"--grid: {shown(repeated[0])} is given twice; write all of its values in one --grid"
         )
-    if (count := math.prod(map(len, choices))) > MOST_RUNS:
+    if (count := math.prod(map(len, choices))) > MAX_RUNS:
         raise UserError(
-            f"--grid: {count} combinations, but at most {MOST_RUNS} are allowed; give fewer values"
+            f"--grid: {count} combinations, but at most {MAX_RUNS} are allowed; give fewer values"
         )
     runs: list[Combination] = []
     for settings in itertools.product(*choices):

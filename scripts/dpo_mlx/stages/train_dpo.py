@@ -17,13 +17,13 @@ from ..training.setup import Setup, prepare
 from ..training.trainer import Stopped
 
 # The parts of stage 10 that can be run alone.
-ONLY_REFERENCE, ONLY_TRAINING = "reference", "training"
+ONLY_REFERENCE, ONLY_DPO = "reference", "dpo"
 
 
 def train_dpo(config: Config, only: str | None = None) -> bool:
     """Run stage 10, or only one part of it. Returns whether training reached its end.
 
-    Raises UserError for pairs, a model or settings that cannot be trained, and for ONLY_TRAINING
+    Raises UserError for pairs, a model or settings that cannot be trained, and for ONLY_DPO
     without a reference.
     """
     run, current = config.run, fingerprint.of(TRAINING, config.flat)
@@ -35,7 +35,7 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
     setup = prepare(config, current)
     _require_space(setup)
     phases = Phases(setup)
-    preflight(setup, only_read=only == ONLY_TRAINING)
+    preflight(setup, only_read=only == ONLY_DPO)
     outcome = _train(phases, only)
     if outcome is None:
         return True
@@ -48,14 +48,14 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
 
 def _train(phases: Phases, only: str | None) -> Outcome | None:
     """Run SFT and DPO. None for ONLY_REFERENCE, which stops before DPO."""
-    only_read = only == ONLY_TRAINING
+    only_read = only == ONLY_DPO
     stopped: list[str] = []
     try:
         if phases.sft_updates:
             phases.run_sft(only_read)
         references = phases.references(only_read)
         if only == ONLY_REFERENCE:
-            phases.write_settings()
+            phases.write_config()
             return None
         phases.run_dpo(references)
     except Stopped as stop:
@@ -65,7 +65,7 @@ def _train(phases: Phases, only: str | None) -> Outcome | None:
 
 def _require_space(setup: Setup) -> None:
     """Raises UserError when the disk has no room for the checkpoints."""
-    size = checkpoint.MOST_CHECKPOINTS * checkpoint.size(setup.model) + atomic.SMALL_FILES
+    size = checkpoint.MAX_CHECKPOINTS * checkpoint.size(setup.model) + atomic.SMALL_FILES
     atomic.require_space(setup.config.run.path, size, "run_dir")
 
 

@@ -38,11 +38,11 @@ VERSION = 3  # of the contents of STATE
 NEWEST = 2  # checkpoints to keep
 # The most on the disk at a time: the newest two, the one being saved, the end of SFT, up to three
 # that are the best for one of these, and the adapters that the run keeps.
-MOST_CHECKPOINTS = 8
+MAX_CHECKPOINTS = 8
 
 # Limits on how often the clock saves: seconds between two checkpoints, share of the time that
 # saving may take, and bytes written a second on average.
-LEAST_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
+MIN_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SaveClock:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._next = clock() + LEAST_SECONDS
+        self._next = clock() + MIN_SECONDS
 
     def is_due(self) -> bool:
         return self._clock() >= self._next
@@ -104,7 +104,7 @@ class SaveClock:
         started = self._clock()
         yield
         ended = self._clock()
-        self._next = ended + max(LEAST_SECONDS, (ended - started) / TIME_SHARE, size / WRITE_RATE)
+        self._next = ended + max(MIN_SECONDS, (ended - started) / TIME_SHARE, size / WRITE_RATE)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Origin:
     """The inputs that determine a checkpoint's adapters, and those that determine which is best."""
 
     adapters: Fingerprint = field(default_factory=dict)
-    judgement: Fingerprint = field(default_factory=dict)
+    choice: Fingerprint = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ def read(path: Path) -> tuple[State, Origin]:
     if isinstance(values, dict) and values.get("version") != VERSION:
         raise UserError(
             f"{path}: was written by another version ({values.get('version')!r:.20}; this one "
-            f"reads {VERSION}); continue with that version, or {remedy}"
+            f"reads {VERSION}); continue with that version, or move {path.parent} away to train "
+            "again"
         )
     contents = records.parse(path / STATE, values, Contents, remedy)
     state = contents.state

@@ -17,23 +17,23 @@ from ..data.pairs import LENGTH, Pair
 from ..scoring.losses import Sides
 from ..scoring.objectives import Dpo, Sft
 from ..scoring.scorer import Scorer, combine, lengths, objective_slopes
-from ..voice.voice_classifier import LEAST_ACCURACY, VoiceClassifier
+from ..voice.voice_classifier import MIN_ACCURACY, VoiceClassifier
 from .schedule import count_updates, learning_rate
 
 # These losses average log-probs over tokens. That makes their log-ratios about a hundred times
 # smaller than those of summed log-probs, so beta must be about a hundred times larger.
 AVERAGED = ("sigmoid_norm", "simpo")
-LEAST_AVERAGED_BETA, MOST_SUMMED_BETA = 1.0, 1.0
+MIN_AVERAGED_BETA, MAX_SUMMED_BETA = 1.0, 1.0
 
 # Limits on how far a whole phase moves unseen answers at first order, in nats a token. Nobody can
 # see a smaller change in the answers. For a larger one the first order says nothing. The rates that
 # we suggest move the answers by AIM.
-LEAST_CHANGE, MOST_CHANGE = 0.02, 20.0
+MIN_CHANGE, MAX_CHANGE = 0.02, 20.0
 AIM = 0.3
 
 # Nats a token between the sides; how many times as long one side may be; share of cut answers.
 FAR, LENGTH_RATIO, MANY_CUT = 4.0, 2.0, 0.3
-LEAST_PAIRS = 50
+MIN_PAIRS = 50
 SCALES = (1.0, 64.0)
 # The probe takes the gradients of this many pairs.
 PROBED_TRAIN, PROBED_VALID = 8, 4
@@ -190,9 +190,9 @@ def of(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def _data_findings(facts: Facts, config: Config) -> Iterator[Finding]:
-    if facts.train_pairs < LEAST_PAIRS:
+    if facts.train_pairs < MIN_PAIRS:
         yield Finding(
-            f"{facts.train_pairs} train pairs: learning a voice takes {LEAST_PAIRS} or more; add "
+            f"{facts.train_pairs} train pairs: learning a voice takes {MIN_PAIRS} or more; add "
             "rows or raise data.limit"
         )
     gap = facts.rejected_per_token - facts.chosen_per_token
@@ -222,23 +222,23 @@ def _length_findings(facts: Facts) -> Iterator[Finding]:
 
 
 def _classifier_findings(facts: Facts) -> Iterator[Finding]:
-    if facts.classifier_accuracy < LEAST_ACCURACY:
+    if facts.classifier_accuracy < MIN_ACCURACY:
         yield Finding(
             f"the classifier is right on {facts.classifier_accuracy:.0%} of held-out answers, "
-            f"under {LEAST_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
+            f"under {MIN_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
             "the answers in the report yourself"
         )
 
 
 def _beta_findings(config: Config) -> Iterator[Finding]:
     beta, loss = config.dpo.beta, config.dpo.loss
-    if loss in AVERAGED and beta < LEAST_AVERAGED_BETA:
+    if loss in AVERAGED and beta < MIN_AVERAGED_BETA:
         yield Finding(
             f"dpo.beta {beta:g} with {loss}: this loss averages log-probs over tokens, and so weak "
             "a beta lets the model drift to nonsense; set dpo.beta: 5, or dpo.loss: sigmoid",
             fatal=True,
         )
-    if loss not in AVERAGED and beta > MOST_SUMMED_BETA:
+    if loss not in AVERAGED and beta > MAX_SUMMED_BETA:
         yield Finding(
             f"dpo.beta {beta:g} with {loss}: this loss sums log-probs over tokens, and so strong a "
             "beta ends learning within a nat; set dpo.beta: 0.1",
@@ -269,13 +269,13 @@ def _phase_findings(
         )
         return
     aim = rate * AIM / change
-    if change < LEAST_CHANGE:
+    if change < MIN_CHANGE:
         yield Finding(
             f"{key} {rate:g}: {updates} updates can change unseen answers by about {change:.2g} "
             f"nats a token, which moves nothing; set {key}: {aim:.1g}, or more epochs",
             fatal=alone,
         )
-    if change > MOST_CHANGE:
+    if change > MAX_CHANGE:
         yield Finding(
             f"{key} {rate:g}: {updates} updates could change unseen answers by {change:.0f} nats a "
             f"token, far more than any voice needs; set {key}: {aim:.1g}",

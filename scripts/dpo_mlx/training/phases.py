@@ -10,7 +10,7 @@ from .. import config as configs
 from ..data.encoding import EncodedPair
 from ..files import digest, fingerprint, jsonl, ownership
 from ..files.errors import UserError
-from ..files.fingerprint import DPO_ADAPTERS, JUDGEMENT, SFT_ADAPTERS, TRAINING
+from ..files.fingerprint import BEST_CHECKPOINT, DPO_ADAPTERS, SFT_ADAPTERS, TRAINING
 from ..files.model_files import ADAPTERS
 from ..files.results import Outcome
 from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
@@ -73,7 +73,7 @@ class Phases:
             )
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
         train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
-        valid = _examples(self.setup.watched, load_reference(self.setup, BASE, VALID))
+        valid = _examples(self.setup.evaluated_pairs, load_reference(self.setup, BASE, VALID))
         self._train(SFT, Examples(train, valid))
 
     def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
@@ -84,8 +84,8 @@ class Phases:
 
     def run_dpo(self, references: dict[str, list[Sides[float]]]) -> None:
         """Train DPO from the end of SFT, or from the base model without SFT."""
-        train = _examples(self.setup.preferences[TRAIN], references[TRAIN])
-        valid = _examples(self.setup.watched, references[VALID])
+        train = _examples(self.setup.dpo_pairs[TRAIN], references[TRAIN])
+        valid = _examples(self.setup.evaluated_pairs, references[VALID])
         self._train(DPO, Examples(train, valid))
 
     def keep_best(self, stopped: list[str]) -> Outcome:
@@ -106,16 +106,16 @@ class Phases:
             adapters=digest.of_file(folder / ADAPTERS),
         )
 
-    def write_settings(self) -> None:
+    def write_config(self) -> None:
         """Write the config with every key to the run's folder."""
         config = self.setup.config
-        jsonl.write_text(config.run.settings, configs.dump(config))
+        jsonl.write_text(config.run.config_copy, configs.dump(config))
 
     def _train(self, phase: str, examples: Examples) -> None:
         """Run a phase to its end, from its checkpoint or from its beginning."""
         config, worker = self.setup.config, self.setup.worker
         path = config.run.metrics
-        self.write_settings()
+        self.write_config()
         reporters = metrics.reporters(config)
         checkpoint_path, self.state = self._resumable[phase] or (None, self._begin(phase))
         bar = metrics.ProgressBar(self.state.update, self.updates)
@@ -153,12 +153,12 @@ class Phases:
         state, origin = checkpoint.read(path)
         expected = self.checkpoints.origins[phase]
         changes = fingerprint.differences(origin.adapters, expected.adapters)
-        judgement_changes = fingerprint.differences(origin.judgement, expected.judgement)
-        if judgement_changes and self._is_end_of_sft(state):
+        choice_changes = fingerprint.differences(origin.choice, expected.choice)
+        if choice_changes and self._is_end_of_sft(state):
             # SFT's adapters are the same however they are judged: forget only the judgement.
             state = State(SFT, update=state.update, rows=state.rows, evaluated=True)
         else:
-            changes += judgement_changes
+            changes += choice_changes
         if not changes:
             return path, state
         if not (self.setup.config.train.restart or self._is_finished(origin)):
@@ -177,7 +177,7 @@ class Phases:
     def _is_finished(self, origin: Origin) -> bool:
         """Whether a run with this origin made the adapters in the run's folder."""
         inputs = fingerprint.read(self.setup.config.run.stamp(TRAINING)) or {}
-        wanted = {**origin.adapters, **origin.judgement}
+        wanted = {**origin.adapters, **origin.choice}
         return all(inputs.get(name) == value for name, value in wanted.items())
 
 
@@ -185,7 +185,7 @@ def _origin(setup: Setup, phase: str) -> Origin:
     """What a phase's checkpoints depend on."""
     return Origin(
         fingerprint.of(PHASE_ADAPTERS[phase], setup.config.flat, setup.fingerprint),
-        fingerprint.of(JUDGEMENT, setup.config.flat),
+        fingerprint.of(BEST_CHECKPOINT, setup.config.flat),
     )
 
 

@@ -25,7 +25,7 @@ def preflight(setup: Setup, only_read: bool = False) -> list[findings.Finding]:
     Raises Refused for settings that are sure to waste the run, unless `train.force` is set, and
     UserError with `only_read` when those log-probs are not stored yet.
     """
-    config, encoded = setup.config, setup.preferences
+    config, encoded = setup.config, setup.dpo_pairs
     base = load_reference(setup, BASE, VALID, only_read=only_read)
     with gradient_checkpointing(setup.model, config.train.grad_checkpoint):
         probe = findings.probe(setup.worker.scorer, config, encoded[TRAIN], encoded[VALID])
@@ -85,7 +85,7 @@ def _seconds(setup: Setup, probe: findings.Probe) -> float:
 
     Scoring the reference takes a third of the time of a gradient.
     """
-    config, train = setup.config, setup.preferences[TRAIN]
+    config, train = setup.config, setup.dpo_pairs[TRAIN]
     chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
     pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
     tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens

@@ -52,7 +52,7 @@ class Setup:
         return _generation(self.config, self.raw, self.encoder)
 
     @property
-    def preferences(self) -> dict[str, list[EncodedPair]]:
+    def dpo_pairs(self) -> dict[str, list[EncodedPair]]:
         """The pairs as DPO sees them. `dpo.match_length` does not cut valid pairs: their metrics
         must be those of the whole file.
         """
@@ -61,7 +61,7 @@ class Setup:
         return {**self.pairs, TRAIN: [pair.match_lengths() for pair in self.pairs[TRAIN]]}
 
     @property
-    def watched(self) -> list[EncodedPair]:
+    def evaluated_pairs(self) -> list[EncodedPair]:
         """The valid pairs that evaluations score."""
         return self.pairs[VALID][: self.config.train.eval_questions]
 
@@ -130,7 +130,7 @@ def _require_memory(
 ) -> memory.Need:
     """The stage's peak memory. Raises UserError when the machine has less."""
     everything = [*encoding.sequences(encoded[TRAIN]), *encoding.sequences(encoded[VALID])]
-    lengths = memory.Lengths(
+    lengths = memory.LargestSizes(
         questions=len(encoded[VALID]),
         prompt=max(sequence.prompt_length for sequence in everything),
         answer=_generation(config, raw, encoder).max_tokens or 0,
@@ -179,7 +179,9 @@ def load_reference(
     stored and `only_read` is set.
     """
     folder = setup.config.run.reference(model)
-    encoded = setup.watched if (model, split) == (AFTER_SFT, VALID) else setup.preferences[split]
+    encoded = (
+        setup.evaluated_pairs if (model, split) == (AFTER_SFT, VALID) else setup.dpo_pairs[split]
+    )
     inputs = reference_fingerprint(setup.config, split, encoded, setup.fingerprint, adapters)
     changes = reference.changes(folder, split, inputs)
     complete = reference.is_complete(folder, split, len(encoded), inputs)

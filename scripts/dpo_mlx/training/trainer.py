@@ -23,7 +23,7 @@ from ..parallel.worker import Worker, log_probs
 from ..process import signals
 from ..scoring import objectives
 from ..scoring.objectives import Example
-from ..scoring.scorer import LEAST_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
+from ..scoring.scorer import MIN_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
 from ..voice.answers import Measures
 from . import checkpoint
 from .checkpoint import Checkpoints, SaveClock, State
@@ -36,7 +36,7 @@ from .schedule import count_updates, groups, learning_rate
 EVALUATIONS, UPDATES_APART = 3, 10
 
 # Updates in a row that give NaN or an infinity before the run stops.
-MOST_SKIPPED = 3
+MAX_SKIPPED = 3
 
 
 def updates_between_evaluations(updates: int) -> int:
@@ -160,9 +160,9 @@ class Trainer:
         state = self.state
         state.skipped += 1
         state.skipped_in_a_row += 1
-        if state.skipped_in_a_row == MOST_SKIPPED:
+        if state.skipped_in_a_row == MAX_SKIPPED:
             state.stopped = [
-                f"{self.config.data.train_pairs}: {MOST_SKIPPED} updates in a row gave NaN or an "
+                f"{self.config.data.train_pairs}: {MAX_SKIPPED} updates in a row gave NaN or an "
                 f"infinity, the last one from the pairs on lines {lines}; look at these pairs, or "
                 "lower train.learning_rate"
             ]
@@ -245,7 +245,7 @@ class Trainer:
         for example, score in zip(examples, scores, strict=True):
             if isinstance(score, PairScore):  # SFT's train pairs have no reference
                 largest = max(largest, self._start_difference(example.pair, score))
-        if largest > LEAST_DIFFERENCE:
+        if largest > MIN_DIFFERENCE:
             reason = (
                 "different machines round differently, which is harmless"
                 if self.worker.size > self.worker.local_processes

@@ -62,7 +62,7 @@ def _log_prob_per_token(
     -inf when every answer is empty.
     """
     sequences = [
-        encoder.sequence(question.prompt, answer.text, answer.finish)
+        encoder.encode(question.prompt, answer.text, answer.finish)
         for question, answer in zip(questions, answers, strict=True)
     ]
     sequences = [sequence for sequence in sequences if sequence.answer_length]
@@ -103,7 +103,7 @@ class AnswerEvaluator:
         return self._measures(without_adapters=True)
 
     def _measures(self, without_adapters: bool) -> Measures:
-        prompts = [self._encoder.prompt(question.prompt) for question in self._questions]
+        prompts = [self._encoder.prompt_ids(question.prompt) for question in self._questions]
         sampled, greedy = (
             batches(prompts, EVALUATED_AT_ONCE, self._seed, greedy) for greedy in (False, True)
         )

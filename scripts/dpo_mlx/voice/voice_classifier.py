@@ -13,7 +13,7 @@ NGRAMS = (2, 3, 4)
 # The ridge penalty, and the number of steps: more would not change a printed figure.
 RIDGE, STEPS = 1e-3, 300
 # Below this accuracy on unseen pairs the classifier cannot tell the two sides apart.
-LEAST_ACCURACY = 0.8
+MIN_ACCURACY = 0.8
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,19 @@ class VoiceClassifier:
     weight: np.ndarray
     bias: float
 
-    def score(self, texts: Sequence[str]) -> np.ndarray:
+    def log_odds(self, texts: Sequence[str]) -> np.ndarray:
         """Log-odds that each text is in the voice of the chosen answers, [len(texts)]."""
         return features(texts) @ self.weight + self.bias
 
     def probability(self, texts: Sequence[str]) -> np.ndarray:
         """The same as a probability, 0 to 1."""
-        return _sigmoid(self.score(texts))
+        return _sigmoid(self.log_odds(texts))
 
     def accuracy(self, chosen: Sequence[str], rejected: Sequence[str]) -> float:
         """The balanced accuracy: the mean of both sides' shares of correct answers."""
-        return float(((self.score(chosen) > 0).mean() + (self.score(rejected) < 0).mean()) / 2)
+        return float(
+            ((self.log_odds(chosen) > 0).mean() + (self.log_odds(rejected) < 0).mean()) / 2
+        )
 
 
 def fit_classifier(chosen: Sequence[str], rejected: Sequence[str]) -> VoiceClassifier:
