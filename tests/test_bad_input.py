@@ -231,10 +231,10 @@ CASES: dict[str, Case] = {
     "scale of 1e308": setting("lora.scale=1e308", "lora.scale: 1e+308 is too large", script="11"),
     "run_dir holds the data": setting("run_dir=..", "run_dir: .. contains the folder of --config"),
     "valid pairs are the samples": setting(
-        "data.valid_pairs=run/pairs/train.samples.jsonl", "data.valid_pairs", "name another path"
+        "data.valid_pairs=run/pairs/train.samples.jsonl", "data.valid_pairs", "choose another path"
     ),
     "source is the report": setting(
-        "data.source=run/pairs/train.report.json", "data.source", "name another path", script="06"
+        "data.source=run/pairs/train.report.json", "data.source", "choose another path", script="06"
     ),
     # the source
     "source is a pipe": replaced("source.jsonl", os.mkfifo, "is a pipe, not a file", script="06"),
@@ -263,7 +263,7 @@ CASES: dict[str, Case] = {
     ),
     "pairs edited": Case(
         "06",
-        (VALID, "was changed since", "generation.restart=true"),
+        (VALID, "has changed since", "generation.restart=true"),
         lambda: Path(VALID).write_bytes(GOOD_PAIR),
         ("--limit", "12"),
     ),
@@ -321,12 +321,12 @@ CASES: dict[str, Case] = {
     "all train pairs too long": setting(
         "data.max_length=8", TRAIN, "0 pairs, but one update takes"
     ),
-    "all valid pairs too long": file(VALID, LONG_PAIR, "no pair fits", "data.max_length"),
+    "all valid pairs too long": file(VALID, LONG_PAIR, "every pair is longer", "data.max_length"),
     "all valid pairs too long for 11": setting(
-        "data.max_length=8", VALID, "no pair fits", "data.max_length", script="11"
+        "data.max_length=8", VALID, "every pair is longer", "data.max_length", script="11"
     ),
     "all valid pairs too long for 12": setting(
-        "data.max_length=8", VALID, "no pair fits", "data.max_length", script="12"
+        "data.max_length=8", VALID, "every pair is longer", "data.max_length", script="12"
     ),
     # training
     "no reference": removed(
@@ -348,10 +348,10 @@ CASES: dict[str, Case] = {
     # fusing and after
     "no adapters": removed(ADAPTERS, "11", ADAPTERS, "run 10_train_dpo.py first"),
     "adapters of another rank": Case(
-        "11", (ADAPTERS, "was changed since", "move"), lambda: other_adapters(64, 8)
+        "11", (ADAPTERS, "has changed since", "move"), lambda: other_adapters(64, 8)
     ),
     "adapters of another width": Case(
-        "11", (ADAPTERS, "was changed since", "move"), lambda: other_adapters(32, 4)
+        "11", (ADAPTERS, "has changed since", "move"), lambda: other_adapters(32, 4)
     ),
     "adapters torn": Case(
         "11", (ADAPTERS,), lambda: os.truncate(f"{ADAPTERS}/adapters.safetensors", 999)
@@ -367,7 +367,7 @@ CASES: dict[str, Case] = {
     "no metrics": file("run/metrics.jsonl", None, script="12"),
     # what stages wrote, damaged or of another version
     "samples broken": replace(
-        file(SAMPLES, b"{}}\n", "samples.jsonl: was changed since", "move it", script="06"),
+        file(SAMPLES, b"{}}\n", "samples.jsonl: has changed since", "move it", script="06"),
         more=("--limit", "12"),
     ),
     "samples of another version": replace(
@@ -387,15 +387,15 @@ CASES: dict[str, Case] = {
     ),
     "reference broken": replace(file(REFERENCE, b"[]\n", ":1: ", "move run/reference"), more=AGAIN),
     "reference of another version": replace(lacking(REFERENCE, "chosen", "10"), more=AGAIN),
-    "outcome broken": file("run/outcome.json", b"{", "was changed since", "move it away"),
+    "outcome broken": file("run/outcome.json", b"{", "has changed since", "move it away"),
     "outcome of another version": lacking("run/outcome.json", "stopped", "10"),
     "fuse.json of another version": replace(
         lacking("run/fuse.json", "margin_kept", "12"), more=("--set", "smoke.questions=1")
     ),
-    "report.json broken": file("run/report.json", b"{", "was changed since", script="12"),
+    "report.json broken": file("run/report.json", b"{", "has changed since", script="12"),
     "report.json of another version": lacking("run/report.json", "verdict", "12"),
     "metrics broken": replace(
-        file("run/metrics.jsonl", b"{\n", "was changed since", script="12"),
+        file("run/metrics.jsonl", b"{\n", "has changed since", script="12"),
         more=("--set", "smoke.questions=1"),
     ),
     "metrics as text": replace(
@@ -460,11 +460,11 @@ CASES: dict[str, Case] = {
         lambda f: runs.write_pairs(Path(TRAIN), 9), "pairs", "train.restart"
     ),
     "adapters of another model": model(
-        other_weights, ADAPTERS, "were not trained on other", script="11"
+        other_weights, ADAPTERS, "were trained on another version of other", script="11"
     ),
     "adapters' settings of another version": Case(
         "11",
-        (ADAPTERS, "was changed since"),
+        (ADAPTERS, "has changed since"),
         lambda: Path(f"{ADAPTERS}/adapter_config.json").write_text("{}"),
         ("--set", "fuse.check_pairs=2"),
     ),

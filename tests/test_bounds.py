@@ -493,6 +493,7 @@ def test_tilde_is_the_home_folder(here, monkeypatch):
 # Paths that meet --------------------------------------------------------------------------------
 
 DATA = "data.source=s.jsonl data.train_pairs=t.jsonl data.valid_pairs=v.jsonl run_dir=run model=m"
+IN_REPOSITORY = "is inside this project's own folders, or contains one of them"
 MEETINGS: dict[str, str] = {
     "data.valid_pairs=t.jsonl": "data.valid_pairs: t.jsonl is also data.train_pairs",
     "data.valid_pairs=t.samples.jsonl": "data.valid_pairs: t.samples.jsonl is also a file ",
@@ -535,10 +536,10 @@ MEETINGS: dict[str, str] = {
     "run_dir=/": "run_dir: / is the root of the disk",
     "run_dir=~": "is your home folder or contains it",
     "run_dir=~/..": "is your home folder or contains it",
-    f"run_dir={REPOSITORY}": "has files of this repository in it",
-    f"run_dir={REPOSITORY}/data": "has files of this repository in it",
-    f"run_dir={REPOSITORY}/config": "has files of this repository in it",
-    f"run_dir={REPOSITORY}/scripts/dpo_mlx": "has files of this repository in it",
+    f"run_dir={REPOSITORY}": IN_REPOSITORY,
+    f"run_dir={REPOSITORY}/data": IN_REPOSITORY,
+    f"run_dir={REPOSITORY}/config": IN_REPOSITORY,
+    f"run_dir={REPOSITORY}/scripts/dpo_mlx": IN_REPOSITORY,
     "run_dir=s.jsonl": "run_dir: s.jsonl is not a folder",
     "run_dir=loop": "run_dir: loop is not a folder",
     "run_dir=other/fused": "run_dir: other/fused is a folder that another run writes to",
@@ -663,7 +664,7 @@ def test_a_few_odd_pairs_are_a_note():
     train[3] = Pair("Why x?", "same", "same", line=4)
     assert checked(train, valid) == [
         "t.jsonl: chosen and rejected are the same text in 1 of 9 pairs (lines 4); the model "
-        "learns nothing from these, remove them",
+        "learns nothing from these; remove them",
         "v.jsonl: 1 of its 9 questions (lines 1) are also in t.jsonl, so they are not held out; "
         "remove them",
     ]

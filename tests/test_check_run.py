@@ -69,7 +69,13 @@ def test_everything_is_told(
     config = write_config(settings)
     assert exit_code(config, script=CHECK) == 0
     said = capsys.readouterr().out
-    for words in ("offers", "download: none", "disk: up to", "peak memory", "check: about"):
+    for words in (
+        "GB of memory for models",
+        "download: none",
+        "disk: up to",
+        "peak memory",
+        "check: about",
+    ):
         assert words in said
     run = configs.load(config).run.path
     minutes = jsonl.read_json(run / "plan.json")["minutes"]

@@ -339,10 +339,10 @@ DAMAGES = {
         "state.best.voice",
     ),
     "half as many bits": (lambda f: halve(f / OPTIMIZER), f"{OPTIMIZER}: cannot be used"),
-    "another number": (lambda f: edit_state(f, skipped=1), "state.json: was changed since"),
+    "another number": (lambda f: edit_state(f, skipped=1), "state.json: has changed since"),
     "other adapters": (
         lambda f: scale(f / ADAPTERS),
-        "adapters.safetensors: was changed since",
+        "adapters.safetensors: has changed since",
     ),
     "adapters that are not finite": (
         lambda f: scale(f / ADAPTERS, float("nan")),

@@ -297,11 +297,14 @@ def test_number_as_yaml_text_is_a_number(value, file):
         ("seed=100000000000000000000", "seed: 100000000000000000000 is too large"),
         ("model=", "model: is missing; this key is required"),
         ("data.train_pairs=", "data.train_pairs: is missing; this key is required"),
-        ("data.valid_pairs=t.jsonl", "data.valid_pairs: t.jsonl is also data.train_pairs; name"),
-        ("data.train_pairs=s.jsonl", "data.train_pairs: s.jsonl is also data.source; name another"),
+        ("data.valid_pairs=t.jsonl", "data.valid_pairs: t.jsonl is also data.train_pairs; choose"),
+        (
+            "data.train_pairs=s.jsonl",
+            "data.train_pairs: s.jsonl is also data.source; choose another",
+        ),
         (
             "data.valid_pairs=./s.jsonl",
-            "data.valid_pairs: s.jsonl is also data.source; name another",
+            "data.valid_pairs: s.jsonl is also data.source; choose another",
         ),
         ("lora.dropout=0.1", "lora.dropout: must be 0 with train.grad_checkpoint"),
         ("chat_template_args=3", "chat_template_args: expected names and values, like {enable_thi"),

@@ -42,7 +42,8 @@ def test_a_machine_is_bound_by_memory_or_by_arithmetic(derive: Any) -> None:
     assert by_memory.step == 200 + 2 * 8 * 10
     assert by_arithmetic.step == 2 * 100 * 8
     assert (by_memory.prompts, by_arithmetic.prompts) == (200, 2 * 100 * 8 * 5)
-    # A gradient reads the weights three times a sequence, and takes three times a forward's FLOPs.
+    # A gradient reads the weights three times per sequence, and takes three times a forward's
+    # FLOPs.
     assert (by_memory.scored_token, by_memory.gradient_token) == (4, 12)
     assert (by_arithmetic.scored_token, by_arithmetic.gradient_token) == (200, 600)
 

@@ -57,7 +57,7 @@ SHARE, TUNED, KEPT = "voice__share", "voice__tuned", "fuse__margin_kept"
         ({KEPT: None}, "learned", []),  # no margin that fusing could lose
         ({REPEATS: 0.74}, "degenerated", ["max_distinct2_drop"]),
         ({UNNATURAL: -2.1}, "degenerated", ["max_base_logprob_drop"]),
-        ({UNNATURAL: -3.0, VOICE: -3.0}, "learned", []),  # no further than the real answers
+        ({UNNATURAL: -3.0, VOICE: -3.0}, "learned", []),  # no further than your answers
         ({UNNATURAL: -3.1, VOICE: -3.0}, "degenerated", ["max_base_logprob_drop"]),
         ({UNNATURAL: -math.inf}, "degenerated", ["max_base_logprob_drop"]),
         ({UNNATURAL: math.nan}, "degenerated", ["max_base_logprob_drop"]),
@@ -104,7 +104,7 @@ def test_an_unsure_classifier_is_told() -> None:
     [(0.25, 0.5, 0.75, 0.5), (0.25, 0.0, 0.75, -0.5), (0.5, 0.75, 0.5, 0.0), (0.5, 0.9, 0.4, 0.0)],
 )
 def test_gain_is_a_share_of_the_way(base: float, tuned: float, chosen: float, gain: float) -> None:
-    """The gain is 0 at the base model's score and 1 at the real answers'. It is 0 when both are
+    """The gain is 0 at the base model's score and 1 at your answers'. It is 0 when both are
     equal.
     """
     assert voice_gain({"base": base, "tuned": tuned, "chosen": chosen}) == gain

@@ -62,7 +62,7 @@ def test_a_sound_run_has_no_finding() -> None:
     ("facts", "sections", "text", "fatal"),
     [
         ({"train_pairs": 49}, {}, "49 train pairs", False),
-        ({"chosen_per_token": -5.3}, {"sft": NO_SFT}, "4.1 nats a token further", False),
+        ({"chosen_per_token": -5.3}, {"sft": NO_SFT}, "4.1 nats per token less likely", False),
         ({"rejected_tokens": 301}, {}, "2.0 times as long", False),
         ({"rejected_tokens": 301}, {}, "set dpo.match_length: true, or dpo.loss", False),
         ({"rejected_tokens": 74}, {}, "0.5 times as long", False),
@@ -75,13 +75,13 @@ def test_a_sound_run_has_no_finding() -> None:
         (
             {"dpo_change": 0.01, "sft_updates": 0},
             {"sft": NO_SFT, "train": SLOW},
-            "which moves nothing; set train.learning_rate: 3e-05",
+            "too little to change any answer; set train.learning_rate: 3e-05",
             True,
         ),
-        ({"dpo_change": 0.01}, {"train": SLOW}, "which moves nothing", False),
+        ({"dpo_change": 0.01}, {"train": SLOW}, "too little to change any answer", False),
         ({"sft_change": 0.01}, {}, "sft.learning_rate 0.0001: 26 updates can change", True),
-        ({"sft_change": 21.0}, {}, "could change unseen answers by 21", True),
-        ({"dpo_change": 30.0}, {}, "could change unseen answers by 30", True),
+        ({"sft_change": 21.0}, {}, "could change held-out answers by 21", True),
+        ({"dpo_change": 30.0}, {}, "could change held-out answers by 30", True),
         ({"dpo_change": -0.1, "sft_updates": 0}, {"sft": NO_SFT}, "chosen and rejected", True),
         ({}, {"lora": LoraConfig(scale=0.5)}, "lora.scale 0.5", False),
         ({}, {"lora": LoraConfig(scale=65.0)}, "lora.scale 65", False),
@@ -117,7 +117,7 @@ def test_at_the_limit_nothing_is_said(facts: dict[str, Any], sections: dict[str,
 def test_facts_by_hand() -> None:
     """From three train and two valid pairs, five updates of DPO and ten of SFT at constant rates.
 
-    Log-probs a token of the valid pairs: chosen -8/4 and -9/3, rejected -6/6 and -2/1; lengths of
+    Log-probs per token of the valid pairs: chosen -8/4 and -9/3, rejected -6/6 and -2/1; lengths of
     the train pairs: chosen 2, 5, 6 and rejected 1, 2, 9. Two of their rejected answers were cut,
     one of them before it was as long as the chosen one. A classifier that calls every answer
     rejected is at chance.
@@ -178,7 +178,7 @@ BETAS = {"sigmoid_norm": 5.0, "simpo": 5.0, "ipo": 0.5}
 
 
 def per_token(scorer: Scorer, examples: list[Example]) -> np.ndarray:
-    """Log-probs a token [pairs, (chosen, rejected)]."""
+    """Log-probs per token [pairs, (chosen, rejected)]."""
     return np.array(
         [[scorer.log_prob(s) / s.answer_length for s in e.pair.sides] for e in examples]
     )
@@ -267,7 +267,7 @@ def test_check_says_it_and_does_nothing(job: Any, capfd: Any) -> None:
     notes = [line for line in lines if line.startswith("10: note: ")]
     assert any(note.startswith("10: note: lora.scale 0.5") for note in notes)
     assert any(note.startswith("10: note: 7 train pairs") for note in notes)
-    assert any("SFT: 7 updates of 1 chosen answers, learning rate 0.01" in line for line in lines)
+    assert any("SFT: 7 updates of 1 answers, learning rate 0.01" in line for line in lines)
     assert any("DPO: 7 updates of 1 pairs, learning rate 0.001" in line for line in lines)
     assert any("peak memory" in line for line in lines)
     assert not trained(run.run.path)

@@ -3,7 +3,7 @@
 The pair, worked once and used throughout (beta 0.1 unless said):
     pi  = (-8, -15), ref = (-10, -12), lengths (4, 6)
     log ratios: chosen -8 + 10 = 2, rejected -15 + 12 = -3, h = 2 + 3 = 5, beta h = 0.5
-    log ratios a token: 2/4 = 0.5, -3/6 = -0.5, their difference 1
+    log ratios per token: 2/4 = 0.5, -3/6 = -0.5, their difference 1
 Agreement with TRL's own code is in test_trl_parity.py.
 """
 
@@ -125,7 +125,7 @@ def test_at_the_reference(name, limit, beta):
 
 
 def test_simpo_knows_no_reference():
-    """Any reference gives SimPO's value; at equal log-probs a token it is -log sigma(-gamma)."""
+    """Any reference gives SimPO's value; at equal log-probs per token it is -log sigma(-gamma)."""
     assert loss_of("simpo", ref=(-1.0, -99.0)) == loss_of("simpo")
     # ln(1 + e^1) = 1.3132617
     assert loss_of("simpo", (-4.0, -6.0), simpo_gamma=1.0) == pytest.approx(1.3132617, abs=1e-6)

@@ -208,7 +208,7 @@ def test_edited_pairs_are_not_overwritten(settings, sampled):
     path.write_text(path.read_text().replace("**", "__"))
     edited = contents(folder)
     make(settings, "data.limit=16")
-    with pytest.raises(UserError, match=f"{path}: was changed since.*generation.restart=true"):
+    with pytest.raises(UserError, match=f"{path}: has changed since.*generation.restart=true"):
         make(settings, "data.limit=30")
     assert contents(folder) == edited
     sampled.clear()

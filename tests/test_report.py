@@ -289,14 +289,14 @@ def test_no_margin_to_keep() -> None:
 
 
 def test_every_measure_of_fluency_has_all_three_sides() -> None:
-    """Each row shows base, tuned and real answers, so a reader can judge the tuned ones."""
+    """Each row shows base, tuned and your answers, so a reader can judge the tuned ones."""
     lines = " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
     assert "without a loop has 0. 1.5 3.2 0.0 Ended by itself" in lines
     assert "how to stop. 75% 50% 100% Log-prob" in lines
 
 
 def test_measures_that_are_nan_or_infinite() -> None:
-    """Empty answers have -inf nats a token. The page shows a dash, never `inf` or `nan`."""
+    """Empty answers have -inf nats per token. The page shows a dash, never `inf` or `nan`."""
     nan_everywhere = dict.fromkeys(REPORT["voice"], math.nan)
     report = changed(
         voice=nan_everywhere,

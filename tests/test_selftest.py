@@ -202,13 +202,13 @@ def forget_mamba_s_state(config: Config, patch: pytest.MonkeyPatch) -> None:
 FAULTS = [
     (selftest.check_chain, stop_training, "training was stopped"),
     (selftest.check_first_loss, start_off_the_reference, "margin 0.01"),
-    (selftest.check_reference, score_otherwise, "0.02 nats a sequence"),
+    (selftest.check_reference, score_otherwise, "0.02 nats per sequence"),
     (selftest.check_batch, let_mamba_hear_the_padding, "nats"),
     (selftest.check_batch, let_attention_hear_the_padding, "nats"),
     (selftest.check_memory, plan_too_little, "MB, plan "),
     (selftest.check_resume, lose_the_optimizer, "largest difference"),
     (selftest.check_fused, fuse_badly, "kept 50.0% of the adapters' margin"),
-    (selftest.check_decoding, forget_mamba_s_state, "nats a token"),
+    (selftest.check_decoding, forget_mamba_s_state, "nats per token"),
 ]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train every combination of some settings, and compare the runs in one table.
 
-    python scripts/phase4-fine-tune-model/14_sweep.py --config C \
+    .venv/bin/python scripts/phase4-fine-tune-model/14_sweep.py --config C \
         --grid dpo.beta=0.05,0.1 --grid train.learning_rate=1e-6,5e-6
 """
 
@@ -30,6 +30,7 @@ def stage(config: Config, options: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = cli.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--grid",
         action="append",

@@ -46,9 +46,9 @@ def _same_answers(path: str, pairs: list[Pair]) -> list[str]:
         f"(lines {list_lines(lines)})"
     )
     if len(lines) < WHOLE_FILE * len(pairs):
-        return [f"{fault}; the model learns nothing from these, remove them"]
+        return [f"{fault}; the model learns nothing from these; remove them"]
     raise UserError(
-        f"{fault}; the model learns nothing from these, make the pairs again with "
+        f"{fault}; the model learns nothing from these; make the pairs again with "
         "06_generate_dpo_pairs.py"
     )
 

@@ -140,7 +140,7 @@ def encode_all(
 def require_pairs(path: Path, pairs: list[EncodedPair]) -> None:
     """Raises UserError when no pair of a file fits in `data.max_length`."""
     if not pairs:
-        raise UserError(f"{path}: no pair fits in data.max_length tokens; raise data.max_length")
+        raise UserError(f"{path}: every pair is longer than data.max_length tokens; raise it")
 
 
 def max_characters(encoder: Encoder, max_length: int) -> int:

@@ -54,14 +54,15 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def require_space(folder: Path, size: int, key: str) -> None:
     """Raises UserError when the disk of `folder` has less than `size` bytes free. The folder need
-    not exist. `key` is the config key that sets it.
+    not exist. `key` is the setting that names it.
     """
     parents = (folder, *folder.absolute().parents)
     free = shutil.disk_usage(next(path for path in parents if path.exists())).free
     if free < size:
         raise UserError(
             f"{folder}: the disk has {free / 1e9:.2f} GB free, but the stage needs up to "
-            f"{size / 1e9:.2f} GB; free some space, or set {key} to another disk"
+            f"{size / 1e9:.2f} GB; free some space, or set {key} to a path on another "
+            "disk"
         )
 
 

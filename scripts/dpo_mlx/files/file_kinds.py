@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 SAVE_AS_UTF_8 = "save it as UTF-8"
-EXPORT = "export it as JSON lines, one JSON object a line"
-UNPACK = "unpack it and name the file inside"
+EXPORT = "export it as JSON lines, one JSON object per line"
+UNPACK = "unpack it and use the file inside"
 
 # (first bytes, kind of file, what to do). A longer prefix comes before a shorter one.
 MAGIC = (

@@ -127,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file of ours atomically. A reader sees the old text or the whole new one.
 
     Like the functions above, raises UserError for a file that the pipeline did not write, or that
-    was changed since.
+    has changed since.
     """
     ownership.write(path, text.encode())
 

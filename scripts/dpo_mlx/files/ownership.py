@@ -63,7 +63,7 @@ class Status(Enum):
 
     ABSENT = "absent"
     OURS = "ours"
-    CHANGED = "was changed since the pipeline wrote it"
+    CHANGED = "has changed since the pipeline wrote it"
     FOREIGN = "was not made by this pipeline"
 
     def describe(self, path: Path) -> str:

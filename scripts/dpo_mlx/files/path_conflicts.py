@@ -94,7 +94,7 @@ def _missing_names(paths: RunPaths) -> Iterator[str]:
     for name in ("source", "train_pairs", "valid_pairs"):
         value = getattr(paths, name)
         if Path(value).name in ("", "..") or value.endswith("/"):
-            yield f"data.{name}: {shown(value)} is a directory, not a file; name a file"
+            yield f"data.{name}: {shown(value)} is a directory, not a file; give the path of a file"
 
 
 def _other_kinds(paths: RunPaths) -> Iterator[str]:
@@ -104,7 +104,7 @@ def _other_kinds(paths: RunPaths) -> Iterator[str]:
     for place in places(paths):
         kind = other_kind(place.path)
         if kind and not (kind == DIRECTORY and place.key in ("model", "run_dir")):
-            yield f"{place.key}: {shown(place.path)} is {kind}, not a file; name another place"
+            yield f"{place.key}: {shown(place.path)} is {kind}, not a file; choose another path"
 
 
 def _bad_run_dir(paths: RunPaths) -> Iterator[str]:
@@ -114,7 +114,10 @@ def _bad_run_dir(paths: RunPaths) -> Iterator[str]:
     elif _is_inside(Path(os.path.expanduser("~")), run):
         yield f"run_dir: {value} is your home folder or contains it; {USE_OWN_FOLDER}"
     elif any(_is_inside(path, run) or _is_inside(run, path) for path in REPOSITORY_FOLDERS):
-        yield f"run_dir: {value} has files of this repository in it; {USE_OWN_FOLDER}"
+        yield (
+            f"run_dir: {value} is inside this project's own folders, or contains one of them; "
+            f"{USE_OWN_FOLDER}"
+        )
     elif run in RunFolder(run.parent).names and RunFolder(run.parent).lock.exists():
         yield f"run_dir: {value} is a folder that another run writes to; {USE_OWN_FOLDER}"
     elif os.path.lexists(paths.run_dir) and not os.path.isdir(paths.run_dir):
@@ -154,7 +157,7 @@ def _collisions(paths: RunPaths) -> Iterator[str]:
         if (one.key, other.key) not in reported_keys:
             reported_keys.add((one.key, other.key))
             yield (
-                f"{one.key}: {shown(one.path)} {relation} {other.description}; name another path"
+                f"{one.key}: {shown(one.path)} {relation} {other.description}; choose another path"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,8 +69,16 @@ def attach_lora(model: nn.Module, lora: LoraConfig) -> None:
             "write keys like self_attn.q_proj, or set lora.keys: null for all layers"
         )
     if outside := [name for name in adapted if ".layers." not in name]:
-        raise UserError(f"lora.keys: {outside[0]} must stay frozen; name layers inside the blocks")
+        raise UserError(
+            f"lora.keys: {outside[0]} must stay frozen; list only layers inside the blocks"
+        )
     model.eval()
+
+
+def chat_command(model: str, adapters: Path) -> str:
+    """The command to chat with a model and its adapters, without fusing them."""
+    options = ["--model", model, "--adapter-path", str(adapters), "--max-tokens", "1024"]
+    return shlex.join([".venv/bin/mlx_lm.chat", *options])
 
 
 def _lora_arguments(model: nn.Module, lora: LoraConfig) -> tuple[int, dict[str, Any]]:

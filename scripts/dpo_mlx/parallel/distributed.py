@@ -137,7 +137,7 @@ class DistributedWorker(Worker):
         return iter(items)
 
     def _adapters_changed(self) -> bool:
-        """Whether the adapters are not those that all ranks have.
+        """Whether the adapters have changed since they were last sent.
 
         Training and loading replace arrays, so it is enough to compare identities.
         """

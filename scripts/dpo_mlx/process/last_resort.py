@@ -29,7 +29,7 @@ MAX_CHARACTERS, MAX_LINES, MAX_TEXT, MAX_LOG = 1000, 50, 300, 1_000_000
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")
 CODE = Path(__file__).parents[2]
 PUT_BACK = "put back the file or the disk that was moved, and run the same command again"
-OTHER_PLACE = "name another place in the config"
+OTHER_PLACE = "choose another path in the config"
 DISK_FULL = "the disk is full; free some space, then run the same command again to resume"
 REMEDIES = {
     errno.EACCES: f"make it writable, or {OTHER_PLACE}",

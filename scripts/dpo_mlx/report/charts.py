@@ -36,8 +36,8 @@ CURVES = {
         ("eval_rewards/margins", "held-out", "tuned valid"),
     ),
     "per_token": (
-        ("logps/chosen_per_token", "chosen, train", "chosen"),
-        ("eval_logps/chosen_per_token", "chosen, held-out", "chosen valid"),
+        ("logps/chosen_per_token", "yours, train", "chosen"),
+        ("eval_logps/chosen_per_token", "yours, held-out", "chosen valid"),
         ("logps/rejected_per_token", "rejected, train", "base"),
         ("eval_logps/rejected_per_token", "rejected, held-out", "base valid"),
     ),

@@ -139,7 +139,7 @@ def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) ->
     """
 
     @mx.custom_function
-    def scores(hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def scores(hidden: mx.array) -> tuple[mx.array, mx.array | None]:
         return _scores_and_slopes(hidden, targets, head, slopes=True)
 
     @scores.vjp
@@ -152,10 +152,9 @@ def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) ->
 
 def _scores_and_slopes(
     hidden: mx.array, targets: mx.array, head: Head, slopes: bool
-) -> tuple[mx.array, mx.array]:
-    """(log p(target) [T], d(log p)/d(hidden) [T, D]), float32, in blocks of the vocabulary.
-
-    Without `slopes`, do not use the second value.
+) -> tuple[mx.array, mx.array | None]:
+    """(log p(target) [T], d(log p)/d(hidden) [T, D]), float32, in blocks of the vocabulary. Without
+    `slopes` the second value is None.
 
     With raw products z and logits l(z), log p = l_target - log sum exp l, and
     d(log p)/d(hidden) = W^T (l'(z) (onehot - softmax(l))). The sums over the softmax run block by
@@ -177,4 +176,4 @@ def _scores_and_slopes(
     weight = head.weight(targets)
     logits = head.logits((x * weight).sum(axis=-1), targets)[:, None]
     log_probs = logits - top - mx.log(total)
-    return log_probs[:, 0], head.slope(logits) * weight - pull / total
+    return log_probs[:, 0], head.slope(logits) * weight - pull / total if slopes else None

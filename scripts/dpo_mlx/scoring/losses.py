@@ -1,9 +1,9 @@
-"""Preference losses: pure functions of four log-probs that return one value a pair.
+"""Preference losses: pure functions of four log-probs that return one value per pair.
 
 pi_chosen, pi_rejected, ref_chosen and ref_rejected are log p(answer | prompt), summed over the
 answer's tokens, in nats, under the policy and the frozen reference. n_chosen and n_rejected are the
-answers' lengths in tokens. All are float32 arrays of one shape, with one value a pair. Every loss
-returns an array of that shape.
+answers' lengths in tokens. All are float32 arrays of one shape, with one value per pair. Every
+loss returns an array of that shape.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def hinge(pi: Arrays, ref: Arrays, length: Arrays, s: Settings) -> mx.array:
 def ipo(pi: Arrays, ref: Arrays, length: Arrays, s: Settings) -> mx.array:
     """IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17): (h - 1 / (2 beta))^2, beta being tau.
 
-    As in the authors' code and in TRL, h compares log-probs a token. So beta does not depend on the
-    answers' lengths.
+    As in the authors' code and in TRL, h compares log-probs per token. So beta does not depend on
+    the answers' lengths.
     """
     return mx.square(_per_token_difference(pi, ref, length) - 1 / (2 * s.beta))
 
@@ -72,7 +72,8 @@ def sigmoid_norm(pi: Arrays, ref: Arrays, length: Arrays, s: Settings) -> mx.arr
     """Length-normalised DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6).
 
     -log sigma(beta ((pi_chosen - ref_chosen) / n_chosen - (pi_rejected - ref_rejected) /
-    n_rejected)). Log-probs a token are about a hundred times smaller than sums, so beta is 2 to 10.
+    n_rejected)). Log-probs per token are about a hundred times smaller than sums, so beta is 2 to
+    10.
     """
     return -nn.log_sigmoid(s.beta * _per_token_difference(pi, ref, length))
 
@@ -129,7 +130,7 @@ def preference_loss(pi: Arrays, ref: Arrays, length: Arrays, s: Settings) -> mx.
 
 def objective(pi: Arrays, ref: Arrays, length: Arrays, s: Settings) -> mx.array:
     """What DPO minimises: the preference loss plus nll_weight times the chosen answer's negative
-    log-likelihood, in nats a token (RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1).
+    log-likelihood, in nats per token (RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1).
     """
     return preference_loss(pi, ref, length, s) - s.nll_weight * pi.chosen / length.chosen
 

@@ -24,7 +24,7 @@ from ..config import Config
 from ..data.encoding import EncodedAnswer
 from ..files.errors import UserError
 from ..model import device, fusing
-from ..model.adapters import adapter_bytes
+from ..model.adapters import adapter_bytes, chat_command
 from ..model.gradient_checkpointing import gradient_checkpointing
 from ..model.sampling import EVALUATED_AT_ONCE
 from ..model.saving import dtype_name
@@ -225,7 +225,8 @@ def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[N
     weights = max(before, after)
     quantized = after * (config.fuse.quantize or 0) // (8 * dtype.size)
     smaller = "set fuse.dtype: null, or " if dtype == mx.float32 and config.fuse.dtype else ""
-    remedy = f"{smaller}use the adapters without fusing (--adapter-path)"
+    chat = chat_command(config.model, config.run.adapters)
+    remedy = f"{smaller}use the adapters without fusing ({chat})"
     with fusing.activations_in_float32(model):
         comparing = scoring(model, longest)
         # This float32 copy is in memory beside the model's own embedding.
@@ -271,7 +272,7 @@ def _write_two_tokens(model: nn.Module, caches: list[Any], batch: int) -> None:
 
 
 def _growth(caches: list[Any], length: int) -> list[int]:
-    """The bytes that each cache still grows by until it holds `length` tokens."""
+    """Bytes that each cache must still allocate to hold `length` tokens."""
     final = -(-length // KVCache.step) * KVCache.step  # tokens, a multiple of KVCache.step
     growth = []
     for cache in caches:

@@ -27,7 +27,7 @@ class Example:
 class Sft:
     """Supervised fine-tuning on the chosen answers, with the learning rate and epochs of `sft`.
 
-    A score is the chosen answer's negative log-likelihood, in nats a token.
+    A score is the chosen answer's negative log-likelihood, in nats per token.
     """
 
     name = SFT

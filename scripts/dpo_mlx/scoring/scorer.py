@@ -19,7 +19,7 @@ from .losses import Arrays, Sides, objective, preference_loss, rewards
 # How far one token's log-prob can move, in steps (eps) of the float type, when another kernel or
 # machine computes it. Over an answer's tokens these differences add up like a random walk.
 # Measured with SmolLM2 in bfloat16, fused against unfused attention, on 7 real answers: 3 to 12
-# steps (0.3 to 0.9 nats an answer).
+# steps (0.3 to 0.9 nats per answer).
 ROUNDING_STEPS = 32
 MIN_DIFFERENCE = 1e-2  # nats; in float32 the difference is far smaller
 
@@ -66,7 +66,7 @@ class Scorer:
         return value
 
     def nll_gradient(self, sequence: EncodedAnswer) -> tuple[float, Any]:
-        """(an answer's negative log-likelihood in nats a token, its gradient (a tree))."""
+        """(an answer's negative log-likelihood in nats per token, its gradient (a tree))."""
         log_prob, gradient = self.log_prob_and_gradient(sequence)
         length = sequence.answer_length
         gradient = tree_map(lambda g: -g / length, gradient)
@@ -109,7 +109,7 @@ class Scorer:
 
         Scoring without a gradient comes through here too, because MLX picks other kernels while it
         traces a gradient: no fused attention on Metal, no compiled activations on any device. In
-        bfloat16 the two kinds of kernels round differently, by tenths of a nat a sequence.
+        bfloat16 the two kinds of kernels round differently, by tenths of a nat per sequence.
         """
 
         def log_prob() -> mx.array:

@@ -88,7 +88,7 @@ def check_run(config: Config) -> None:
     """
     rows = questions.read(Path(config.data.source))
     print(
-        f"check: {device.name()} offers {device.available() / 1e9:.2f} GB to models; "
+        f"check: {device.name()}: {device.available() / 1e9:.2f} GB of memory for models; "
         f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"
     )
     _print_download(config.model)
@@ -124,7 +124,7 @@ def _print_download(name: str) -> None:
             return  # loading the model reports what is wrong
         size, reason = download_size(name)
         print(f"check: download: {name}, {f'{size / 1e9:.2f} GB' if size else reason}", flush=True)
-        atomic.require_space(Path(HF_HUB_CACHE), size, "HF_HOME, in the environment,")
+        atomic.require_space(Path(HF_HUB_CACHE), size, "the environment variable HF_HOME")
 
 
 def download_size(name: str) -> tuple[int, str]:

@@ -37,7 +37,7 @@ LABELS = {
     "distinct2": "share of word pairs that are distinct",
     "longest_loop": "longest loop, in words",
     "self_ended": "share of answers that end by themselves",
-    "base_logprob_per_token": "log-prob under the base model, nats a token",
+    "base_logprob_per_token": "log-prob under the base model, nats per token",
     "median_tokens": "median length, in tokens",
 }
 
@@ -52,7 +52,7 @@ class Verdict(TypedDict):
 
 
 class Answers(TypedDict):
-    """A held-out question, both models' answers, and the real answer."""
+    """A held-out question, both models' answers, and yours ("chosen")."""
 
     question: str
     base: str
@@ -171,7 +171,7 @@ def _compare(
     answers = {
         "base": sample_answers(worker, questions, tuned.encoder, config),
         "tuned": tuned.answers,
-        "chosen": _real_answers(questions, tuned.encoder),
+        "chosen": _your_answers(questions, tuned.encoder),
     }
     report = {
         **_measure_answers(pairs_by_split, questions, answers, tuned.encoder, worker),
@@ -226,7 +226,7 @@ def _measure_answers(
     encoder: Encoder,
     worker: Worker,
 ) -> Report:
-    """`voice` and `fluency` of both models' answers and of the real answers."""
+    """`voice` and `fluency` of both models' answers and of yours."""
     train, valid = pairs_by_split[TRAIN], pairs_by_split[VALID]
     classifier = fit_classifier([pair.chosen for pair in train], [pair.rejected for pair in train])
     measures = {
@@ -251,8 +251,8 @@ def _measure_answers(
     }
 
 
-def _real_answers(questions: list[Pair], encoder: Encoder) -> list[Answer]:
-    """The chosen answers in the form of sampled ones."""
+def _your_answers(questions: list[Pair], encoder: Encoder) -> list[Answer]:
+    """Your answers in the form of sampled ones."""
     return [
         Answer(pair.chosen, STOP, len(encoder.answer_ids(pair.chosen, LENGTH)))
         for pair in questions
@@ -285,7 +285,7 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
         summary = "The tuned model has learned the voice and is still fluent."
     if voice["classifier_accuracy"] < MIN_ACCURACY:
         summary += (
-            " (The voice cannot be measured on these pairs: the classifier cannot tell your "
+            " (The voice cannot be measured on these pairs: the voice classifier cannot tell your "
             "answers from the base model's.)"
         )
     crossed = degenerated + unmoved + lost
@@ -299,8 +299,8 @@ def _degenerated(fluency: Report, limits: SmokeConfig) -> list[str]:
         for name in ("distinct2", "base_logprob_per_token", "self_ended", "median_tokens")
     )
     ratio = max(length["tuned"], 1.0) / length["chosen"]
-    # The real answers are unlikely under the base model, so a model that learned the voice may go
-    # as far as they do.
+    # Your answers are unlikely under the base model, so a model that learned the voice may go as
+    # far as they do.
     largest_drop = max(limits.max_base_logprob_drop, log_prob["base"] - log_prob["chosen"])
     return [
         *_at_most(
@@ -331,8 +331,8 @@ def _at_least(key: str, value: float, limit: float) -> list[str]:
 
 
 def voice_gain(scores: Report) -> float:
-    """How far training moved the mean voice score from the base model's towards the real answers':
-    0 is no change, 1 is all the way.
+    """How far training moved the mean voice score from the base model's towards your answers': 0 is
+    no change, 1 is all the way.
     """
     gap = scores["chosen"] - scores["base"]
     return (scores["tuned"] - scores["base"]) / gap if gap > 0 else 0.0
@@ -344,8 +344,8 @@ def _print(report: Report, config: Config) -> None:
         print(f"    limit crossed: {line}")
     voice = report["voice"]
     print(
-        f"    the tuned model is more in the voice than the base model on {voice['share']:.0%} of "
-        "the questions"
+        f"    on {voice['share']:.0%} of the questions the tuned answer sounds more like yours "
+        "than the base model's"
     )
     print(
         f"    the voice classifier is right on {voice['classifier_accuracy']:.0%} of held-out "
@@ -354,6 +354,6 @@ def _print(report: Report, config: Config) -> None:
     for name, values in {"voice": voice, **report["fluency"]}.items():
         print(
             f"    {LABELS.get(name, name)}: base model {values['base']:.3g}, tuned model "
-            f"{values['tuned']:.3g}, real answers {values['chosen']:.3g}"
+            f"{values['tuned']:.3g}, your answers {values['chosen']:.3g}"
         )
     print(f"12: the report:\n{config.run.page}")

@@ -12,7 +12,7 @@ def fetch_demo_model(config: Config) -> None:
     """Download SmolLM2-135M-Instruct and build the folder `model`, unless it is complete."""
     folder = Path(config.model)
     if not config.demo_model:
-        print("05: demo_model is false, nothing to download")
+        print("05: the config does not use the demo model, skipped")
     elif demo_model.is_complete(folder):
         print(f"05: {folder} is complete, skipped")
     else:

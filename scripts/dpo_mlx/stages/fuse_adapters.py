@@ -16,7 +16,7 @@ from ..files.errors import UserError
 from ..files.fingerprint import FUSING, TRAINING
 from ..files.model_files import require_folder
 from ..model import device, fusing
-from ..model.adapters import adapters_off
+from ..model.adapters import adapters_off, chat_command
 from ..model.loading import LoadedModel, load_model
 from ..model.saving import config_for, dtype_name, save_model_folder
 from ..parallel import worker
@@ -47,7 +47,7 @@ def fuse_adapters(config: Config) -> None:
         trained = fingerprint.read(config.run.stamp(TRAINING))
         if trained is not None and trained.get("model files") != current["model files"]:
             raise UserError(
-                f"{adapters}: were not trained on {config.model} as it is now; set model to the "
+                f"{adapters}: were trained on another version of {config.model}; set model to the "
                 "model that they were trained on, or run 10_train_dpo.py again"
             )
         ownership.require_untouched(fused)
@@ -242,6 +242,6 @@ def require_kept(report: Report, config: Config) -> None:
         remedy = "train longer, or raise fuse.check_pairs"
     raise UserError(
         f"{config.run.fused}: fusing kept {share:.1%} of the adapters' margin, less than "
-        f"fuse.min_margin_kept = {least:.0%}; {remedy}, or use the adapters without fusing "
-        f"(--adapter-path {config.run.adapters})"
+        f"fuse.min_margin_kept = {least:.0%}; {remedy}, or use the adapters without fusing: "
+        f"{chat_command(config.model, config.run.adapters)}"
     )

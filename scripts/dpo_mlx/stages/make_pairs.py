@@ -116,8 +116,8 @@ def _refuse_foreign(files: PairFiles, restart: bool) -> None:
         if is_edited and not restart:
             ownership.require(
                 path,
-                "move it away (the sampled answers stay), or --set generation.restart=true to set "
-                "edited pairs aside and sample again",
+                "move it away, or --set generation.restart=true to rename it to NAME.old-1 and "
+                "write the pairs again",
             )
         elif not is_edited:
             ownership.require(path, "move it away")
@@ -131,15 +131,14 @@ def _refuse_other_samples(files: PairFiles, sampling: Fingerprint, restart: bool
     if old is None:
         if files.samples.exists() and files.samples.stat().st_size:
             raise UserError(
-                f"{files.samples_stamp}: no such file, so nobody knows with which settings "
-                f"{files.samples} was sampled; move that file away, or --set "
-                "generation.restart=true to sample again"
+                f"{files.samples_stamp}: no such file, so the settings behind {files.samples} are "
+                "unknown; move that file away, or --set generation.restart=true to sample again"
             )
         return
     if changes := fingerprint.differences(old, sampling):
         raise UserError(
             f"{files.samples}: was sampled with other settings ({'; '.join(changes)}); set them "
-            "back, name other pair files, or --set generation.restart=true to sample again"
+            "back, choose other pair files, or --set generation.restart=true to sample again"
         )
 
 
@@ -275,7 +274,7 @@ def _sample(
             if start == 0 and (left := len(rows) - bar.n):
                 seconds = (time.perf_counter() - started) / sum(map(len, new_answers))
                 minutes = seconds * left / 60
-                bar.write(f"06: {seconds:.1f} s an answer, about {minutes:.1f} minutes to go")
+                bar.write(f"06: {seconds:.1f} s per answer, about {minutes:.1f} minutes to go")
     return [answer for number in range(len(prompts)) for answer in answers[number]]
 
 
@@ -394,6 +393,6 @@ def _print(report: PairsReport, files: PairFiles) -> None:
         "were cut off at generation.max_tokens"
     )
     tokens = report["tokens"]
-    for side, values in (("chosen", tokens["chosen"]), ("rejected", tokens["rejected"])):
+    for side, values in (("your", tokens["chosen"]), ("rejected", tokens["rejected"])):
         lengths = zip(PERCENTILES, values, strict=True)
         print(f"    {side} answers, tokens: " + "  ".join(f"p{p} {n}" for p, n in lengths))

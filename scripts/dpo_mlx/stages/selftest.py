@@ -200,7 +200,7 @@ def check_reference(config: Config) -> str:
     reference = worker.log_probs(sequences)
     policy = [float(worker.scorer.log_prob_and_gradient(s)[0]) for s in sequences]
     largest = max(abs(p - r) for p, r in zip(policy, reference, strict=True))
-    measurement = f"largest difference {largest:.1g} nats a sequence"
+    measurement = f"largest difference {largest:.1g} nats per sequence"
     if not largest <= START_TOLERANCE:
         raise Fault(measurement)
     return measurement
@@ -266,8 +266,8 @@ def check_resume(config: Config) -> str:
 def check_fused(config: Config) -> str:
     """The fused model keeps as much of the adapters' margin as stage 11 asks for.
 
-    Fuses the last update's adapters. Training keeps the ones most in the voice, and on a random
-    model those may be untrained and have no margin.
+    Fuses the last update's adapters. The best checkpoint of a random model may be an untrained one,
+    which has no margin.
     """
     adapters = config.run.adapters
     copy_adapters(_last_checkpoint(config), adapters)
@@ -295,7 +295,7 @@ def check_decoding(config: Config) -> str:
     stepwise = _of_tokens(mx.concatenate(rows)[:-1], ids[1:])
     at_once = _of_tokens(_log_probs(loaded.model, ids)[:-1], ids[1:])
     largest = float(mx.abs(stepwise - at_once).max())
-    measurement = f"largest difference {largest:.2g} nats a token"
+    measurement = f"largest difference {largest:.2g} nats per token"
     if not largest <= TOKEN_TOLERANCE:
         raise Fault(measurement)
     return measurement

@@ -41,7 +41,7 @@ NEWEST = 2  # checkpoints to keep
 MAX_CHECKPOINTS = 8
 
 # Limits on how often the clock saves: seconds between two checkpoints, share of the time that
-# saving may take, and bytes written a second on average.
+# saving may take, and bytes written per second on average.
 MIN_SECONDS, TIME_SHARE, WRITE_RATE = 300, 0.01, 1e6
 
 

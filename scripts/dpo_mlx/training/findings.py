@@ -25,13 +25,13 @@ from .schedule import count_updates, learning_rate
 AVERAGED = ("sigmoid_norm", "simpo")
 MIN_AVERAGED_BETA, MAX_SUMMED_BETA = 1.0, 1.0
 
-# Limits on how far a whole phase moves unseen answers at first order, in nats a token. Nobody can
-# see a smaller change in the answers. For a larger one the first order says nothing. The rates that
-# we suggest move the answers by AIM.
+# Limits on how far a whole phase moves held-out answers at first order, in nats per token. Nobody
+# can see a smaller change in the answers. For a larger one the first order says nothing. The rates
+# that we suggest move the answers by AIM.
 MIN_CHANGE, MAX_CHANGE = 0.02, 20.0
 AIM = 0.3
 
-# Nats a token between the sides; how many times as long one side may be; share of cut answers.
+# Nats per token between the sides; how many times as long one side may be; share of cut answers.
 FAR, LENGTH_RATIO, MANY_CUT = 4.0, 2.0, 0.3
 MIN_PAIRS = 50
 SCALES = (1.0, 64.0)
@@ -52,7 +52,8 @@ class Probe:
     """First-order effects of one update with a learning rate of 1 on pairs it has not seen.
 
     `sft` is the chosen answers' gain after an update of SFT, `dpo` the gain of chosen answers over
-    rejected ones after an update of DPO, both in nats a token. `seconds` is the time a token takes.
+    rejected ones after an update of DPO, both in nats per token. `seconds` is the time per
+    token.
     """
 
     sft: float
@@ -64,8 +65,8 @@ class Probe:
 class Facts:
     """What the findings depend on.
 
-    Lengths are medians in tokens. Log-probs are the base model's, in nats a token. Changes are at
-    first order over a whole phase, in nats a token.
+    Lengths are medians in tokens. Log-probs are the base model's, in nats per token. Changes are
+    at first order over a whole phase, in nats per token.
     """
 
     train_pairs: int
@@ -114,7 +115,7 @@ def gather(
 
 
 def _log_probs_per_token(log_probs: list[Sides[float]], pairs: list[EncodedPair]) -> Sides[float]:
-    """The mean over pairs of each answer's own mean, in nats a token."""
+    """The mean over pairs of each answer's own mean, in nats per token."""
     both = list(zip(log_probs, pairs, strict=True))
     return Sides(
         _mean(log_prob.chosen / pair.chosen.answer_length for log_prob, pair in both),
@@ -173,7 +174,7 @@ def _add(total: Any, gradient: Any) -> Any:
 
 def _gain(signs: Any, gradient: Any, side: EncodedAnswer) -> float:
     """How much more likely an answer becomes by a step of 1 against these signs of a loss's
-    gradient, in nats a token.
+    gradient, in nats per token.
     """
     products = dict(tree_flatten(tree_map(lambda s, g: (s * g).sum(), signs, gradient)))
     return -sum(float(value) for value in products.values()) / side.answer_length
@@ -198,9 +199,9 @@ def _data_findings(facts: Facts, config: Config) -> Iterator[Finding]:
     gap = facts.rejected_per_token - facts.chosen_per_token
     if gap > FAR and not config.sft.epochs:
         yield Finding(
-            f"chosen answers are {gap:.1f} nats a token further from the base model than its own "
-            f"({facts.chosen_per_token:.2f} against {facts.rejected_per_token:.2f}): DPO alone "
-            "unlearns both sides before it reaches them; set sft.epochs: 2"
+            f"your answers are {gap:.1f} nats per token less likely under the base model than its "
+            f"own ({facts.chosen_per_token:.2f} against {facts.rejected_per_token:.2f}). DPO alone "
+            "would make both kinds unlikely before it learned yours; set sft.epochs: 2"
         )
 
 
@@ -209,23 +210,23 @@ def _length_findings(facts: Facts) -> Iterator[Finding]:
     if not 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO:
         cut = "dpo.match_length: true, or " if ratio > 1 else ""
         yield Finding(
-            f"rejected answers are {ratio:.1f} times as long as chosen ones (median "
+            f"rejected answers are {ratio:.1f} times as long as yours (median "
             f"{facts.rejected_tokens:.0f} against {facts.chosen_tokens:.0f} tokens): length is the "
             f"easiest difference to learn; set {cut}dpo.loss: sigmoid_norm with dpo.beta: 5"
         )
     if facts.cut_share > MANY_CUT:
         yield Finding(
             f"{facts.cut_share:.0%} of the rejected answers were cut before they were as long as "
-            "the chosen ones, so DPO can tell them apart by their length; raise "
-            "generation.max_tokens to cut fewer of them"
+            "yours, so DPO can tell them apart by their length; raise generation.max_tokens to cut "
+            "fewer of them"
         )
 
 
 def _classifier_findings(facts: Facts) -> Iterator[Finding]:
     if facts.classifier_accuracy < MIN_ACCURACY:
         yield Finding(
-            f"the classifier is right on {facts.classifier_accuracy:.0%} of held-out answers, "
-            f"under {MIN_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
+            f"the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out "
+            f"answers, under {MIN_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
             "the answers in the report yourself"
         )
 
@@ -234,14 +235,14 @@ def _beta_findings(config: Config) -> Iterator[Finding]:
     beta, loss = config.dpo.beta, config.dpo.loss
     if loss in AVERAGED and beta < MIN_AVERAGED_BETA:
         yield Finding(
-            f"dpo.beta {beta:g} with {loss}: this loss averages log-probs over tokens, and so weak "
-            "a beta lets the model drift to nonsense; set dpo.beta: 5, or dpo.loss: sigmoid",
+            f"dpo.beta {beta:g} with {loss}: this loss averages log-probs over tokens; with a "
+            "beta this low, the model drifts into nonsense; set dpo.beta: 5, or dpo.loss: sigmoid",
             fatal=True,
         )
     if loss not in AVERAGED and beta > MAX_SUMMED_BETA:
         yield Finding(
-            f"dpo.beta {beta:g} with {loss}: this loss sums log-probs over tokens, and so strong a "
-            "beta ends learning within a nat; set dpo.beta: 0.1",
+            f"dpo.beta {beta:g} with {loss}: this loss sums log-probs over tokens; with a beta "
+            "this high, learning stops after a change of about one nat; set dpo.beta: 0.1",
             fatal=True,
         )
 
@@ -262,8 +263,8 @@ def _phase_findings(
     key = f"{section}.learning_rate"
     if not change > 0:
         yield Finding(
-            f"{key} {rate:g}: the first update would not move unseen pairs the right way "
-            f"({change:+.3g} nats a token over {updates} updates); are chosen and rejected "
+            f"{key} {rate:g}: the first update would not move held-out pairs the right way "
+            f"({change:+.3g} nats per token over {updates} updates); are chosen and rejected "
             "swapped?",
             fatal=alone,
         )
@@ -271,14 +272,15 @@ def _phase_findings(
     aim = rate * AIM / change
     if change < MIN_CHANGE:
         yield Finding(
-            f"{key} {rate:g}: {updates} updates can change unseen answers by about {change:.2g} "
-            f"nats a token, which moves nothing; set {key}: {aim:.1g}, or more epochs",
+            f"{key} {rate:g}: {updates} updates can change held-out answers by about "
+            f"{change:.2g} nats per token, too little to change any answer; set {key}: {aim:.1g}, "
+            "or more epochs",
             fatal=alone,
         )
     if change > MAX_CHANGE:
         yield Finding(
-            f"{key} {rate:g}: {updates} updates could change unseen answers by {change:.0f} nats a "
-            f"token, far more than any voice needs; set {key}: {aim:.1g}",
+            f"{key} {rate:g}: {updates} updates could change held-out answers by {change:.0f} nats "
+            f"per token, far more than any voice needs; set {key}: {aim:.1g}",
             fatal=True,
         )
 

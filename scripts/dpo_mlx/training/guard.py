@@ -52,8 +52,8 @@ def crossed_limits(
     """One line for each limit that an evaluation crosses: the key, the values and what they mean.
 
     `base` are the measures of the base model's answers. `chosen_change` is how much more likely the
-    chosen answers of the valid pairs are than under the reference, in nats a token. NaN and
-    infinities cross their limit.
+    chosen answers of the valid pairs are than under the reference, in nats per token. NaN
+    and infinities cross their limit.
     """
     crossed = []
     drop = base["distinct2"] - measures["distinct2"]
@@ -70,7 +70,7 @@ def crossed_limits(
         )
     if not -chosen_change <= limits.max_chosen_drop:
         crossed.append(
-            f"guard.max_chosen_drop: chosen answers fell by {-chosen_change:.2f} nats a token "
-            "below the reference: the model has unlearned both sides"
+            f"guard.max_chosen_drop: your answers fell by {-chosen_change:.2f} nats per token "
+            "below the reference: the model finds them less likely than at the start of this phase"
         )
     return crossed

@@ -47,13 +47,13 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
     for split in SPLITS:
         lengths = [pair.length for pair in setup.pairs[split]]
         print(
-            f"10: {len(lengths)} {split} pairs; the longer answer with its prompt has "
-            f"{np.median(lengths):.0f} tokens in the median and {max(lengths)} at most"
+            f"10: {len(lengths)} {split} pairs; prompt plus the longer answer: median "
+            f"{np.median(lengths):.0f} tokens, longest {max(lengths)}"
         )
     print(
-        f"10: the base model gives chosen answers {facts.chosen_per_token:.2f} nats a token, "
-        f"rejected ones {facts.rejected_per_token:.2f}; median lengths "
-        f"{facts.chosen_tokens:.0f} and {facts.rejected_tokens:.0f} tokens"
+        f"10: log-prob per token under the base model: chosen {facts.chosen_per_token:.2f}, "
+        f"rejected {facts.rejected_per_token:.2f} nats; median lengths {facts.chosen_tokens:.0f} "
+        f"and {facts.rejected_tokens:.0f} tokens"
     )
     print(
         f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
@@ -68,15 +68,15 @@ def _describe_phases(config: Config, facts: findings.Facts) -> None:
     size = pairs_per_update(config.train)
     if facts.sft_updates:
         print(
-            f"10: SFT: {facts.sft_updates} updates of {size} chosen answers, learning rate "
-            f"{config.sft.learning_rate:g}; at first order it moves unseen answers by about "
-            f"{facts.sft_change:+.2g} nats a token"
+            f"10: SFT: {facts.sft_updates} updates of {size} answers, learning rate "
+            f"{config.sft.learning_rate:g}; estimated change of held-out answers: "
+            f"{facts.sft_change:+.2g} nats per token"
         )
     print(
         f"10: DPO: {facts.dpo_updates} updates of {size} pairs, learning rate "
-        f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}; at "
-        f"first order it moves unseen chosen and rejected answers apart by about "
-        f"{facts.dpo_change:+.2g} nats a token"
+        f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}; "
+        "estimated change of held-out answers: chosen against rejected "
+        f"{facts.dpo_change:+.2g} nats per token"
     )
 
 

@@ -57,7 +57,7 @@ def measure(
 def _log_prob_per_token(
     answers: list[Answer], questions: list[Pair], log_probs: LogProbs, encoder: Encoder
 ) -> float:
-    """The mean over answers of each answer's own mean, in nats a token.
+    """The mean over answers of each answer's own mean, in nats per token.
 
     -inf when every answer is empty.
     """
