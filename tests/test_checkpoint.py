@@ -402,7 +402,7 @@ def test_a_backup_stays_and_is_not_gone_on_from(unfinished):
 @pytest.mark.parametrize(
     ("seconds", "size", "pause"),
     [(0.5, 10**6, 300), (5, 10**6, 500), (1, 362 * 10**6, 362)],
-    ids=["at least five minutes", "1% of the time", "1 MB a second"],
+    ids=["at least five minutes", "1% of the time", "1 MB per second"],
 )
 def test_checkpoints_by_the_clock(seconds: float, size: int, pause: float) -> None:
     """The next checkpoint is due once the last one's cost is a small share of the time."""

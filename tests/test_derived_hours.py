@@ -49,7 +49,7 @@ def test_a_machine_is_bound_by_memory_or_by_arithmetic(derive: Any) -> None:
 
 
 def test_checkpoints_by_the_clock_are_bounded(derive: Any) -> None:
-    """The clock lets a night write at most a megabyte a second, however short the updates are."""
+    """The clock lets a night write at most a megabyte per second, however short the updates are."""
     for update in (1.0, 60.0):
         written = derive.saves(derive.NIGHT, 362_000_000, update) * 362_000_000
         assert 0.5e6 * derive.NIGHT < written <= 1e6 * derive.NIGHT

@@ -68,7 +68,7 @@ def test_lines_carry_both_numbers():
     lines = crossed_limits(LIMITS, BASE, wrote(distinct2=0.125, self_ended=0.125), -2.0)
     for line, words in zip(
         lines,
-        [("from 1.00 to 0.12", "repeat"), ("12%", "50%", "stop"), ("2.00 nats", "unlearned")],
+        [("from 1.00 to 0.12", "repeat"), ("12%", "50%", "stop"), ("2.00 nats", "less likely")],
         strict=True,
     ):
         assert all(word in line for word in words)

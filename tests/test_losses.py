@@ -67,7 +67,7 @@ BY_HAND = [
     ("sigmoid_norm", {}, 0.6443967),
     # beta x 1 = 2: ln(1 + e^-2) = ln 1.1353353
     ("sigmoid_norm", {"beta": 2.0}, 0.1269280),
-    # a token: -8/4 = -2, -15/6 = -2.5, margin 0.5; 2 x 0.5 - 1 = 0: ln 2
+    # per token: -8/4 = -2, -15/6 = -2.5, margin 0.5; 2 x 0.5 - 1 = 0: ln 2
     ("simpo", {"beta": 2.0}, math.log(2)),
     # 2 x 0.5 - 0.5 = 0.5, the first line's number
     ("simpo", {"beta": 2.0, "simpo_gamma": 0.5}, 0.4740770),

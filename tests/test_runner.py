@@ -160,7 +160,7 @@ class Sandbox:
 
     @property
     def installed(self) -> str:
-        """All calls of pip and venv, one a line."""
+        """All calls of pip and venv, one per line."""
         path = self.home / "installed.txt"
         return path.read_text() if path.exists() else ""
 

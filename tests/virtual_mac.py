@@ -291,7 +291,7 @@ def stand_ins(folder: Path, **answers: str | None) -> Path:
     """A folder to put in front of PATH, with macOS's `uname`, `sw_vers`, `sysctl`, `caffeinate`.
 
     `answers` win over ANSWERS: stand_ins(folder, **{"uname -m": "x86_64"}). `caffeinate` writes
-    its arguments to `folder`/caffeinate.arguments, a line a call.
+    its arguments to `folder`/caffeinate.arguments, a line per call.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_program: dict[str, dict[str, str | None]] = {}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train every combination of some settings, and compare the runs in one table.
+r"""Train every combination of some settings, and compare the runs in one table.
 
     .venv/bin/python scripts/phase4-fine-tune-model/14_sweep.py --config C \
         --grid dpo.beta=0.05,0.1 --grid train.learning_rate=1e-6,5e-6

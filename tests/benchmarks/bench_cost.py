@@ -104,7 +104,7 @@ def epochs(model: str, args: Namespace) -> list[common.Values]:
     slope, start = np.polyfit(args.pairs, [row["epoch s"] for row in rows], 1)
     for row in rows:
         row["fit / s"] = float((start + slope * row["pairs"]) / row["epoch s"])
-    common.table(f"an epoch: {start:.2f} s + {slope:.3f} s a pair", rows)
+    common.table(f"an epoch: {start:.2f} s + {slope:.3f} s per pair", rows)
     return rows
 
 

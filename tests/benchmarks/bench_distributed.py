@@ -10,8 +10,8 @@ thread each, which talk through MLX's ring on loopback. Rounds alternate; median
   link s        the same update without a pair: adapters passed on and gradients summed, of zeros
   link share    the one in the other: what remains of the gap to a perfect division is work that
                 rank 0 does alone, uneven pairs, and the cores' sharing of their memory
-  speed         updates a second, over those of one process
-Then what a link costs an update: twice the adapters' bytes each way (gradients and adapters; a
+  speed         updates per second, over those of one process
+Then what a link costs per update: twice the adapters' bytes each way (gradients and adapters; a
 ring of N sends 2 (N - 1) / N of them), derived from the bytes at the links' nominal rates.
 """
 
@@ -67,7 +67,7 @@ def arguments() -> Namespace:
     parser.add_argument("--pairs", type=int, default=6, help="of an update")
     parser.add_argument("--answer", type=int, default=200, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=3, help="a round, the first one a warm-up")
+    parser.add_argument("--updates", type=int, default=3, help="per round, the first one a warm-up")
     return parser.parse_args()
 
 
@@ -102,7 +102,7 @@ def row(count: int, found: list[common.Values], alone: list[common.Values]) -> c
 
 
 def by_link(name: str, rate: float) -> common.Values:
-    """Of Granite's adapters and of the demo's, over a link of `rate` bytes a second."""
+    """Of Granite's adapters and of the demo's, over a link of `rate` bytes per second."""
     granite, demo = adapters_bytes()
     return {
         "link": name,

@@ -54,7 +54,7 @@ def main() -> None:
     for task in [*tasks, *([full] if args.full else [])]:
         results.append({**task, **common.measure("bench_memory.py", task)})
         row = results[-1]
-        said = row.get("failed") or f"{row['peak'] / 1e9:.2f} GB, {row['seconds']:.0f} s an update"
+        said = row.get("failed") or f"{row['peak'] / 1e9:.2f} GB, {row['seconds']:.0f} s per update"
         print(f"{task['model']} layers, {task['length']} tokens: {said}", flush=True)
     measured = [row for row in results[: len(tasks)] if "failed" not in row]
     line = fit(measured) if can_fit(measured) else None

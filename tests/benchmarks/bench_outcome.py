@@ -16,7 +16,7 @@ How to read the table, a row a recipe and seed
   score       mean voice score of the tuned answers, and in the JSON of base and real ones
   d2, d2 g    distinct word pairs of tuned minus base answers, sampled and greedy
   ended       share that ends by itself, over the base's
-  nats        mean log-prob a token under the base model, of tuned minus base answers
+  nats        mean log-prob per token under the base model, of tuned minus base answers
   length      median tokens of tuned answers over those of the real ones
   held        whether all targets are (voice >= 0.90, d2 >= -0.03, ended >= 0.95, nats >= -1.0,
               length within 25%), sampled

@@ -1,4 +1,4 @@
-"""Training beside mlx-lm-lora and TRL with PEFT: the same pairs, one a update, side by side.
+"""Training beside mlx-lm-lora and TRL with PEFT: the same pairs, one per update, side by side.
 
     python tests/benchmarks/bench_train.py [--model FOLDER | --granite-width LAYERS]
                                            [--pairs FILE | --data FILE] [--rounds N --steps N]
@@ -172,7 +172,7 @@ def measured(task: common.Values, args: Namespace, pythons: dict[str, str]) -> l
             python = pythons.get(name, sys.executable)
             results[name] = common.measure(script, {**task, **more}, python, mlx=name != TRL_PEFT)
             said = results[name].get("seconds", results[name].get("failed"))
-            print(f"round {turn + 1}, {name}: {common.cell(said)} s a pair", flush=True)
+            print(f"round {turn + 1}, {name}: {common.cell(said)} s per pair", flush=True)
         rounds.append(results)
     return rounds
 
@@ -203,7 +203,7 @@ def summary(rounds: list[common.Values], epochs: int) -> list[common.Values]:
 
 
 def run_seconds(result: common.Values, epochs: int) -> float:
-    """Seconds a pair and epoch with the reference, which is computed once where it is kept."""
+    """Seconds per pair and epoch with the reference, which is computed once where it is kept."""
     return result["seconds"] + result.get("reference_seconds", 0.0) / epochs
 
 

@@ -51,9 +51,9 @@ def measure(
 ) -> Values:
     """What the worker of `script` returns for `task`, in a fresh process with a peak of its own.
 
-    `threads` are its BLAS's; None is one a core; `more` is of its environment. The process may take
-    what memory is free now, so that one that takes more fails alone: {"failed": why}. It is killed
-    after `limit` seconds. What it prints is appended to the file `log`.
+    `threads` are its BLAS's; None is one per core; `more` is of its environment. The process may
+    take what memory is free now, so that one that takes more fails alone: {"failed": why}. It is
+    killed after `limit` seconds. What it prints is appended to the file `log`.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "task.json"), Path(folder, "answer.json")
