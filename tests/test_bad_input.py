@@ -445,7 +445,7 @@ CASES: dict[str, Case] = {
     "checkpoint of another version": checkpoint(
         lambda f: edit(f / "state.json", version=0),
         "another version (0",
-        "the checkpoint before it",
+        "continue with that version",
     ),
     "checkpoint of other settings": checkpoint(
         lambda f: None, "dpo.beta: 0.1 -> 0.2", "train.restart", more=("--set", "dpo.beta=0.2")

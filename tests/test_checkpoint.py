@@ -18,7 +18,7 @@ from dpo_mlx.files.model_files import ADAPTERS
 from dpo_mlx.process import signals
 from dpo_mlx.stages.train_dpo import ONLY_DPO, train_dpo
 from dpo_mlx.training import checkpoint
-from dpo_mlx.training.checkpoint import OPTIMIZER, STATE, Checkpoints, Origin, State
+from dpo_mlx.training.checkpoint import OPTIMIZER, STATE, CheckpointFingerprints, Checkpoints, State
 from dpo_mlx.training.guard import Evaluation
 from mlx import nn
 from mlx import optimizers as optim
@@ -152,7 +152,7 @@ def test_kept_are_the_last_two_the_end_of_sft_and_their_best(tmp_path):
 
 
 def test_everything_comes_back(tmp_path):
-    """State, origin, adapters and optimizer come back to the last bit, also NaN and infinities."""
+    """State, fingerprints, adapters and optimizer come back to the last bit, NaN too."""
     model, optimizer = small(0.1)
     model.layers = []
     optimizer.update(model, {"weight": mx.array([[0.3, 0.7]])})
@@ -168,10 +168,10 @@ def test_everything_comes_back(tmp_path):
         4,
         2,
     )
-    origin = Origin({"a": [1, None]}, {"b": "x"})
-    made = Checkpoints(tmp_path, {"dpo": origin})
+    fingerprints = CheckpointFingerprints({"a": [1, None]}, {"b": "x"})
+    made = Checkpoints(tmp_path, {"dpo": fingerprints})
     made.save(state, model, LoraConfig(num_layers=1), optimizer)
-    assert checkpoint.read(made.path("dpo", 7)) == (state, origin)
+    assert checkpoint.read(made.path("dpo", 7)) == (state, fingerprints)
     other, fresh = small(0.5)
     checkpoint.restore(made.path("dpo", 7), other, fresh)
     assert mx.array_equal(other.weight, model.weight)

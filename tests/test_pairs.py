@@ -58,7 +58,7 @@ def encoders(granite: Path, llama: Path) -> dict[str, Encoder]:
 def test_ids_by_hand(kind, encoders):
     """Prompt, answer and end of turn are these ids in this order, nothing before or after."""
     prompt, end = RENDERED[kind]
-    sequence = encoders[kind].sequence("Why?", " 1\nSo")
+    sequence = encoders[kind].encode("Why?", " 1\nSo")
     assert list(sequence.ids) == by_hand(kind, prompt + " 1\nSo" + end)
     assert sequence.prompt_length == len(by_hand(kind, prompt))
     assert sequence.answer_length == len(" 1\nSo") + 1

@@ -44,12 +44,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["sft"] += self.state.phase == "sft"
         return run(self, *arguments)
 
-    def loads(folder: Any, name: Any, pairs: Any, inputs: Any, log_probs: Any, *more: Any) -> Any:
+    def loads(files: Any, pairs: Any, current: Any, log_probs: Any, *more: Any) -> Any:
         def count(sequences: Any) -> Any:
             counts["log-probs"] += len(sequences)
             return log_probs(sequences)
 
-        return load(folder, name, pairs, inputs, count, *more)
+        return load(files, pairs, current, count, *more)
 
     monkeypatch.setattr(Trainer, "run", runs)
     monkeypatch.setattr("dpo_mlx.scoring.reference.load_or_compute", loads)

@@ -36,6 +36,7 @@ import ours
 from dpo_mlx.data import pairs, questions
 from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair, Encoder
 from dpo_mlx.data.pairs import Pair
+from dpo_mlx.files.run_folder import ReferenceFiles
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring import reference
@@ -222,7 +223,9 @@ def worker(task: common.Values) -> common.Values:
     worker = Worker(model)
     since = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        kept = reference.load_or_compute(Path(folder), "train", encoded, {}, worker.log_probs)
+        kept = reference.load_or_compute(
+            ReferenceFiles(Path(folder), "train"), encoded, {}, worker.log_probs
+        )
     seconds = time.perf_counter() - since
     examples = [Example(*both) for both in zip(encoded, kept, strict=True)]
     steps = ours.train(model, examples, task["checkpoint"])

@@ -17,6 +17,23 @@ BASE, AFTER_SFT = "base", "sft"
 
 
 @dataclass(frozen=True)
+class ReferenceFiles:
+    """The stored reference of one split."""
+
+    folder: Path
+    split: str
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / f"{self.split}.jsonl"
+
+    @property
+    def stamp(self) -> Path:
+        """The fingerprint of the rows."""
+        return self.folder / f"{self.split}.inputs.json"
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """The folder `run_dir` and the paths in it."""
 
@@ -88,6 +105,9 @@ class RunFolder:
     def reference(self, model: str) -> Path:
         """The folder of a reference model's log-probs; `model` is BASE or AFTER_SFT."""
         return self.references / model
+
+    def reference_files(self, model: str, split: str) -> ReferenceFiles:
+        return ReferenceFiles(self.reference(model), split)
 
     @property
     def stamps(self) -> Path:

@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -25,18 +24,18 @@ GROUP_SIZE = 64  # weights that share a scale
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
-def fuse(model: nn.Module, how: str, dtype: mx.Dtype, seed: int = 0) -> None:
+def fuse(model: nn.Module, rounding: str, dtype: mx.Dtype, seed: int = 0) -> None:
     """Replace each layer that has an adapter or is quantised by an ordinary layer of `dtype`.
 
     Works in place, one layer after the other, so memory holds the model and one more layer.
-    `how` is one of config.ROUNDINGS. The same seed gives the same weights. A layer without an
+    `rounding` is one of config.ROUNDINGS. The same seed gives the same weights. A layer without an
     adapter is rounded to nearest.
 
     Raises UserError when a fused weight is NaN or too large for `dtype`.
     """
     names = _layers_to_fuse(model)
     for name, key in zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True):
-        layer = _fuse_layer(_module(model, name), how, dtype, key)
+        layer = _fuse_layer(_module(model, name), rounding, dtype, key)
         if not mx.isfinite(layer.weight).all():
             wider = "set fuse.dtype: bfloat16, or " if dtype == mx.float16 else ""
             raise UserError(
@@ -126,12 +125,12 @@ def in_float32(layer: nn.Module) -> nn.Module:
     return holder.layers[0]
 
 
-def _fuse_layer(layer: nn.Module, how: str, dtype: mx.Dtype, key: mx.array) -> nn.Module:
+def _fuse_layer(layer: nn.Module, rounding: str, dtype: mx.Dtype, key: mx.array) -> nn.Module:
     """The layer dequantised to `dtype`, with its adapter added if it has one."""
     fused: Any = in_float32(layer)
     if isinstance(layer, LORA_LAYERS):
         fused = fused.fuse()
-        fused.weight = round_to(fused.weight, dtype, how, key)
+        fused.weight = round_to(fused.weight, dtype, rounding, key)
     fused.set_dtype(dtype)
     mx.eval(fused.parameters())
     return fused
@@ -139,8 +138,4 @@ def _fuse_layer(layer: nn.Module, how: str, dtype: mx.Dtype, key: mx.array) -> n
 
 def _module(model: nn.Module, name: str) -> nn.Module:
     """The module with this dotted name."""
-
-    def step(tree: Any, part: str) -> Any:
-        return tree[int(part)] if isinstance(tree, list) else tree[part]
-
-    return reduce(step, name.split("."), model)
+    return dict(model.named_modules())[name]

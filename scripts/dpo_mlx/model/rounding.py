@@ -19,12 +19,12 @@ MIN_EXPONENT = {mx.bfloat16: -118, mx.float16: -14}
 EXPONENT_MASK = 0x7F800000  # the exponent's bits in a float32
 
 
-def round_to(x: mx.array, dtype: mx.Dtype, how: str, key: mx.array) -> mx.array:
-    """Round float32 `x` to `dtype` by `how`, one of config.ROUNDINGS. `key` is MLX's random key.
+def round_to(x: mx.array, dtype: mx.Dtype, rounding: str, key: mx.array) -> mx.array:
+    """Round float32 `x` to `dtype`. `rounding` is one of config.ROUNDINGS, `key` MLX's random key.
 
     A value that `dtype` can represent never changes.
     """
-    if dtype == mx.float32 or how == NEAREST:
+    if dtype == mx.float32 or rounding == NEAREST:
         return x.astype(dtype)
     step = _step(x, dtype)
     lower = mx.floor(x / step)

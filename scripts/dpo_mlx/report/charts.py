@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..scoring.objectives import SFT
 from .templates import number
 
 Row = Mapping[str, Any]
@@ -16,8 +17,6 @@ Point = tuple[float, float]
 # and about one on a desktop, so the text keeps its size.
 FRAME = {"width": 360, "height": 242, "left": 54, "right": 348, "top": 34, "bottom": 204}
 
-# The `phase` of SFT's rows in metrics.jsonl.
-SFT = "sft"
 
 # For each chart, its curves: metric, label in the legend, CSS classes ("valid" draws points).
 CURVES = {

@@ -87,6 +87,11 @@ def require(needs: Sequence[Need], model: str) -> Need:
     return need
 
 
+def describe(need: Need) -> str:
+    """The need beside what this machine has, for a stage to print."""
+    return f"peak memory {need}; {device.available() / 1e9:.2f} GB available"
+
+
 def training(model: nn.Module, longest: EncodedAnswer, processes: int = 1) -> Need:
     """The need of one update with the longest sequence. The model must have adapters.
 

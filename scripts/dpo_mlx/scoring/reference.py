@@ -10,6 +10,7 @@ from ..data.encoding import EncodedAnswer, EncodedPair
 from ..files import fingerprint, jsonl, ownership, records
 from ..files.errors import UserError
 from ..files.fingerprint import Fingerprint
+from ..files.run_folder import ReferenceFiles
 from ..files.schema import Count, Finite
 from .losses import Sides
 
@@ -23,28 +24,26 @@ class ReferenceRow(TypedDict):
 
 
 def load_or_compute(
-    folder: Path,
-    name: str,
+    files: ReferenceFiles,
     pairs: list[EncodedPair],
-    inputs: Fingerprint,
+    current: Fingerprint,
     log_probs: Callable[[list[EncodedAnswer]], list[float]],
     at_once: int = 1,
     progress: Callable[[int], object] = lambda pairs_done: None,
 ) -> list[Sides[float]]:
-    """log p(answer | prompt) of both sides of each pair, in nats, from `folder`/`name`.jsonl or by
+    """log p(answer | prompt) of both sides of each pair, in nats, from `files` or by
     `log_probs`, which is called for `at_once` pairs at a time.
 
-    `inputs` is everything that determines the values. If the file was made from other inputs, this
-    function starts it again; if an interrupted run left a part of it, it goes on from there. It
+    `current` is the fingerprint of the values. If the stored one differs, this function starts the
+    file again; if an interrupted run left a part of the file, it adds the rest. It
     calls progress(pairs_done) each time it has added pairs. Raises UserError for a file that is
     damaged or belongs to other pairs.
     """
-    rows_path, stamp_path = folder / f"{name}.jsonl", folder / f"{name}.inputs.json"
-    if not fingerprint.is_current(stamp_path, inputs, [rows_path]):
-        jsonl.write(rows_path, [])
-        fingerprint.write(stamp_path, inputs)
-    rows = _read(rows_path, pairs)
-    with ownership.growing(rows_path):
+    if not fingerprint.is_current(files.stamp, current, [files.rows]):
+        jsonl.write(files.rows, [])
+        fingerprint.write(files.stamp, current)
+    rows = _read(files.rows, pairs)
+    with ownership.growing(files.rows):
         for start in range(len(rows), len(pairs), at_once):
             group = pairs[start : start + at_once]
             values = iter(log_probs([side for pair in group for side in pair.sides]))
@@ -52,7 +51,7 @@ def load_or_compute(
                 {"line": pair.line, "chosen": next(values), "rejected": next(values)}
                 for pair in group
             ]
-            jsonl.append(rows_path, new_rows)
+            jsonl.append(files.rows, new_rows)
             rows += new_rows
             progress(len(rows))
     return [Sides(row["chosen"], row["rejected"]) for row in rows]
@@ -71,15 +70,14 @@ def remedy(folder: Path) -> str:
     return f"move {folder} away and run the same command again"
 
 
-def is_complete(folder: Path, name: str, count: int, inputs: Fingerprint) -> bool:
-    """Whether the reference of all `count` pairs is stored, made from these inputs."""
-    rows_path = folder / f"{name}.jsonl"
-    return fingerprint.is_current(folder / f"{name}.inputs.json", inputs, [rows_path]) and (
-        len(records.read_rows(rows_path, ReferenceRow, remedy(folder))) == count
+def is_complete(files: ReferenceFiles, count: int, current: Fingerprint) -> bool:
+    """Whether the reference of all `count` pairs is stored with this fingerprint."""
+    return fingerprint.is_current(files.stamp, current, [files.rows]) and (
+        len(records.read_rows(files.rows, ReferenceRow, remedy(files.folder))) == count
     )
 
 
-def changes(folder: Path, name: str, inputs: Fingerprint) -> list[str]:
-    """How `inputs` differ from those of the stored file. An empty list if nothing is stored."""
-    old = fingerprint.read(folder / f"{name}.inputs.json")
-    return [] if old is None else fingerprint.differences(old, inputs)
+def changes(files: ReferenceFiles, current: Fingerprint) -> list[str]:
+    """How the stored fingerprint differs from `current`. An empty list if nothing is stored."""
+    stored = fingerprint.read(files.stamp)
+    return [] if stored is None else fingerprint.differences(stored, current)

@@ -15,17 +15,16 @@ from ..files.errors import UserError
 from ..files.fingerprint import SMOKE_TEST, Fingerprint
 from ..files.ownership import Status
 from ..files.results import FuseReport, read_metrics
-from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
-from ..model import device
+from ..files.run_folder import BASE, TRAIN, VALID
 from ..model.loading import LoadedModel, load_model
-from ..model.sampling import Answer, with_max_tokens
+from ..model.sampling import Answer
 from ..parallel.worker import Worker, answer_all, log_probs
 from ..report import card
 from ..report.html_report import write_html
 from ..scoring import memory, reference
 from ..scoring.losses import Sides
 from ..scoring.scorer import score_against, summarise
-from ..training.setup import reference_fingerprint
+from ..training.setup import answer_settings, reference_fingerprint
 from ..voice.answers import measure
 from ..voice.voice_classifier import MIN_ACCURACY, fit_classifier
 
@@ -127,9 +126,7 @@ def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
     valid = pairs_by_split[VALID]
     encoded, _ = encoding.encode_all(valid, encoder, config.data.max_length)
     encoding.require_pairs(config.pairs.valid, encoded)
-    everything = [pair for split in SPLITS for pair in pairs_by_split[split]]
-    lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
-    generation = with_max_tokens(config.generation, lengths)
+    generation = answer_settings(config, pairs_by_split, encoder)
     config = replace(config, generation=generation)
     questions = valid[: config.smoke.questions]
     _require_memory(config, loaded, encoder, encoded, questions)
@@ -156,7 +153,7 @@ def _require_memory(
         memory.stage_12(loaded.model, config, lengths, model_files.weight_bytes(config.model)),
         config.model,
     )
-    print(f"12: peak memory {need}; {device.available() / 1e9:.2f} GB available")
+    print(f"12: {memory.describe(need)}")
 
 
 def _compare(
@@ -192,8 +189,7 @@ def _preference(
 ) -> dict[str, float]:
     """How clearly the tuned model prefers chosen answers, over all valid pairs."""
     references = reference.load_or_compute(
-        config.run.reference(BASE),
-        VALID,
+        config.run.reference_files(BASE, VALID),
         tuned.encoded,
         reference_fingerprint(config, VALID, tuned.encoded, digests),
         worker.log_probs,

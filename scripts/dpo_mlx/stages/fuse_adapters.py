@@ -15,7 +15,7 @@ from ..files import atomic, fingerprint, jsonl, ownership, results
 from ..files.errors import UserError
 from ..files.fingerprint import FUSING, TRAINING
 from ..files.model_files import require_folder
-from ..model import device, fusing
+from ..model import fusing
 from ..model.adapters import adapters_off, chat_command
 from ..model.loading import LoadedModel, load_model
 from ..model.saving import config_for, dtype_name, save_model_folder
@@ -120,7 +120,7 @@ def _require_room(
     atomic.require_space(config.run.path, size + atomic.SMALL_FILES, "run_dir")
     longest = max(encoding.sequences(checked), key=lambda sequence: len(sequence.ids))
     need = memory.require(memory.stage_11(loaded.model, config, longest), config.model)
-    print(f"11: peak memory {need}; {device.available() / 1e9:.2f} GB available")
+    print(f"11: {memory.describe(need)}")
 
 
 def _load(config: Config) -> LoadedModel:

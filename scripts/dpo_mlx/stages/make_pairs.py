@@ -24,7 +24,6 @@ from ..files.ownership import Status
 from ..files.results import PERCENTILES, PairsReport, read_pairs_report
 from ..files.run_folder import SPLITS, TRAIN, VALID, PairFiles
 from ..files.schema import Count
-from ..model import device
 from ..model.sampling import Answer, batches, with_max_tokens
 from ..parallel import distributed
 from ..parallel.worker import Worker
@@ -93,7 +92,7 @@ def _require_memory(
     )
     needs = memory.stage_06(worker.model, config, lengths, worker.local_processes)
     need = memory.require(needs, config.model)
-    print(f"06: peak memory {need}; {device.available() / 1e9:.2f} GB available")
+    print(f"06: {memory.describe(need)}")
 
 
 def _is_current(files: PairFiles, current: Fingerprint) -> bool:

@@ -220,8 +220,8 @@ def _end_of_sft(config: Config, other: RunFolder) -> Path | None:
     if end is None or not other.reference(AFTER_SFT).is_dir():
         return None
     expected = fingerprint.of(SFT_ADAPTERS, config.flat)
-    origin = checkpoint.read(end)[1]
-    return None if fingerprint.differences(origin.adapters, expected) else end
+    stored = checkpoint.read(end)[1]
+    return None if fingerprint.differences(stored.adapters, expected) else end
 
 
 def _copy(source: Path, folder: Path) -> None:

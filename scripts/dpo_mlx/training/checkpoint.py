@@ -108,7 +108,7 @@ class SaveClock:
 
 
 @dataclass(frozen=True)
-class Origin:
+class CheckpointFingerprints:
     """The inputs that determine a checkpoint's adapters, and those that determine which is best."""
 
     adapters: Fingerprint = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Contents:
 
     version: int
     state: State
-    origin: Origin
+    fingerprints: CheckpointFingerprints
 
     def __post_init__(self) -> None:
         state = self.state
@@ -152,12 +152,14 @@ class Checkpoints:
     """The checkpoints of a run: the newest two, the end of SFT, and the best checkpoint that each
     of these names.
 
-    `origins` holds the Origin that the checkpoints of each phase are saved with.
+    `fingerprints` are those that the checkpoints of each phase are saved with.
     """
 
-    def __init__(self, folder: Path, origins: Mapping[str, Origin] | None = None) -> None:
+    def __init__(
+        self, folder: Path, fingerprints: Mapping[str, CheckpointFingerprints] | None = None
+    ) -> None:
         self.folder = folder
-        self.origins = origins or {}
+        self.fingerprints = fingerprints or {}
 
     def path(self, phase: str, update: int) -> Path:
         return self.folder / f"{phase}-{update:06d}"
@@ -192,8 +194,8 @@ class Checkpoints:
             save_adapters(model, lora, temporary)
             tensors: Any = tree_flatten(optimizer.state)
             save_tensors(temporary / OPTIMIZER, dict(tensors))
-            origin = self.origins.get(state.phase, Origin())
-            jsonl.write_json(temporary / STATE, asdict(Contents(VERSION, state, origin)))
+            fingerprints = self.fingerprints.get(state.phase, CheckpointFingerprints())
+            jsonl.write_json(temporary / STATE, asdict(Contents(VERSION, state, fingerprints)))
         self.prune()
 
     def clear(self, phase: str) -> None:
@@ -231,8 +233,8 @@ class Checkpoints:
                 yield self.best(best.update)
 
 
-def read(path: Path) -> tuple[State, Origin]:
-    """(state, origin) of a checkpoint.
+def read(path: Path) -> tuple[State, CheckpointFingerprints]:
+    """(state, fingerprints) of a checkpoint.
 
     Raises UserError for one that is damaged, that another version wrote, or that is a copy.
     """
@@ -251,7 +253,7 @@ def read(path: Path) -> tuple[State, Origin]:
             f"{path}: is a copy of update {state.update} of {state.phase}; give it another name, "
             "or move it away"
         )
-    return state, contents.origin
+    return state, contents.fingerprints
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:

@@ -19,7 +19,7 @@ from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
 from ..voice.answers import AnswerEvaluator, Measures
 from . import checkpoint, metrics
-from .checkpoint import Checkpoints, Origin, State
+from .checkpoint import CheckpointFingerprints, Checkpoints, State
 from .schedule import count_updates
 from .setup import Setup, load_reference
 from .trainer import Examples, Trainer
@@ -44,8 +44,8 @@ class Phases:
         pairs = len(setup.pairs[TRAIN])
         self.sft_updates = count_updates(Sft(config).settings, pairs)
         self.updates = self.sft_updates + count_updates(config.train, pairs)
-        origins = {phase: _origin(setup, phase) for phase in PHASES}
-        self.checkpoints = Checkpoints(config.run.checkpoints, origins)
+        fingerprints = {phase: _fingerprints(setup, phase) for phase in PHASES}
+        self.checkpoints = Checkpoints(config.run.checkpoints, fingerprints)
         self.checkpoints.prune()
         self._resumable = {phase: self._find_resumable(phase) for phase in PHASES}
         self.state = State(SFT)
@@ -150,10 +150,10 @@ class Phases:
         path = self.checkpoints.newest(phase)
         if path is None:
             return None
-        state, origin = checkpoint.read(path)
-        expected = self.checkpoints.origins[phase]
-        changes = fingerprint.differences(origin.adapters, expected.adapters)
-        choice_changes = fingerprint.differences(origin.choice, expected.choice)
+        state, stored = checkpoint.read(path)
+        expected = self.checkpoints.fingerprints[phase]
+        changes = fingerprint.differences(stored.adapters, expected.adapters)
+        choice_changes = fingerprint.differences(stored.choice, expected.choice)
         if choice_changes and self._is_end_of_sft(state):
             # SFT's adapters are the same however they are judged: forget only the judgement.
             state = State(SFT, update=state.update, rows=state.rows, evaluated=True)
@@ -161,7 +161,7 @@ class Phases:
             changes += choice_changes
         if not changes:
             return path, state
-        if not (self.setup.config.train.restart or self._is_finished(origin)):
+        if not (self.setup.config.train.restart or self._is_finished(stored)):
             raise UserError(
                 f"{path}: an unfinished run used other settings or pairs ({'; '.join(changes)}); "
                 "set them back, set run_dir to another folder, or --set train.restart=true to "
@@ -174,16 +174,16 @@ class Phases:
         at_end = state.phase == SFT and state.update == self.sft_updates
         return at_end and state.evaluated and not state.stopped
 
-    def _is_finished(self, origin: Origin) -> bool:
-        """Whether a run with this origin made the adapters in the run's folder."""
+    def _is_finished(self, stored: CheckpointFingerprints) -> bool:
+        """Whether a run with these fingerprints made the adapters in the run's folder."""
         inputs = fingerprint.read(self.setup.config.run.stamp(TRAINING)) or {}
-        wanted = {**origin.adapters, **origin.choice}
+        wanted = {**stored.adapters, **stored.choice}
         return all(inputs.get(name) == value for name, value in wanted.items())
 
 
-def _origin(setup: Setup, phase: str) -> Origin:
+def _fingerprints(setup: Setup, phase: str) -> CheckpointFingerprints:
     """What a phase's checkpoints depend on."""
-    return Origin(
+    return CheckpointFingerprints(
         fingerprint.of(PHASE_ADAPTERS[phase], setup.config.flat, setup.fingerprint),
         fingerprint.of(BEST_CHECKPOINT, setup.config.flat),
     )

@@ -7,8 +7,8 @@ import numpy as np
 from ..config import Config
 from ..files.errors import UserError
 from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
-from ..model import device
 from ..model.gradient_checkpointing import gradient_checkpointing
+from ..scoring import memory
 from . import findings
 from .schedule import pairs_per_update
 from .setup import Setup, load_reference
@@ -61,7 +61,7 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
     _describe_phases(setup.config, facts)
     minutes = _seconds(setup, probe) / 60
     print(f"10: about {minutes:.0f} minutes of training, plus the answers of each evaluation")
-    print(f"10: peak memory {setup.need}; {device.available() / 1e9:.2f} GB available")
+    print(f"10: {memory.describe(setup.need)}")
 
 
 def _describe_phases(config: Config, facts: findings.Facts) -> None:

@@ -49,7 +49,7 @@ class Setup:
     @property
     def generation(self) -> GenerationConfig:
         """The sampling settings of the evaluations."""
-        return _generation(self.config, self.raw, self.encoder)
+        return answer_settings(self.config, self.raw, self.encoder)
 
     @property
     def dpo_pairs(self) -> dict[str, list[EncodedPair]]:
@@ -133,15 +133,17 @@ def _require_memory(
     lengths = memory.LargestSizes(
         questions=len(encoded[VALID]),
         prompt=max(sequence.prompt_length for sequence in everything),
-        answer=_generation(config, raw, encoder).max_tokens or 0,
+        answer=answer_settings(config, raw, encoder).max_tokens or 0,
         longest=max(everything, key=lambda sequence: len(sequence.ids)),
     )
     needs = memory.stage_10(worker.model, config, lengths, worker.local_processes)
     return memory.require(needs, config.model)
 
 
-def _generation(config: Config, raw: dict[str, list[Pair]], encoder: Encoder) -> GenerationConfig:
-    """The generation section with `max_tokens` set."""
+def answer_settings(
+    config: Config, raw: dict[str, list[Pair]], encoder: Encoder
+) -> GenerationConfig:
+    """The generation section, with `max_tokens` from the chosen answers if the config has none."""
     everything = [pair for split in SPLITS for pair in raw[split]]
     lengths = encoding.chosen_lengths(everything, encoder, config.data.max_length)
     return with_max_tokens(config.generation, lengths)
@@ -178,17 +180,17 @@ def load_reference(
     split has only the pairs that evaluations score. Raises UserError when the reference is not
     stored and `only_read` is set.
     """
-    folder = setup.config.run.reference(model)
+    files = setup.config.run.reference_files(model, split)
     encoded = (
         setup.evaluated_pairs if (model, split) == (AFTER_SFT, VALID) else setup.dpo_pairs[split]
     )
-    inputs = reference_fingerprint(setup.config, split, encoded, setup.fingerprint, adapters)
-    changes = reference.changes(folder, split, inputs)
-    complete = reference.is_complete(folder, split, len(encoded), inputs)
+    current = reference_fingerprint(setup.config, split, encoded, setup.fingerprint, adapters)
+    changes = reference.changes(files, current)
+    complete = reference.is_complete(files, len(encoded), current)
     if only_read and not complete:
         why = f" (what changed: {'; '.join(changes)})" if changes else ""
         raise UserError(
-            f"{folder}: no complete reference of these pairs under this model{why}; run "
+            f"{files.folder}: no complete reference of these pairs under this model{why}; run "
             "10_train_dpo.py --only reference first"
         )
     if changes:
@@ -196,10 +198,9 @@ def load_reference(
     name = f"10 reference ({model}, {split})"
     with tqdm(total=len(encoded), desc=name, unit="pair", disable=complete) as bar:
         log_probs = reference.load_or_compute(
-            folder,
-            split,
+            files,
             encoded,
-            inputs,
+            current,
             setup.worker.log_probs,
             setup.worker.size,
             lambda count: bar.update(count - bar.n),

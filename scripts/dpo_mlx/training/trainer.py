@@ -45,11 +45,10 @@ def updates_between_evaluations(updates: int) -> int:
 
 
 class Stopped(Exception):
-    """Training must not go on after this update, for these reasons."""
+    """Training must not go on, for these reasons."""
 
-    def __init__(self, update: int, reasons: list[str]) -> None:
+    def __init__(self, reasons: list[str]) -> None:
         super().__init__(*reasons)
-        self.update = update
         self.reasons = reasons
 
 
@@ -232,7 +231,7 @@ class Trainer:
 
     def _raise_if_stopped(self) -> None:
         if self.state.stopped:
-            raise Stopped(self.state.update, self.state.stopped)
+            raise Stopped(self.state.stopped)
 
     def _check_start(self, examples: list[Example], scores: list[Any]) -> None:
         """Check that the policy starts at the reference: the margin is 0, DPO's loss ln 2.
