@@ -68,12 +68,12 @@ def _describe_phases(config: Config, facts: findings.Facts) -> None:
     size = pairs_per_update(config.train)
     if facts.sft_updates:
         print(
-            f"10: SFT: {facts.sft_updates} updates of {size} answers, learning rate "
+            f"10: SFT: {facts.sft_updates} updates, answers per update: {size}, learning rate "
             f"{config.sft.learning_rate:g}; estimated change of held-out answers: "
             f"{facts.sft_change:+.2g} nats per token"
         )
     print(
-        f"10: DPO: {facts.dpo_updates} updates of {size} pairs, learning rate "
+        f"10: DPO: {facts.dpo_updates} updates, pairs per update: {size}, learning rate "
         f"{config.train.learning_rate:g}, loss {config.dpo.loss}, beta {config.dpo.beta:g}; "
         "estimated change of held-out answers: chosen against rejected "
         f"{facts.dpo_change:+.2g} nats per token"
