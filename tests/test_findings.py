@@ -267,7 +267,9 @@ def test_check_says_it_and_does_nothing(job: Any, capfd: Any) -> None:
     notes = [line for line in lines if line.startswith("10: note: ")]
     assert any(note.startswith("10: note: lora.scale 0.5") for note in notes)
     assert any(note.startswith("10: note: 7 train pairs") for note in notes)
-    assert any("SFT: 7 updates, answers per update: 1, learning rate 0.01" in line for line in lines)
+    assert any(
+        "SFT: 7 updates, answers per update: 1, learning rate 0.01" in line for line in lines
+    )
     assert any("DPO: 7 updates, pairs per update: 1, learning rate 0.001" in line for line in lines)
     assert any("peak memory" in line for line in lines)
     assert not trained(run.run.path)
