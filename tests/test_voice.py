@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from dpo_mlx.config import GuardConfig
 from dpo_mlx.voice import voice_classifier
-from dpo_mlx.voice.fluency import LONGEST_UNIT, distinct_bigrams, longest_loop
+from dpo_mlx.voice.fluency import MAX_WORDS, distinct_bigrams, longest_loop
 
 NOUNS = ["sky", "sea", "salt", "moon", "bread", "rust", "echo", "frost", "wheel", "spring"]
 VERBS = ["bends", "pulls", "warms", "keeps", "moves", "splits", "holds", "feeds"]
@@ -158,6 +159,14 @@ def test_hash_is_the_same_everywhere():
         ("a b a b", 2 / 3),  # (a, b), (b, a), (a, b)
         ("a  b\na b", 2 / 3),  # blanks do not count
         ("hormonal " * 101, 1 / 100),
+        ("好" * 201, 1 / 200),
+        ("好坏" * 100, 2 / 199),
+        ("天空为什么是蓝色的", 1.0),
+        ("ทำไม" * 50, 4 / 199),
+        ("ha" * 100, 2 / 199),
+        ("😀" * 101, 1 / 100),
+        ("the 天空 is blue", 1.0),
+        ("a word of forty letters: " + "x" * 40, 1.0),
     ],
 )
 def test_distinct_bigrams_by_hand(text, share):
@@ -173,8 +182,14 @@ def test_distinct_bigrams_by_hand(text, share):
         ("hormonal hormonal hormonal", 2),
         ("x a b a b a b y", 4),
         ("a b c a b", 0),
-        (" ".join([*map(str, range(LONGEST_UNIT))] * 2), LONGEST_UNIT),
-        (" ".join([*map(str, range(LONGEST_UNIT + 1))] * 2), 0),
+        (" ".join([*map(str, range(MAX_WORDS))] * 2), MAX_WORDS),
+        (" ".join([*map(str, range(MAX_WORDS + 1))] * 2), 0),
+        ("好" * 200, 199),
+        ("水はなぜ青いのか。" * 3, 18),
+        ("ทำไม" * 10, 36),
+        ("why?" * 100, 396),
+        ("!" * 90, 89),
+        ("天空为什么是蓝色的", 0),
     ],
 )
 def test_longest_loop_by_hand(text, words):
@@ -182,3 +197,26 @@ def test_longest_loop_by_hand(text, words):
     loop.
     """
     assert longest_loop(text) == words
+
+
+ORDINARY = {
+    "Chinese": "天空之所以是蓝色的，是因为空气把蓝光散射到各个方向。"
+    "傍晚阳光要穿过更厚的大气，剩下的就是红色。",
+    "Japanese": "空が青いのは、空気が青い光をあらゆる方向に散らすからです。"
+    "夕方には光が長い道を通り、赤だけが残ります。",
+    "Thai": "ท้องฟ้าเป็นสีฟ้าเพราะอากาศกระเจิงแสงสีน้ำเงินไปทุกทิศทาง ตอนเย็นแสงต้องเดินทางไกลกว่าจึงเหลือแต่สีแดง",
+    "English": "The sky is blue because air scatters blue light in all directions. In the "
+    "evening the light has a longer way to go, and only the red is left.",
+}
+
+
+@pytest.mark.parametrize("text", ORDINARY.values(), ids=ORDINARY.keys())
+def test_a_loop_trips_the_guard_in_any_script(text):
+    """The guard allows a fall of 0.2. An ordinary sentence scores high, and the same sentence
+    again and again falls by more than that, whether its script has blanks or not.
+    """
+    limit = GuardConfig().max_distinct2_drop
+    assert distinct_bigrams(text) > 0.75 and longest_loop(text) == 0
+    looping = text[: len(text) // 2] + text[len(text) // 2 :][:20] * 20
+    assert distinct_bigrams(text) - distinct_bigrams(looping) > limit
+    assert longest_loop(looping) > 50
