@@ -39,15 +39,23 @@ HOSTILE = {
 }
 
 
+TRAINING = {
+    "updates": 7,
+    "sft_updates": 6,
+    "kept_update": 6,
+    "voice": 0.5,
+    "stopped": [],
+    "adapters": "0" * 64,
+}
+
+
 @pytest.fixture
 def rendered(settings: dict[str, Any], write_config: Any) -> Any:
     """rendered(config's values to replace) -> the card."""
     loaded = config.load(write_config(settings))
 
     def render(**changes: Any) -> str:
-        return card.render(
-            replace(loaded, **changes), {"fuse": FUSE, "training": {"updates": 7, "kept_update": 6}}
-        )
+        return card.render(replace(loaded, **changes), {"fuse": FUSE, "training": TRAINING})
 
     return render
 
@@ -117,3 +125,8 @@ def test_code_within_a_line():
     """The fence has more backticks than the text. A newline would end the paragraph."""
     assert templates.code("a b") == "`a b`"
     assert templates.code("a``b\n") == "``` a``b ```"
+
+
+def test_the_card_says_what_dpo_added(rendered: Any) -> None:
+    """The weights of SFT's end are named as that."""
+    assert "after update 6 (the end of SFT). DPO did not improve on it. |" in rendered()

@@ -42,7 +42,14 @@ REPORT: dict[str, Any] = {
         "margin_kept": 0.99,
         "max_logprob_difference": 0.2,
     },
-    "training": {"updates": 4, "sft_updates": 2, "kept_update": 2, "voice": 0.8, "stopped": []},
+    "training": {
+        "updates": 4,
+        "sft_updates": 2,
+        "kept_update": 2,
+        "voice": 0.8,
+        "stopped": [],
+        "adapters": "0" * 64,
+    },
     "run": {
         "config": {
             "model": "a/model",
@@ -231,7 +238,8 @@ def test_reasons_for_a_stop_are_shown_and_escaped() -> None:
     page = Page(html_report.render(changed(training={"stopped": HOSTILE}), METRICS))
     for text in HOSTILE:
         assert page.text.count(text) == whole.text.count(text) + 1
-    assert "at update 4. This model uses the adapters of update 2." in page.text
+    assert "at update 4." in page.text
+    assert "the model after update 2 of 4 (the end of SFT). Training stopped" in page.text
     assert {tag for tag, _ in page.elements} == {tag for tag, _ in whole.elements}
 
 
@@ -393,7 +401,7 @@ def test_the_phase_is_named_in_every_chart() -> None:
 def test_a_run_without_sft() -> None:
     """The page has no phase line and does not mention SFT. The loss starts at update 0."""
     rows = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
-    page = Page(html_report.render(REPORT, rows))
+    page = Page(html_report.render(changed(training={"sft_updates": 0}), rows))
     assert not page.with_class("phase")
     assert "SFT" not in page.text
     assert [x for x, _ in charts.chart(rows, "loss", None).curves[1].points] == [54, 348]
@@ -490,3 +498,16 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
         "metrics.jsonl",
         "report.html",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kept_update", "words"),
+    [
+        (2, "This is the model after update 2 of 4 (the end of SFT). DPO did not improve on it."),
+        (4, "This is the model after update 4 of 4 (the end of DPO). DPO improved on SFT."),
+    ],
+)
+def test_the_page_says_what_dpo_added(kept_update: int, words: str) -> None:
+    """Beside the verdict: a model that is only SFT's is not sold as DPO's."""
+    page = Page(html_report.render(changed(training={"kept_update": kept_update}), METRICS))
+    assert words in " ".join(page.text.split())

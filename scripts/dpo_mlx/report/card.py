@@ -13,7 +13,8 @@ from typing import Any
 from ..config import Config, Scalar
 from ..files import jsonl
 from ..files.model_files import CARD
-from ..files.results import read_pairs_report
+from ..files.results import Outcome, read_pairs_report
+from ..training.outcome import comparison, place
 from . import templates
 
 TEMPLATE = "card.md.j2"
@@ -22,7 +23,7 @@ TEMPLATE = "card.md.j2"
 def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
     """Write the card into a model folder.
 
-    `report` holds `training` (updates and best checkpoint), `fuse` (stage 11's measurements), and
+    `report` holds `training` (an Outcome), `fuse` (stage 11's measurements), and
     after stage 12 also `voice` and `fluency`.
     """
     jsonl.write_text(folder / CARD, render(config, report))
@@ -30,6 +31,7 @@ def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
 
 def render(config: Config, report: Mapping[str, Any]) -> str:
     """The text of the card. For `report` see `write`."""
+    outcome = Outcome(**report["training"])
     return templates.render(
         TEMPLATE,
         config=config,
@@ -37,7 +39,9 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         name=config.run.path.name,
         base=Path(config.model).name if os.path.isdir(config.model) else config.model,
         counts=read_pairs_report(config.pairs),
-        training=report["training"],
+        training=outcome,
+        kept_place=place(outcome),
+        comparison=comparison(outcome),
         fuse=report["fuse"],
         voice=report.get("voice"),
         fluency=report.get("fluency"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import jsonl
-from ..files.results import read_metrics
+from ..files.results import Outcome, read_metrics
+from ..training.outcome import comparison, place
 from . import templates
 from .charts import CURVES, FRAME, Row, Scale, chart, last_update, of_sft, series, ticks
 
@@ -23,10 +24,13 @@ def write_html(path: Path, report: dict[str, Any], metrics_path: Path) -> None:
 def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
     """The page, from the content of report.json and the rows of metrics.jsonl."""
     training, pairs = report["training"], report["run"]["pairs"]
-    kept_update = None if training is None else training["kept_update"]
+    outcome = None if training is None else Outcome(**training)
+    kept_update = None if outcome is None else outcome.kept_update
     return templates.render(
         TEMPLATE,
         **report,
+        kept_place=None if outcome is None else place(outcome),
+        comparison=None if outcome is None else comparison(outcome),
         charts={name: chart(metrics_rows, name, kept_update) for name in CURVES},
         cost=cost(metrics_rows),
         frame=FRAME,

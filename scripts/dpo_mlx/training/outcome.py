@@ -1,4 +1,4 @@
-"""How training ended, in lines for the user."""
+"""How training ended, in words for the user."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def describe(outcome: Outcome) -> Iterator[str]:
             "dpo.nll_weight"
         )
     yield (
-        f"kept update {outcome.kept_update} of {outcome.updates} ({_place(outcome)}): voice "
-        f"{outcome.voice:.2f}. {_comparison(outcome)}"
+        f"kept update {outcome.kept_update} of {outcome.updates} ({place(outcome)}): voice "
+        f"{outcome.voice:.2f}. {comparison(outcome)}"
     )
 
 
-def _place(outcome: Outcome) -> str:
+def place(outcome: Outcome) -> str:
     """Where the kept update is in the run: before training, within a phase, or at its end."""
     kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
     if kept_update == 0:
@@ -36,7 +36,7 @@ def _place(outcome: Outcome) -> str:
     return "in DPO"
 
 
-def _comparison(outcome: Outcome) -> str:
+def comparison(outcome: Outcome) -> str:
     """Whether the later phases improved on the kept update, or DPO on what came before it."""
     kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
     if kept_update > sft_updates:
