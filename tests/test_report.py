@@ -42,6 +42,24 @@ REPORT: dict[str, Any] = {
         "margin_kept": 0.99,
         "max_logprob_difference": 0.2,
     },
+    "habits": [
+        {
+            "name": f'uses "{HOSTILE[0]}"',
+            "yours": 1.0,
+            "base": 0.0,
+            "tuned": 0.25,
+            "is_share": True,
+            "carried": False,
+        },
+        {
+            "name": "commas per 100 words",
+            "yours": 3.25,
+            "base": 6.5,
+            "tuned": 3.5,
+            "is_share": False,
+            "carried": True,
+        },
+    ],
     "training": {
         "updates": 4,
         "sft_updates": 2,
@@ -511,3 +529,12 @@ def test_the_page_says_what_dpo_added(kept_update: int, words: str) -> None:
     """Beside the verdict: a model that is only SFT's is not sold as DPO's."""
     page = Page(html_report.render(changed(training={"kept_update": kept_update}), METRICS))
     assert words in " ".join(page.text.split())
+
+
+def test_habits_are_shown_in_figures() -> None:
+    """Shares in percent, amounts as numbers, and how many carried over; without any, a sentence."""
+    text = " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
+    assert "1 of 2 carried over" in text
+    assert "0%25%100%no" in text and "commas per 100 words6.53.53.2yes" in text
+    text = " ".join(Page(html_report.render({**REPORT, "habits": []}, METRICS)).text.split())
+    assert "No countable habit tells your answers" in text

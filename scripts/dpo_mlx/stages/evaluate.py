@@ -26,9 +26,13 @@ from ..scoring.losses import Sides
 from ..scoring.scorer import score_against, summarise
 from ..training.setup import answer_settings, reference_fingerprint
 from ..voice.answers import measure
+from ..voice.habits import HabitResult, find_habits, measure_habits
 from ..voice.voice_classifier import MIN_ACCURACY, fit_classifier
 
 Report = dict[str, Any]
+
+# The strongest habits that did not carry over, for the console.
+MAX_PRINTED_HABITS = 3
 
 # The measures of answers, as the console names them.
 LABELS = {
@@ -65,6 +69,7 @@ class SmokeReport(TypedDict):
     verdict: Verdict
     voice: dict[str, float]
     fluency: dict[str, dict[str, float]]
+    habits: list[HabitResult]
     preference: dict[str, float]
     fuse: FuseReport
     training: dict[str, Any]
@@ -172,6 +177,7 @@ def _compare(
     }
     report = {
         **_measure_answers(pairs_by_split, questions, answers, tuned.encoder, worker),
+        "habits": _habits(pairs_by_split[TRAIN], questions, answers),
         "preference": preference,
         "fuse": results.read_fuse_report(config.run),
         "training": asdict(results.read_outcome(config.run)),
@@ -245,6 +251,19 @@ def _measure_answers(
         },
         "fluency": by_name,
     }
+
+
+def _habits(
+    train: list[Pair], questions: list[Pair], answers: dict[str, list[Answer]]
+) -> list[HabitResult]:
+    """Your habits, found in the train pairs and counted in the answers to held-out questions."""
+    habits = find_habits(
+        [pair.chosen for pair in train],
+        [pair.rejected for pair in train],
+        [pair.rejected_finish == STOP for pair in train],
+    )
+    base, tuned = ([answer.text for answer in answers[who]] for who in ("base", "tuned"))
+    return measure_habits(habits, [pair.chosen for pair in questions], base, tuned)
 
 
 def _your_answers(questions: list[Pair], encoder: Encoder) -> list[Answer]:
@@ -334,6 +353,18 @@ def voice_gain(scores: Report) -> float:
     return (scores["tuned"] - scores["base"]) / gap if gap > 0 else 0.0
 
 
+def _print_habits(habits: list[HabitResult]) -> None:
+    """How many habits carried over, and the strongest ones that did not."""
+    if not habits:
+        return
+    missing = [habit for habit in habits if not habit["carried"]]
+    print(f"    habits of yours that carried over: {len(habits) - len(missing)} of {len(habits)}")
+    for habit in missing[:MAX_PRINTED_HABITS]:
+        spec = ".0%" if habit["is_share"] else ".3g"
+        yours, tuned = format(habit["yours"], spec), format(habit["tuned"], spec)
+        print(f"        not yet: {habit['name']} (you {yours}, tuned model {tuned})")
+
+
 def _print(report: Report, config: Config) -> None:
     print(f"12: {report['verdict']['summary']}")
     for line in report["verdict"]["crossed"]:
@@ -347,6 +378,7 @@ def _print(report: Report, config: Config) -> None:
         f"    the voice classifier is right on {voice['classifier_accuracy']:.0%} of held-out "
         "answers"
     )
+    _print_habits(report["habits"])
     for name, values in {"voice": voice, **report["fluency"]}.items():
         print(
             f"    {LABELS.get(name, name)}: base model {values['base']:.3g}, tuned model "
