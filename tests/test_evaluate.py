@@ -20,6 +20,21 @@ LIMITS = SmokeConfig(
 FUSE = FuseConfig(min_margin_kept=0.5)
 
 
+def habits(carried: int, count: int) -> list[dict[str, Any]]:
+    """`count` habits, of which the last `carried` carried over."""
+    return [
+        {
+            "name": f"habit {i}",
+            "yours": 1.0,
+            "base": 0.0,
+            "tuned": 0.25,
+            "is_share": True,
+            "carried": i >= count - carried,
+        }
+        for i in range(count)
+    ]
+
+
 def report(**changes: Any) -> dict[str, Any]:
     """A report that is exactly at every limit, changed at `section__name__who`."""
     made: dict[str, Any] = {
@@ -31,6 +46,7 @@ def report(**changes: Any) -> dict[str, Any]:
             "self_ended": {"base": 0.5, "tuned": 0.25},
             "median_tokens": {"base": 7, "tuned": 20, "chosen": 10},
         },
+        "habits": habits(1, 2),
         "fuse": {"margin_kept": 0.5},
     }
     for path, value in changes.items():
@@ -66,6 +82,10 @@ SHARE, TUNED, KEPT = "voice__share", "voice__tuned", "fuse__margin_kept"
         ({LENGTH: 0}, "degenerated", ["max_length_ratio"]),
         ({ENDED: 0.24}, "degenerated", ["min_self_ended_ratio"]),
         ({ENDED: 0.0, BASE_ENDED: 0.0}, "learned", []),  # no less than nothing
+        ({"habits": []}, "learned", []),  # nothing to count
+        ({"habits": habits(2, 5)}, "on the way", []),
+        ({"habits": habits(3, 5)}, "learned", []),
+        ({"habits": habits(0, 5), SHARE: 0.49}, "unmoved", ["min_voice_share"]),
         ({SHARE: 0.49}, "unmoved", ["min_voice_share"]),
         ({TUNED: 0.24}, "unmoved", ["min_voice_gain"]),
         ({KEPT: 0.49}, "lost in fusing", ["min_margin_kept"]),
@@ -88,6 +108,13 @@ def test_verdict_by_hand(changes: dict[str, Any], outcome: str, crossed: list[st
     keys = [f"{'fuse' if key == 'min_margin_kept' else 'smoke'}.{key}" for key in crossed]
     assert [line.split(":")[0] for line in found["crossed"]] == keys
     assert found["passed"] is (not crossed)
+
+
+def test_on_the_way_names_what_is_missing() -> None:
+    """How far it is, and the strongest habit that the tuned answers do not have."""
+    summary = verdict(report(habits=habits(2, 5)), LIMITS, FUSE)["summary"]
+    assert "on the way to your voice: 2 of 5 of your habits carried over" in summary
+    assert "habit 0 (you 100%, tuned model 25%)" in summary
 
 
 def test_an_unsure_classifier_is_told() -> None:

@@ -295,6 +295,9 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
     elif lost:
         outcome = "lost in fusing"
         summary = "The adapters learned the voice, but fusing lost much of it."
+    elif missing := _missing_habits(report["habits"]):
+        outcome = "on the way"
+        summary = f"The tuned model is on the way to your voice: {missing}."
     else:
         outcome = "learned"
         summary = "The tuned model has learned the voice and is still fluent."
@@ -305,6 +308,24 @@ def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
         )
     crossed = degenerated + unmoved + lost
     return {"passed": not crossed, "outcome": outcome, "summary": summary, "crossed": crossed}
+
+
+def _missing_habits(habits: list[HabitResult]) -> str | None:
+    """How many habits carried over and the strongest that did not; None if at least half did."""
+    missing = [habit for habit in habits if not habit["carried"]]
+    if 2 * len(missing) <= len(habits):
+        return None
+    carried = len(habits) - len(missing)
+    return (
+        f"{carried} of {len(habits)} of your habits carried over. Missing first of all: "
+        f"{_habit_text(missing[0])}"
+    )
+
+
+def _habit_text(habit: HabitResult) -> str:
+    spec = ".0%" if habit["is_share"] else ".3g"
+    yours, tuned = format(habit["yours"], spec), format(habit["tuned"], spec)
+    return f"{habit['name']} (you {yours}, tuned model {tuned})"
 
 
 def _degenerated(fluency: Report, limits: SmokeConfig) -> list[str]:
@@ -360,9 +381,7 @@ def _print_habits(habits: list[HabitResult]) -> None:
     missing = [habit for habit in habits if not habit["carried"]]
     print(f"    habits of yours that carried over: {len(habits) - len(missing)} of {len(habits)}")
     for habit in missing[:MAX_PRINTED_HABITS]:
-        spec = ".0%" if habit["is_share"] else ".3g"
-        yours, tuned = format(habit["yours"], spec), format(habit["tuned"], spec)
-        print(f"        not yet: {habit['name']} (you {yours}, tuned model {tuned})")
+        print(f"        not yet: {_habit_text(habit)}")
 
 
 def _print(report: Report, config: Config) -> None:
