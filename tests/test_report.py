@@ -29,6 +29,7 @@ REPORT: dict[str, Any] = {
         "self_ended": {"base": 0.75, "tuned": 0.5, "chosen": 1.0},
         "base_logprob_per_token": {"base": -0.6, "tuned": -1.3, "chosen": -3.1},
         "median_tokens": {"base": 150.0, "tuned": 117.0, "chosen": 126.0},
+        "copied": {"base": 0.0, "tuned": 0.125, "chosen": 0.0},
     },
     "preference": {
         "accuracy": 1.0,
@@ -538,3 +539,9 @@ def test_habits_are_shown_in_figures() -> None:
     assert "0%25%100%no" in text and "commas per 100 words6.53.53.2yes" in text
     text = " ".join(Page(html_report.render({**REPORT, "habits": []}, METRICS)).text.split())
     assert "No countable habit tells your answers" in text
+
+
+def test_copying_is_shown_beside_your_own_answers() -> None:
+    """A model that recites 12.5% of its training answers is seen on the page."""
+    text = " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
+    assert "12.5%" in text and "one of your training answers has, too" in text
