@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from dpo_mlx.data.encoding import Encoder
 from dpo_mlx.export import hugging_face, llama_cpp
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
+from dpo_mlx.files.results import Outcome
 from dpo_mlx.model import fusing
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.report import card
@@ -93,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 # What the model card says of training.
-TRAINING = {"updates": 7, "kept_update": 6}
+TRAINING = asdict(Outcome(7, 6, 6, 0.5, [], "0" * 64))
 
 
 def add_merge(tokenizer: Path) -> None:
@@ -322,7 +323,7 @@ def test_the_card_says_what_it_is(finished):
     for part in (
         "# a-run",
         "| DPO | 1 epoch at 0.001, loss sigmoid, beta 0.1 |",
-        "| updates | 7; these weights are the checkpoint after update 7 |",
+        "these weights are the checkpoint after update 7 (the end of DPO). DPO improved on",
         f"Fusing kept {100 * report['fuse']['margin_kept']:.1f}% of the adapters' margin",
         f"| voice, 0 to 1 | {report['voice']['base']:.2f} | {report['voice']['tuned']:.2f} |",
         f"| distinct2 | {report['fluency']['distinct2']['base']:.3g} |",
