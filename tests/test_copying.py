@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from dpo_mlx.voice.copying import RUN, copied_share
+from dpo_mlx.voice.copying import RUN, copied_share, runs
 
 TRAINING = ["One two three four five six seven eight nine.", "A short one."]
 
@@ -21,11 +21,11 @@ TRAINING = ["One two three four five six seven eight nine.", "A short one."]
 )
 def test_copied_share_by_hand(answers, share):
     """Runs are counted over all answers together, so that a long answer weighs more."""
-    assert copied_share(answers, TRAINING) == pytest.approx(share)
+    assert copied_share(answers, {*runs(TRAINING)}) == pytest.approx(share)
 
 
 def test_a_reciting_model_is_seen_in_any_script():
     """Without blanks a run has as many characters."""
     text = "天空之所以是蓝色的是因为空气"
-    assert len(text) > RUN and copied_share([text], [f"前面{text}后面"]) == 1.0
-    assert copied_share([text], [text[::-1]]) == 0.0
+    assert len(text) > RUN and copied_share([text], {*runs([f"前面{text}后面"])}) == 1.0
+    assert copied_share([text], {*runs([text[::-1]])}) == 0.0

@@ -26,7 +26,7 @@ from ..scoring.losses import Sides
 from ..scoring.scorer import score_against, summarise
 from ..training.setup import answer_settings, reference_fingerprint
 from ..voice.answers import measure
-from ..voice.copying import copied_share
+from ..voice.copying import copied_share, runs
 from ..voice.habits import HabitResult, find_habits, measure_habits
 from ..voice.voice_classifier import MIN_ACCURACY, fit_classifier
 
@@ -43,7 +43,7 @@ LABELS = {
     "self_ended": "share of answers that end by themselves",
     "base_logprob_per_token": "log-prob under the base model, nats per token",
     "median_tokens": "median length, in tokens",
-    "copied": "share of runs of 8 words that a training answer has, too",
+    "copied": "share copied from your training answers, 8 words in a row or more",
 }
 
 
@@ -243,9 +243,9 @@ def _measure_answers(
     by_name = {
         name: {who: values[name] for who, values in measures.items()} for name in measures["base"]
     }
-    training_answers = [pair.chosen for pair in train]
+    training_runs = set(runs(pair.chosen for pair in train))
     by_name["copied"] = {
-        who: copied_share([answer.text for answer in texts], training_answers)
+        who: copied_share((answer.text for answer in texts), training_runs)
         for who, texts in answers.items()
     }
     return {

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from .fluency import units
 
-# Words in a row that nobody writes twice by chance.
+# So many words in a row are hardly ever the same by chance.
 RUN = 8
 
 Run = tuple[str, ...]
 
 
-def runs(text: str) -> Iterator[Run]:
-    """Every RUN neighbouring words of a text, whatever their case."""
-    words = units(text.casefold())
-    return (tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1))
+def runs(texts: Iterable[str]) -> Iterator[Run]:
+    """Every RUN neighbouring words of each text, in lower case."""
+    for text in texts:
+        words = units(text.casefold())
+        yield from (tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1))
 
 
-def copied_share(answers: Sequence[str], training_answers: Iterable[str]) -> float:
-    """The share of the answers' runs that some training answer has too. 0 without any run."""
-    known_runs = {run for text in training_answers for run in runs(text)}
-    matches = [run in known_runs for text in answers for run in runs(text)]
+def copied_share(answers: Iterable[str], training_runs: set[Run]) -> float:
+    """The share of the answers' runs that are among the training answers' runs. 0 without any."""
+    matches = [run in training_runs for run in runs(answers)]
     return sum(matches) / len(matches) if matches else 0.0

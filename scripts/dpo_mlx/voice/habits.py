@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypedDict
 
 import numpy as np
@@ -18,10 +18,10 @@ from .fluency import units
 MAX_HABITS = 12
 # A habit differs by at least this much: in the share of answers, or in standard deviations.
 MIN_SHARE_DIFFERENCE, MIN_EFFECT = 0.3, 0.8
-# The difference over its standard error: so large by chance in one of some 400 traits.
+# The difference divided by its standard error. Chance exceeds this for 1 trait in about 370.
 MIN_Z = 3.0
-# Words and phrases that are tried: those with the highest log-odds.
-PHRASES = 12
+# How many opening words, closing words and distinctive phrases to try.
+CANDIDATES = 12
 # Total weight of the prior of the log-odds, in words (Monroe et al. 2008, section 3.3.2).
 PRIOR = 500.0
 
@@ -34,7 +34,9 @@ MARKS = (
     ("question marks", "?？", "question"),
     ("exclamation marks", "!！", "exclamation"),
 )
+# What may stand before a word, and around it.
 OPENING_MARKS = "#>*_-+•\"'“”„«»‘’「『([ "
+WORD_MARKS = OPENING_MARKS + ",.:;!?)，。：；！？"
 LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s+\S", re.MULTILINE)
 HEADING = re.compile(r"^#{1,6}\s+\S", re.MULTILINE)
 BOLD = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
@@ -77,17 +79,15 @@ def find_habits(
 ) -> list[Trait]:
     """The traits whose values differ most between an author's answers and the base model's.
 
-    At most MAX_HABITS, the strongest first, one of each family. `base_ended` says
-    of each of the base model's answers whether it ended by itself.
+    At most MAX_HABITS, the strongest first, one of each family. `base_ended` says which of the base
+    model's answers ended by themselves.
     """
     whole = [text for text, ended in zip(base, base_ended, strict=True) if ended]
-    ranked = []
-    for trait in _traits(author, base):
-        others = whole if trait.needs_end else base
-        strength = _strength(trait, author, others) if len(author) > 1 and len(others) > 1 else 0.0
-        if strength:
-            ranked.append((strength, trait))
-    ranked.sort(key=lambda entry: -entry[0])
+    strengths = [
+        (_strength(trait, author, whole if trait.needs_end else base), trait)
+        for trait in _traits(author, base)
+    ]
+    ranked = sorted((entry for entry in strengths if entry[0]), key=lambda entry: -entry[0])
     return _without_repetition([trait for _, trait in ranked])
 
 
@@ -111,14 +111,15 @@ def _measure(habit: Trait, *answers: Sequence[str]) -> HabitResult:
 
 
 def _strength(trait: Trait, author: Sequence[str], base: Sequence[str]) -> float:
-    """How clearly a trait tells the two apart, in standard deviations; 0 if not clearly enough.
-
-    For shares this is Cohen's h, for amounts Cohen's d (Cohen 1988, chapters 6 and 2).
+    """How far a trait's values differ: Cohen's h for shares, Cohen's d for amounts (Cohen 1988,
+    chapters 6 and 2). 0 for a difference that is small or may be chance.
     """
+    if min(len(author), len(base)) < 2:
+        return 0.0
     a, b = (np.array([trait.value(text) for text in side]) for side in (author, base))
     difference = abs(float(a.mean() - b.mean()))
     spread = math.sqrt((a.var() + b.var()) / 2)
-    # A share of 0 or 1 has no variance: then one answer more decides the standard error.
+    # Values that are all equal have no variance: count one answer as different.
     error = math.sqrt(
         max(a.var(), 1 / len(a) ** 2) / len(a) + max(b.var(), 1 / len(b) ** 2) / len(b)
     )
@@ -173,7 +174,7 @@ def _traits(author: Sequence[str], base: Sequence[str]) -> Iterator[Trait]:
 
 
 def _frequent(words: Iterable[str]) -> list[str]:
-    return [word for word, _ in Counter(filter(None, words)).most_common(PHRASES)]
+    return [word for word, _ in Counter(filter(None, words)).most_common(CANDIDATES)]
 
 
 def _opens_with(word: str, text: str) -> bool:
@@ -196,7 +197,7 @@ def paragraphs(text: str) -> list[str]:
 def first_word(text: str) -> str:
     """The first word of a text, without the marks around it. Empty for a text without words."""
     words = units(text.lstrip(OPENING_MARKS + "\n\t"))
-    return words[0].strip(OPENING_MARKS + ",.:;!?，。：；！？") if words else ""
+    return words[0].strip(WORD_MARKS) if words else ""
 
 
 def closing_word(text: str) -> str:
@@ -226,9 +227,10 @@ def _per_100_words(marks: str, text: str) -> float:
     return 100 * sum(text.count(mark) for mark in marks) / max(1, len(units(text)))
 
 
+@lru_cache(maxsize=4096)  # each text is searched for several phrases
 def _phrases(text: str) -> set[str]:
     """The words and pairs of neighbouring words of a text, in lower case and without marks."""
-    words = [unit.strip(OPENING_MARKS + ",.:;!?，。：；！？)").casefold() for unit in units(text)]
+    words = [unit.strip(WORD_MARKS).casefold() for unit in units(text)]
     words = [word if any(map(str.isalnum, word)) else "" for word in words]
     pairs = {f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a and b}
     return {word for word in words if word} | pairs
@@ -261,4 +263,4 @@ def distinctive_phrases(author: Sequence[str], base: Sequence[str]) -> list[str]
         if count > 1:
             scores[phrase] = (odds[0] - odds[1]) / math.sqrt(variance)
     ranked = sorted(scores, key=lambda phrase: (-scores[phrase], phrase))
-    return [phrase for phrase in ranked[:PHRASES] if scores[phrase] > MIN_Z]
+    return [phrase for phrase in ranked[:CANDIDATES] if scores[phrase] > MIN_Z]
