@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,12 +47,12 @@ class Setup:
     need: memory.Need
     fingerprint: Fingerprint
 
-    @property
+    @cached_property
     def generation(self) -> GenerationConfig:
         """The sampling settings of the evaluations."""
         return answer_settings(self.config, self.raw, self.encoder)
 
-    @property
+    @cached_property
     def dpo_pairs(self) -> dict[str, list[EncodedPair]]:
         """The pairs as DPO sees them. `dpo.match_length` does not cut valid pairs: their metrics
         must be those of the whole file.
