@@ -15,7 +15,7 @@ from dpo_mlx.model.loading import LoadedModel, load_model
 from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
 from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring.scorer import Scorer
-from dpo_mlx.voice.answers import GREEDY, AnswerEvaluator, measure
+from dpo_mlx.voice.answers import AnswerEvaluator, measure
 from dpo_mlx.voice.voice_classifier import fit_classifier
 from runs import differences
 
@@ -36,7 +36,9 @@ def tuned(llama: Path) -> Any:
 
 
 def test_measures_by_hand(llama: Path) -> None:
-    """Means over the answers; the log-prob is each answer's own mean under the base model."""
+    """Means over the answers; the log-prob is each answer's own mean under the base model, and the
+    sense what it loses after the other question.
+    """
     loaded = load_model(str(llama))
     encoder, scorer = Encoder(loaded.tokenizer), Scorer(loaded.model)
     answers = [Answer("a b a b", STOP, 4), Answer("c d", LENGTH, 8)]
@@ -45,31 +47,37 @@ def test_measures_by_hand(llama: Path) -> None:
         encoder.encode(p.prompt, a.text, a.finish) for p, a in zip(ASKED, answers, strict=True)
     ]
     own = [scorer.log_prob(s) / s.answer_length for s in sequences]
+    swapped = [
+        encoder.encode(p.prompt, a.text, a.finish)
+        for p, a in zip(reversed(ASKED), answers, strict=True)
+    ]
+    other = [scorer.log_prob(s) / s.answer_length for s in swapped]
     assert found == {
         "voice": pytest.approx(CLASSIFIER.probability(["a b a b", "c d"]).mean()),
         "distinct2": pytest.approx((2 / 3 + 1) / 2),
         "longest_loop": 1.0,
         "self_ended": 0.5,
         "base_logprob_per_token": pytest.approx(sum(own) / 2),
+        "sense": pytest.approx((sum(own) - sum(other)) / 2),
         "median_tokens": 6.0,
     }
 
 
 def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> None:
-    """However many are asked, each of them twice: memory is training's."""
+    """However many are asked: most of the memory is training's."""
     loaded = load_model(str(llama))
     asked = [Pair(f"Why {i}?", "c", "d") for i in range(EVALUATED_AT_ONCE + 1)]
-    made: list[tuple[int, bool]] = []
+    made: list[int] = []
 
     def answers(_: Any, batches: list[Batch], *__: Any) -> list[list[Answer]]:
-        made.extend((len(batch.prompts), batch.greedy) for batch in batches)
-        return [[Answer("g" if b.greedy else "s s s", STOP, 3)] * len(b.prompts) for b in batches]
+        made.extend(len(batch.prompts) for batch in batches)
+        return [[Answer("s s s", STOP, 3)] * len(b.prompts) for b in batches]
 
     monkeypatch.setattr(Worker, "answers", answers)
     worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
     found = AnswerEvaluator(worker, encoder, CLASSIFIER, asked, GenerationConfig(max_tokens=8), 0)()
-    assert made == [(EVALUATED_AT_ONCE, False), (1, False), (EVALUATED_AT_ONCE, True), (1, True)]
-    assert (found["distinct2"], found[f"{GREEDY}distinct2"]) == (0.5, 1.0)
+    assert made == [EVALUATED_AT_ONCE, 1]
+    assert found["distinct2"] == 0.5
 
 
 def test_nothing_written_is_no_log_prob(llama: Path) -> None:
@@ -80,6 +88,7 @@ def test_nothing_written_is_no_log_prob(llama: Path) -> None:
         [Answer("", LENGTH, 0)] * 2, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder
     )
     assert found["base_logprob_per_token"] == float("-inf")
+    assert found["sense"] == 0
 
 
 def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
@@ -100,7 +109,6 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
     assert [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)] == scales
     plain = watch(load_model(str(llama)))()
     assert base == pytest.approx(plain)
-    assert {name.removeprefix(GREEDY) for name in base} == {n for n in base if GREEDY not in n}
     assert watch(tuned)() != pytest.approx(plain)
 
 

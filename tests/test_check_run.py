@@ -29,7 +29,7 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
 
     8 rows to train on and 2 held out, of 10 tokens; answers of 5 tokens, 4 at once. One update of
     SFT and two of DPO, each phase evaluated at its start and end, and once the base model: 5
-    evaluations, each answering 2 questions twice and scoring 4 sequences for either question.
+    evaluations, each answering 2 questions and scoring 4 sequences for either question.
     """
     settings["sft"] = {"epochs": 1}
     settings["train"] |= {"grad_accumulation": 8, "eval_every": None, "epochs": 2}
@@ -49,12 +49,12 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
     # 06 and 10 read the model once, 12 twice. 11 reads it to measure the adapters, once for each
     # rounding, and once as the saved folder, whose writing counts as two more.
     assert seconds(model=1) == by_stage(1, 1, 4 + 2, 2)
-    assert seconds(prompts=1) == by_stage(3, 5 * 2, 0, 2)
-    assert seconds(step=1) == by_stage(3 * 5, 5 * 2 * 5, 0, 2 * 5)
+    assert seconds(prompts=1) == by_stage(3, 5, 0, 2)
+    assert seconds(step=1) == by_stage(3 * 5, 5 * 5, 0, 2 * 5)
     # 10 scores the train pairs (2 x 80) and the valid pairs (2 x 20) once, and 8 x 10 tokens in
     # each evaluation. 11 scores its one pair (20 tokens) five times. 12 scores the valid pairs
-    # under both models, and three answers to each question.
-    assert seconds(scored_token=1) == by_stage(0, 200 + 5 * 80, 5 * 20, 80 + 60)
+    # under both models, and three answers to each question, after this and another question.
+    assert seconds(scored_token=1) == by_stage(0, 200 + 5 * 80, 5 * 20, 80 + 120)
     # 12 pairs of 20 tokens in the preflight, one pass of 80 in SFT, two of 160 in DPO.
     assert seconds(gradient_token=1) == by_stage(0, 240 + 80 + 320, 0, 0)
     assert seconds(layer=1) == by_stage(0, 0, 2 * 3, 0)

@@ -331,7 +331,7 @@ DAMAGES = {
         "state.phase_start. is greater than",
     ),
     "a list for measures": (lambda f: edit_state(f, measures=[]), "measures. must be an object"),
-    "measures missing": (lambda f: edit_state(f, base={"voice": 0.5}), "state.base.greedy_voice"),
+    "measures missing": (lambda f: edit_state(f, base={"voice": 0.5}), "state.base.distinct2"),
     "no measures": (lambda f: edit_state(f, base={}), "state.base.voice"),
     "no best": (lambda f: edit_state(f, best=None), '"state.best" is null'),
     "a best that is not finite": (

@@ -129,9 +129,7 @@ def valid_row(update: int, loss: float, phase: str = "dpo", voice: float = 0.5) 
         "eval_logps/chosen_per_token": -3.0,
         "eval_logps/rejected_per_token": -1.0,
         "eval_text/voice": voice,
-        "eval_text/greedy_voice": voice / 2,
         "eval_text/distinct2": 0.9,
-        "eval_text/greedy_distinct2": 0.8,
         "eval_text/self_ended": 1.0,
     }
 
@@ -377,10 +375,9 @@ def test_points_of_a_curve() -> None:
 
 
 def test_voice_is_drawn_over_both_phases() -> None:
-    """By hand: updates 0..4 fill 54..348, scores 0..1 fill 204..34. Greedy scores are half."""
-    sampled, greedy = charts.chart(METRICS, "voice", 2).curves
-    assert sampled.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
-    assert greedy.points == [(54, 204), (201, 161.5), (201, 161.5), (348, 119)]
+    """By hand: updates 0..4 fill 54..348, scores 0..1 fill 204..34."""
+    [curve] = charts.chart(METRICS, "voice", 2).curves
+    assert curve.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
 
 
 def test_shares_are_drawn_from_0_to_1() -> None:

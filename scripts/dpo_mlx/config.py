@@ -173,7 +173,7 @@ class TrainConfig:
     grad_checkpoint: bool = True
     scan_chunk: int | None = _number(64, low=1, high=4096)
     eval_every: int | None = _number(None, low=1, high=10**9)
-    eval_questions: int = _number(8, low=1, high=10**6)
+    eval_questions: int = _number(16, low=1, high=10**6)
     save_every: int | None = _number(None, low=1, high=10**9)
     restart: bool = False
     force: bool = False

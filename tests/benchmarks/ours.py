@@ -31,7 +31,7 @@ from dpo_mlx.training.checkpoint import Checkpoints, State
 from dpo_mlx.training.metrics import MetricsFile
 from dpo_mlx.training.schedule import groups
 from dpo_mlx.training.trainer import Examples, Trainer
-from dpo_mlx.voice.answers import GREEDY, NAMES
+from dpo_mlx.voice.answers import NAMES
 from mlx.utils import tree_flatten
 from mlx_lm.models import granitemoehybrid
 from mlx_lm.tuner.callbacks import TrainingCallback
@@ -41,7 +41,7 @@ PROMPT = 32  # tokens of a random pair's prompt
 SCAN_CHUNK = TrainConfig(learning_rate=0.0).scan_chunk
 LORA = LoraConfig(rank=common.LORA_RANK, scale=common.LORA_SCALE)
 # Answers are not sampled while training is measured.
-SILENT = {f"{prefix}{name}": 1.0 for prefix in ("", GREEDY) for name in NAMES}
+SILENT = dict.fromkeys(NAMES, 1.0)
 OFF = GuardConfig(enabled=False)
 
 

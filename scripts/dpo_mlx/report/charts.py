@@ -20,14 +20,10 @@ FRAME = {"width": 360, "height": 242, "left": 54, "right": 348, "top": 34, "bott
 
 # For each chart, its curves: metric, label in the legend, CSS classes ("valid" draws points).
 CURVES = {
-    "voice": (
-        ("eval_text/voice", "sampled", "tuned valid"),
-        ("eval_text/greedy_voice", "greedy", "tuned greedy valid"),
-    ),
+    "voice": (("eval_text/voice", "held-out questions", "tuned valid"),),
     "fluency": (
-        ("eval_text/distinct2", "distinct word pairs, sampled", "tuned valid"),
-        ("eval_text/greedy_distinct2", "distinct word pairs, greedy", "tuned greedy valid"),
-        ("eval_text/self_ended", "ended by itself, sampled", "ended valid"),
+        ("eval_text/distinct2", "distinct word pairs", "tuned valid"),
+        ("eval_text/self_ended", "ended by itself", "ended valid"),
     ),
     "loss": (("loss", "train", "tuned"), ("eval_loss", "held-out", "tuned valid")),
     "margin": (

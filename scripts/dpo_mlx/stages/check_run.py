@@ -208,7 +208,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         return tokens * cost.scored_token
 
     eval_count = min(config.train.eval_questions, len(work.valid))
-    evaluation = 2 * answering(eval_count, EVALUATED_AT_ONCE) + scoring(4 * eval_count * sequence)
+    evaluation = answering(eval_count, EVALUATED_AT_ONCE) + scoring(4 * eval_count * sequence)
     smoke_questions = min(config.smoke.questions, len(work.valid))
     fuse_tokens = 2 * sequence * min(config.fuse.check_pairs, len(work.valid))
     roundings = 1 if config.fuse.dtype == "float32" else 2
@@ -225,7 +225,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         + WRITE_OVER_READ * cost.model,
         SMOKE: 2 * cost.model
         + 2 * answering(smoke_questions, config.generation.batch_size)
-        + scoring(4 * held_out + 3 * smoke_questions * sequence),
+        + scoring(4 * held_out + 6 * smoke_questions * sequence),
     }
     return {script: value / 60 for script, value in seconds.items()}
 

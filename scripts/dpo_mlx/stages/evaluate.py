@@ -42,6 +42,7 @@ LABELS = {
     "longest_loop": "longest loop, in words",
     "self_ended": "share of answers that end by themselves",
     "base_logprob_per_token": "log-prob under the base model, nats per token",
+    "sense": "fit to its own question rather than another, nats per token",
     "median_tokens": "median length, in tokens",
     "copied": "share copied from your training answers, 8 words in a row or more",
 }

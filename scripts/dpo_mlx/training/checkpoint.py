@@ -29,7 +29,7 @@ from ..files.schema import Count
 from ..model.adapters import adapter_bytes, load_adapters, save_adapters
 from ..model.tensors import load_tensors, save_tensors
 from ..scoring.objectives import PHASES, SFT
-from ..voice.answers import GREEDY, NAMES, Measures
+from ..voice.answers import NAMES, Measures
 from .guard import Evaluation
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -138,7 +138,7 @@ class Contents:
             raise ValueError('"state.phase_start" is greater than "state.update"')
 
     def _require_measures(self, key: str, measures: Measures) -> None:
-        for name in (n for measure in NAMES for n in (measure, f"{GREEDY}{measure}")):
+        for name in NAMES:
             if name not in measures:
                 raise ValueError(f'lacks "state.{key}.{name}"; another version may have written it')
 

@@ -96,7 +96,6 @@ class ProgressBar(TrainingCallback):
             f" rejected {val_info['eval_logps/rejected_per_token']:.2f}"
             f"  | answers: voice {val_info['eval_text/voice']:.2f}"
             f"  distinct word pairs {val_info['eval_text/distinct2']:.2f}"
-            f" (greedy {val_info['eval_text/greedy_distinct2']:.2f})"
             f"  ended {val_info['eval_text/self_ended']:.0%}"
             f"  tokens {val_info['eval_text/median_tokens']:.0f}"
         )
