@@ -31,7 +31,7 @@ from dpo_mlx.data.encoding import Encoder
 from dpo_mlx.export import hugging_face, llama_cpp
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
-from dpo_mlx.files.results import Outcome
+from dpo_mlx.files.results import Evaluation, Outcome
 from dpo_mlx.model import fusing
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.report import card
@@ -94,7 +94,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 # What the model card says of training.
-TRAINING = asdict(Outcome(7, 6, 6, 0.5, [], "0" * 64))
+TRAINING = asdict(
+    Outcome(
+        7, 6, Evaluation(6, runs.wrote()), Evaluation(6, runs.wrote()), [], [], "0" * 64
+    )
+)
 
 
 def add_merge(tokenizer: Path) -> None:

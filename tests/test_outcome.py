@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from dpo_mlx.files.results import Outcome
+from dpo_mlx.files.results import Evaluation, Outcome
 from dpo_mlx.training.outcome import describe
+from runs import wrote
 
 REASON = "guard.max_distinct2_drop: the answers repeat themselves"
 
 
 def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = False) -> list[str]:
     reasons = [REASON] if stopped else []
-    return list(describe(Outcome(updates, sft_updates, kept_update, 0.56, reasons, "0" * 64)))
+    kept = Evaluation(kept_update, wrote(voice=0.56))
+    return list(describe(Outcome(updates, sft_updates, None, kept, reasons, [], "0" * 64)))
 
 
 @pytest.mark.parametrize(

@@ -199,12 +199,15 @@ class FuseConfig:
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig:
     questions: int = _number(16, low=1, high=10**6)
-    min_voice_share: float = _number(0.6, low=0.0, high=1.0)
-    min_voice_gain: float = _number(0.2, low=-1.0, high=1.0)
     max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_base_logprob_drop: float = _number(1.5, low=0.0, high=1e6)
     max_length_ratio: float = _number(3.0, low=1.0, high=1e6)
+    min_sense_ratio: float = _number(0.3, low=0.0, high=1.0)
+    max_copied: float = _number(0.1, low=0.0, high=1.0)
+    max_kl: float = _number(0.5, low=0.0, high=1e6)
+    min_instructions_ratio: float = _number(0.8, low=0.0, high=1.0)
+    max_choices_drop: float = _number(0.1, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

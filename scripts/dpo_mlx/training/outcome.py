@@ -18,7 +18,7 @@ def describe(outcome: Outcome) -> Iterator[str]:
         )
     yield (
         f"kept update {outcome.kept_update} of {outcome.updates} ({place(outcome)}): voice "
-        f"{outcome.voice:.2f}. {comparison(outcome)}"
+        f"{outcome.kept.voice:.2f}. {comparison(outcome)}"
     )
 
 

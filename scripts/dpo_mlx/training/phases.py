@@ -12,12 +12,12 @@ from ..files import digest, fingerprint, jsonl, ownership
 from ..files.errors import UserError
 from ..files.fingerprint import BEST_CHECKPOINT, DPO_ADAPTERS, SFT_ADAPTERS, TRAINING
 from ..files.model_files import ADAPTERS
-from ..files.results import Outcome
+from ..files.results import Measures, Outcome
 from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
 from ..model.adapters import copy_adapters, load_adapters
 from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
-from ..voice.answers import AnswerEvaluator, Measures
+from ..voice.answers import AnswerEvaluator
 from . import checkpoint, metrics
 from .checkpoint import CheckpointFingerprints, Checkpoints, State
 from .schedule import count_updates
@@ -39,7 +39,7 @@ class Phases:
         self.setup = setup
         questions = setup.raw[VALID][: config.train.eval_questions]
         self.evaluator = AnswerEvaluator(
-            setup.worker, setup.encoder, setup.classifier, questions, setup.generation, config.seed
+            setup.worker, setup.encoder, setup.author, questions, setup.generation, config.seed
         )
         pairs = len(setup.pairs[TRAIN])
         self.sft_updates = count_updates(Sft(config).settings, pairs)
@@ -88,9 +88,9 @@ class Phases:
         valid = _examples(self.setup.evaluated_pairs, references[VALID])
         self._train(DPO, Examples(train, valid))
 
-    def keep_best(self, stopped: list[str]) -> Outcome:
+    def keep_best(self, stopped: list[str], notes: list[str]) -> Outcome:
         """Copy the best checkpoint's adapters to the run's folder. `stopped` says why training
-        stopped early; it is empty otherwise.
+        stopped early; it is empty otherwise. `notes` are the preflight's.
         """
         best, folder = self.state.best, self.setup.config.run.adapters
         assert best is not None  # every phase begins with an evaluation
@@ -100,9 +100,10 @@ class Phases:
         return Outcome(
             updates=self.state.update,
             sft_updates=self.sft_updates,
-            kept_update=best.update,
-            voice=best.voice,
+            end_of_sft=self.state.end_of_sft if self.sft_updates else None,
+            kept=best,
             stopped=stopped,
+            notes=notes,
             adapters=digest.of_file(folder / ADAPTERS),
         )
 

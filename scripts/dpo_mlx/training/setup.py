@@ -26,6 +26,7 @@ from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory, reference
 from ..scoring.losses import Sides
+from ..voice.answers import Author
 from ..voice.voice_classifier import VoiceClassifier, fit_classifier
 from .schedule import pairs_per_update
 
@@ -35,7 +36,8 @@ class Setup:
     """Everything that stage 10 works on.
 
     `worker` holds the model with fresh adapters. `raw` and `pairs` are the pairs by split, as text
-    and as token ids. `need` is the peak memory. `fingerprint` is what the training depends on.
+    and as token ids. `notes` says what is
+    wrong with the pairs. `need` is the peak memory. `fingerprint` is what the training depends on.
     """
 
     config: Config
@@ -44,6 +46,8 @@ class Setup:
     raw: dict[str, list[Pair]]
     pairs: dict[str, list[EncodedPair]]
     classifier: VoiceClassifier
+    author: Author
+    notes: list[str]
     need: memory.Need
     fingerprint: Fingerprint
 
@@ -79,7 +83,8 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     """
     current = current or fingerprint.of(TRAINING, config.flat)
     raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
-    for note in check_pairs.check(raw[TRAIN], raw[VALID], config):
+    notes = check_pairs.check(raw[TRAIN], raw[VALID], config)
+    for note in notes:
         print(f"10: note: {note}")
     loaded, worker = distributed.load(config, train=True)
     if current["model files"] is None:  # the model was downloaded only now
@@ -92,7 +97,8 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     need = _require_memory(config, worker, encoder, raw, encoded)
     chosen, rejected = ([getattr(p, side) for p in raw[TRAIN]] for side in ("chosen", "rejected"))
     classifier = fit_classifier(chosen, rejected)
-    return Setup(config, worker, encoder, raw, encoded, classifier, need, current)
+    author = Author.of(raw[TRAIN], raw[VALID])
+    return Setup(config, worker, encoder, raw, encoded, classifier, author, notes, need, current)
 
 
 def _encode(

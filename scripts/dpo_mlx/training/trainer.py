@@ -16,6 +16,7 @@ from mlx.optimizers import clip_grad_norm
 from ..config import Config
 from ..data.encoding import EncodedAnswer, EncodedPair
 from ..files.errors import UserError
+from ..files.results import Evaluation, Measures
 from ..model import device
 from ..model.fusing import dtype_of
 from ..model.sampling import batch_seed
@@ -24,10 +25,9 @@ from ..process import signals
 from ..scoring import objectives
 from ..scoring.objectives import Example
 from ..scoring.scorer import MIN_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
-from ..voice.answers import Measures
 from . import checkpoint
 from .checkpoint import Checkpoints, SaveClock, State
-from .guard import Evaluation, better, crossed_limits
+from .guard import better, crossed_limits
 from .metrics import MetricsFile
 from .schedule import count_updates, groups, learning_rate
 
@@ -172,7 +172,7 @@ class Trainer:
         """Report an update, and save a checkpoint when one is due."""
         self.metrics.on_train_loss_report(row)
         self.state.update += 1
-        self.state.evaluated, self.state.measures = False, {}
+        self.state.evaluated, self.state.measures = False, None
         if self._is_save_due() or self._is_evaluation_due() or self.state.stopped:
             self._save()
 
@@ -189,12 +189,16 @@ class Trainer:
                 "iteration": state.update,
                 "phase": state.phase,
                 **{f"eval_{name}": value for name, value in metrics.items()},
-                **{f"eval_text/{name}": value for name, value in measures.items()},
+                **{f"eval_text/{name}": value for name, value in measures.means.items()},
             }
         )
         change = metrics["logps/chosen_change_per_token"]
+        assert state.base is not None  # every phase begins with it
         crossed = crossed_limits(self.config.guard, state.base, measures, change)
-        state.best = better(state.best, Evaluation.of(state.update, measures), crossed)
+        evaluation = Evaluation(state.update, measures)
+        state.best = better(state.best, evaluation, crossed)
+        if state.phase == objectives.SFT or state.updates_of_phase == 0:
+            state.end_of_sft = evaluation
         state.evaluated = True
         if self.config.guard.enabled:
             state.stopped = crossed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -9,19 +10,21 @@ import numpy as np
 from ..config import GenerationConfig
 from ..data.encoding import Encoder
 from ..data.pairs import STOP, Pair
+from ..files.results import Measures
 from ..model.sampling import EVALUATED_AT_ONCE, Answer, batches
 from ..parallel.worker import Worker
 from .fluency import distinct_bigrams, longest_loop
+from .habits import Trait, find_habits, measure_habits
 from .sense import LogProbs, log_probs_per_token, other_questions, sense
-from .voice_classifier import VoiceClassifier
+from .voice_scale import VoiceScale, voice_scale
 
-# Values by name: "voice" (mean score, 0 to 1), "distinct2" (share of word pairs that are
-# different), "longest_loop" (words), "self_ended" (share of answers), "base_logprob_per_token" and
-# "sense" (nats), "median_tokens".
-Measures = dict[str, float]
-
+# The means of an evaluation: "voice" (place on the voice scale), "habits" (share of the author's
+# habits that carried over), "distinct2" (share of word pairs that are different), "longest_loop"
+# (words), "self_ended" (share of answers), "base_logprob_per_token" and "sense" (nats),
+# "median_tokens".
 NAMES = (
     "voice",
+    "habits",
     "distinct2",
     "longest_loop",
     "self_ended",
@@ -31,14 +34,35 @@ NAMES = (
 )
 
 
+@dataclass(frozen=True)
+class Author:
+    """What the author's answers have and the base model's have not, from a run's pairs."""
+
+    scale: VoiceScale
+    habits: list[Trait]
+
+    @classmethod
+    def of(cls, train: list[Pair], valid: list[Pair]) -> Author:
+        return cls(voice_scale(train, valid), habits_of(train))
+
+
+def habits_of(train: list[Pair]) -> list[Trait]:
+    """The author's habits in the train pairs."""
+    return find_habits(
+        [pair.chosen for pair in train],
+        [pair.rejected for pair in train],
+        [pair.rejected_finish == STOP for pair in train],
+    )
+
+
 def measure(
     answers: list[Answer],
     questions: list[Pair],
-    classifier: VoiceClassifier,
+    author: Author,
     log_probs: LogProbs,
     encoder: Encoder,
 ) -> Measures:
-    """The means over answers, one for each question. `log_probs` are the base model's.
+    """The measures of answers, one for each question. `log_probs` are the base model's.
 
     "base_logprob_per_token" is -inf when every answer is empty.
     """
@@ -47,8 +71,10 @@ def measure(
         log_probs_per_token(asked, answers, log_probs, encoder)
         for asked in (questions, other_questions(questions))
     )
-    return {
-        "voice": float(classifier.probability(texts).mean()),
+    voice = author.scale.places(texts)
+    means = {
+        "voice": float(voice.mean()),
+        "habits": _carried_share(author.habits, questions, texts),
         "distinct2": float(np.mean([distinct_bigrams(text) for text in texts])),
         "longest_loop": float(np.mean([longest_loop(text) for text in texts])),
         "self_ended": float(np.mean([answer.finish == STOP for answer in answers])),
@@ -56,6 +82,14 @@ def measure(
         "sense": float(sense(after_own, after_other).mean()),
         "median_tokens": float(np.median([answer.tokens for answer in answers])),
     }
+    return Measures(voice.tolist(), means)
+
+
+def _carried_share(habits: list[Trait], questions: list[Pair], texts: list[str]) -> float:
+    """The share of the habits that carried over into the texts. 1 when there is no habit."""
+    sides = [pair.chosen for pair in questions], [pair.rejected for pair in questions]
+    results = measure_habits(habits, *sides, texts)
+    return float(np.mean([result["carried"] for result in results])) if results else 1.0
 
 
 def _mean_of_numbers(values: np.ndarray) -> float:
@@ -74,14 +108,14 @@ class AnswerEvaluator:
         self,
         worker: Worker,
         encoder: Encoder,
-        classifier: VoiceClassifier,
+        author: Author,
         questions: list[Pair],
         generation: GenerationConfig,
         seed: int,
     ) -> None:
         self._worker = worker
         self._encoder = encoder
-        self._classifier = classifier
+        self._author = author
         self._questions = questions
         self._generation = generation
         self._seed = seed
@@ -101,4 +135,4 @@ class AnswerEvaluator:
         )
         answers = [answer for batch in by_batch for answer in batch]
         log_probs = partial(self._worker.log_probs, without_adapters=True)
-        return measure(answers, self._questions, self._classifier, log_probs, self._encoder)
+        return measure(answers, self._questions, self._author, log_probs, self._encoder)
