@@ -1,9 +1,11 @@
-"""A voice measure that another voice does not fool.
+"""How much of an author's voice a text has, which another writer's voice does not fool.
 
 A classifier of the author's answers against the base model's takes whatever the base model does not
-write as a sign of the author: two other writers' answers got 36% and 63% of the author's score.
-A signature counts only what the author does and the base model does not. What it lacks tells
-nothing, so another writer has little of it.
+write as a sign of the author: it gave two other writers 36% and 63% of the author's score. A
+signature counts only what the author does and the base model does not; what a text lacks says
+nothing. It gave the same writers -2% and 3%, the base model's answers with a bold first sentence,
+as the author writes it, 29%, and the author's with half of their sentences replaced by the base
+model's 48% (48 questions of the sample).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Signature:
 
     def _evidence(self, ngrams: np.ndarray) -> float:
         total = self.weights[np.isin(self.ngrams, ngrams, assume_unique=True)].sum()
-        return float(total / np.sqrt(max(len(ngrams), self.typical_count)))
+        return float(total / np.sqrt(max(len(ngrams), self.typical_count, 1)))
 
 
 def find_signature(author: Sequence[str], base: Sequence[str]) -> Signature:
@@ -55,7 +57,8 @@ def find_signature(author: Sequence[str], base: Sequence[str]) -> Signature:
     An n-gram belongs to it when the shares of the answers that contain it differ by more than
     chance, and counts with the square of their difference: what the author does in every answer
     tells more than what the author does a little more often, as any other writer might. Without
-    such n-grams all evidence is 0. Raises ValueError when a side is empty.
+    such n-grams all evidence is 0, and there is no way from floor to ceiling. Raises ValueError
+    when a side is empty.
     """
     if not author or not base:
         raise ValueError("a signature needs answers of the author and of the base model")
