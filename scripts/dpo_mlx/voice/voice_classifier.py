@@ -1,4 +1,8 @@
-"""A classifier that tells chosen answers, which are in the voice, from rejected ones."""
+"""A classifier that tells chosen answers, which are in the voice, from rejected ones.
+
+It says whether the two can be told apart at all. It does not measure a voice: it takes all that the
+base model does not write for the author (see signature.py).
+"""
 
 from __future__ import annotations
 
