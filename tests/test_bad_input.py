@@ -424,8 +424,8 @@ CASES: dict[str, Case] = {
         says=("x\\n\\x1b: 1 -> None",),
         more=("--limit", "12"),
     ),
-    "a voice that is no share": forged(
-        "run/outcome.json", "10", '"voice" is not between 0 and 1', voice=float("nan")
+    "no record of what was kept": forged(
+        "run/outcome.json", "10", '"kept.measures" is missing', kept={"update": 1}
     ),
     "the base model is gone": replace(
         model(lambda f: shutil.rmtree(f), "model other: is not on this machine", script="13")

@@ -6,14 +6,16 @@ import ast
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import yaml
 from dpo_mlx import config
+from dpo_mlx.files.results import Evaluation
 from dpo_mlx.files.text import one_line
 from dpo_mlx.report import card, templates
+from runs import wrote
 
 FUSE = {
     "pairs": 4,
@@ -39,12 +41,13 @@ HOSTILE = {
 }
 
 
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "updates": 7,
     "sft_updates": 6,
-    "kept_update": 6,
-    "voice": 0.5,
+    "end_of_sft": None,
+    "kept": asdict(Evaluation(6, wrote(voice=0.5))),
     "stopped": [],
+    "notes": [],
     "adapters": "0" * 64,
 }
 

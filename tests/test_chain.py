@@ -39,8 +39,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, An
         "generation.max_tokens": 16,
         "train.learning_rate": "1e-3",
         "smoke.questions": 4,
-        "smoke.min_voice_share": 0,
-        "smoke.min_voice_gain": -1,
         "smoke.max_distinct2_drop": 1,
         "smoke.min_self_ended_ratio": 0,
         "smoke.max_base_logprob_drop": 100,

@@ -95,9 +95,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 # What the model card says of training.
 TRAINING = asdict(
-    Outcome(
-        7, 6, Evaluation(6, runs.wrote()), Evaluation(6, runs.wrote()), [], [], "0" * 64
-    )
+    Outcome(7, 6, Evaluation(6, runs.wrote()), Evaluation(6, runs.wrote()), [], [], "0" * 64)
 )
 
 
@@ -132,7 +130,7 @@ def test_trl_s_evaluation_of_the_export_is_what_was_reported(finished, tmp_path)
         processing_class=AutoTokenizer.from_pretrained(finished.at("hf")),
     )
     theirs = trainer.evaluate()
-    kept = jsonl.read_json(finished.at("outcome.json"))["kept_update"]
+    kept = jsonl.read_json(finished.at("outcome.json"))["kept"]["update"]
     rows = jsonl.read_whole_lines(finished.at("metrics.jsonl"))
     [ours] = [row for row in rows if row["iteration"] == kept and "eval_loss" in row]
     rewards = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
@@ -329,7 +327,7 @@ def test_the_card_says_what_it_is(finished):
         "| DPO | 1 epoch at 0.001, loss sigmoid, beta 0.1 |",
         "these weights are the checkpoint after update 7 (the end of DPO). DPO improved on",
         f"Fusing kept {100 * report['fuse']['margin_kept']:.1f}% of the adapters' margin",
-        f"| voice, 0 to 1 | {report['voice']['base']:.2f} | {report['voice']['tuned']:.2f} |",
+        f"Grade: **{report['verdict']['grade']}**.",
         f"| distinct2 | {report['fluency']['distinct2']['base']:.3g} |",
         "mlx_lm.generate --model fused --temp 0.7 --top-p 0.95",
         "AutoModelForCausalLM.from_pretrained",

@@ -172,7 +172,7 @@ def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
     for _ in range(2):
         assert not train_dpo(config)
         outcome = json.loads((config.run.path / "outcome.json").read_text())
-        assert (outcome["updates"], outcome["kept_update"]) == (4, 2)
+        assert (outcome["updates"], outcome["kept"]["update"]) == (4, 2)
         assert outcome["stopped"][0].startswith("guard.min_self_ended_ratio")
         assert of_phase(config, "dpo") == []
         assert not (config.run.path / END_OF_SFT).exists()
@@ -307,7 +307,7 @@ def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
     train_dpo(warmed())
     config = warmed(epochs=0)
     assert train_dpo(config)
-    assert jsonl.read_json(config.run.path / "outcome.json")["kept_update"] == 7
+    assert jsonl.read_json(config.run.path / "outcome.json")["kept"]["update"] == 7
     assert not (config.run.path / END_OF_SFT).exists()
     kept, own = (saved(config.run.path / name) for name in ("adapters", "checkpoints/dpo-000007"))
     assert differences(kept, own) == 0

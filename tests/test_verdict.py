@@ -135,7 +135,8 @@ def test_grades_by_hand(changes: dict[str, Any], grade: str, reasons: list[str])
 def test_on_the_way_says_how_far_and_what_is_missing() -> None:
     """With its interval, and the strongest habit that the tuned answers do not have."""
     summary = verdict(report(voice__way=way(0.3), habits=habits(2, 5)), LIMITS)["summary"]
-    assert "40% of the way from the base model's to yours (with 95% confidence 30% to 50%)" in summary
+    assert "40% of the way from the base model's to yours" in summary
+    assert "(with 95% confidence 30% to 50%)" in summary
     assert "with 2 of 5 of your habits" in summary
     assert "Missing first of all: habit 0 (you 100%, tuned model 25%)" in summary
 

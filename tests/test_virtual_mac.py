@@ -242,8 +242,6 @@ def test_stand_ins_answer_as_macos(tmp_path: Path) -> None:
 
 # The smoke test's limits at values that no random model crosses.
 NO_LIMITS = {
-    "min_voice_share": 0,
-    "min_voice_gain": -1,
     "max_distinct2_drop": 1,
     "min_self_ended_ratio": 0,
     "max_base_logprob_drop": 100,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-
 from ..data.pairs import Pair
 from ..files.results import Evaluation, Measures, Outcome
 from ..model.sampling import Answer

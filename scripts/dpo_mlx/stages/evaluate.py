@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict
 
-from ..config import Config, GenerationConfig
+from ..config import Config
 from ..data import encoding, pairs
 from ..data.encoding import EncodedPair, Encoder
 from ..data.pairs import LENGTH, STOP, Pair

@@ -30,14 +30,14 @@ def crossed_limits(
     drop = base_means["distinct2"] - means["distinct2"]
     if not drop <= limits.max_distinct2_drop:
         crossed.append(
-            f"guard.max_distinct2_drop: distinct word pairs fell from {base_means['distinct2']:.2f} "
-            f"to {means['distinct2']:.2f}: the answers repeat themselves"
+            "guard.max_distinct2_drop: distinct word pairs fell from "
+            f"{base_means['distinct2']:.2f} to {means['distinct2']:.2f}: the answers repeat themselves"
         )
     if not means["self_ended"] >= limits.min_self_ended_ratio * base_means["self_ended"]:
         crossed.append(
             f"guard.min_self_ended_ratio: {means['self_ended']:.0%} of the answers end by "
-            f"themselves, against {base_means['self_ended']:.0%} of the base model's: the model forgets "
-            "to stop"
+            f"themselves, against {base_means['self_ended']:.0%} of the base model's: the model "
+            "forgets to stop"
         )
     if not -chosen_change <= limits.max_chosen_drop:
         crossed.append(

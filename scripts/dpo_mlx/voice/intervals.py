@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -21,6 +22,14 @@ SEED = 0
 Values = Sequence[float] | np.ndarray
 
 
+class IntervalValues(TypedDict):
+    """An Interval in report.json."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Interval:
     """A figure, and the low and the high end of its 95% interval."""
@@ -28,6 +37,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    @property
+    def values(self) -> IntervalValues:
+        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def mean(values: Values) -> Interval:
