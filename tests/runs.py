@@ -66,7 +66,7 @@ NO_LIMITS: dict[str, Any] = {
     "max_length_ratio": 1000,
     "min_sense_ratio": 0,
     "max_copied": 1,
-    "max_kl": 1000,
+    "max_divergence": 1000,
     "min_instructions_ratio": 0,
     "max_choices_drop": 1,
 }

@@ -89,9 +89,9 @@ REPORT: dict[str, Any] = {
         "adapters": "0" * 64,
     },
     "cost": {
-        "kl": {"value": 0.125, "low": 0.1, "high": 0.15, "count": 50},
-        "instructions": {"base": 0.5, "tuned": 0.25, "count": 40},
-        "choices": {"base": 0.75, "tuned": 0.5, "count": 60},
+        "divergence": {"value": 0.125, "low": 0.1, "high": 0.15},
+        "instructions": {"base": 0.5, "tuned": 0.25, "tasks": 40, "lost": 12, "gained": 2},
+        "choices": {"base": 0.75, "tuned": 0.5, "tasks": 60, "lost": 20, "gained": 5},
     },
     "dpo_added": {
         "end_of_sft": wrote(voice=0.5).means,
@@ -250,7 +250,7 @@ def test_page_loads_nothing_from_anywhere() -> None:
 
 def test_reasons_are_shown_in_words() -> None:
     """A reader who cannot tell the colours apart still sees why it failed."""
-    reasons = ["smoke.max_kl: 0.9, but at most 0.5 is allowed"]
+    reasons = ["smoke.max_divergence: 0.9, but at most 0.5 is allowed"]
     report = changed(verdict={"passed": False, "grade": "costs too much", "reasons": reasons})
     page = Page(html_report.render(report, METRICS))
     assert page.heading == "Costs too much" and reasons[0] in page.text

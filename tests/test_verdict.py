@@ -16,7 +16,7 @@ LIMITS = SmokeConfig(
     max_length_ratio=2.0,
     min_sense_ratio=0.5,
     max_copied=0.25,
-    max_kl=0.5,
+    max_divergence=0.5,
     min_instructions_ratio=0.75,
     max_choices_drop=0.125,
 )
@@ -55,7 +55,7 @@ def report(**changes: Any) -> dict[str, Any]:
         },
         "habits": habits(2, 3),
         "cost": {
-            "kl": {"value": 0.5},
+            "divergence": {"value": 0.5},
             "instructions": {"base": 0.5, "tuned": 0.375},
             "choices": {"base": 0.75, "tuned": 0.625},
         },
@@ -73,7 +73,7 @@ WAY, HABITS = "voice__way", "habits"
 REPEATS, UNNATURAL = "fluency__distinct2__tuned", "fluency__base_logprob_per_token__tuned"
 ENDED, LENGTH = "fluency__self_ended__tuned", "fluency__median_tokens__tuned"
 SENSE, COPIED = "fluency__sense__tuned", "fluency__copied__tuned"
-KL, INSTRUCTIONS = "cost__kl__value", "cost__instructions__tuned"
+DIVERGENCE, INSTRUCTIONS = "cost__divergence__value", "cost__instructions__tuned"
 CHOICES = "cost__choices__tuned"
 
 
@@ -112,14 +112,14 @@ CHOICES = "cost__choices__tuned"
         ({SENSE: -1.0, "fluency__sense__chosen": 0.0}, "in your voice", []),
         ({COPIED: 0.38}, "degenerated", ["max_copied"]),
         # Each limit of cost.
-        ({KL: 0.51}, "costs too much", ["max_kl"]),
-        ({KL: math.nan}, "costs too much", ["max_kl"]),
+        ({DIVERGENCE: 0.51}, "costs too much", ["max_divergence"]),
+        ({DIVERGENCE: math.nan}, "costs too much", ["max_divergence"]),
         ({INSTRUCTIONS: 0.37}, "costs too much", ["min_instructions_ratio"]),
         ({INSTRUCTIONS: 0.0, "cost__instructions__base": 0.0}, "in your voice", []),
         ({CHOICES: 0.62}, "costs too much", ["max_choices_drop"]),
         # The worst grade counts, and every reason is told.
-        ({WAY: way(0.0), KL: 9.0}, "costs too much", ["max_kl"]),
-        ({WAY: way(0.0), KL: 9.0, REPEATS: 0.0}, "degenerated", ["max_distinct2_drop", "max_kl"]),
+        ({WAY: way(0.0), DIVERGENCE: 9.0}, "costs too much", ["max_divergence"]),
+        ({WAY: way(0.0), DIVERGENCE: 9.0, REPEATS: 0.0}, "degenerated", ["max_distinct2_drop", "max_divergence"]),
     ],
 )
 def test_grades_by_hand(changes: dict[str, Any], grade: str, reasons: list[str]) -> None:

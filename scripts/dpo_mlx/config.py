@@ -205,7 +205,7 @@ class SmokeConfig:
     max_length_ratio: float = _number(3.0, low=1.0, high=1e6)
     min_sense_ratio: float = _number(0.3, low=0.0, high=1.0)
     max_copied: float = _number(0.1, low=0.0, high=1.0)
-    max_kl: float = _number(0.5, low=0.0, high=1e6)
+    max_divergence: float = _number(0.5, low=0.0, high=1e6)
     min_instructions_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_choices_drop: float = _number(0.1, low=0.0, high=1.0)
 

@@ -22,7 +22,7 @@ EVALUATED = (
     ("distinct2", "Distinct word pairs", ".2f"),
     ("self_ended", "Ended by itself", ".0%"),
     ("sense", "Fits its question, nats per token", ".2f"),
-    ("kl", "Distance from the base model, nats per token", ".2f"),
+    ("divergence", "Distance from the base model, nats per token", ".2f"),
 )
 
 

@@ -133,7 +133,7 @@ def _too_expensive(cost: Report, limits: SmokeConfig) -> list[str]:
     """A line for each limit on what training cost elsewhere."""
     instructions, choices = cost["instructions"], cost["choices"]
     return [
-        *_at_most("smoke.max_kl", cost["kl"]["value"], limits.max_kl),
+        *_at_most("smoke.max_divergence", cost["divergence"]["value"], limits.max_divergence),
         *_at_least(
             "smoke.min_instructions_ratio",
             instructions["tuned"] / instructions["base"] if instructions["base"] else math.inf,

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from ..config import Config
 from ..data import encoding, pairs
-from ..data.encoding import EncodedPair, Encoder
+from ..data.encoding import EncodedAnswer, EncodedPair, Encoder
 from ..data.pairs import LENGTH, STOP, Pair
 from ..files import atomic, fingerprint, jsonl, model_files, ownership, records, results
 from ..files.errors import UserError
@@ -29,7 +29,7 @@ from ..training.outcome import comparison
 from ..training.setup import answer_settings, reference_fingerprint
 from ..voice import cost
 from ..voice.answers import Author, measure
-from ..voice.cost import Cost, ModelCost
+from ..voice.cost import Cost
 from ..voice.habits import HabitResult
 
 Report = dict[str, Any]
@@ -90,35 +90,39 @@ class Task:
     encoder: Encoder
     pairs: dict[str, list[Pair]]
     encoded: list[EncodedPair]
-    prompts: cost.Prompts
+    unrelated: cost.Tasks
 
     @property
     def questions(self) -> list[Pair]:
         return self.pairs[VALID][: self.config.smoke.questions]
 
+    def unrelated_results(self, worker: Worker, answers: list[EncodedAnswer]) -> cost.ModelResults:
+        batch_size = self.config.generation.batch_size
+        return cost.measure(worker, self.encoder, self.unrelated, answers, batch_size)
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model's answers to the held-out questions and to the unrelated prompts, and its
-    share of what training may cost.
+    """The base model's answers to the held-out questions and to unrelated prompts, and its results
+    on unrelated tasks.
     """
 
     answers: list[Answer]
-    prompt_answers: cost.BaseAnswers
-    ability: ModelCost
+    unrelated_answers: list[EncodedAnswer]
+    unrelated: cost.ModelResults
 
 
 @dataclass(frozen=True)
 class TunedModel:
     """The fused model's answers to the held-out questions, also under another system message (None
-    when the chat template has none), its log-probs of all valid pairs in nats, and what it kept of
-    the base model's ability.
+    when the chat template has none), its log-probs of all valid pairs in nats, and its results on
+    unrelated tasks.
     """
 
     answers: list[Answer]
     other_answers: list[Answer] | None
     log_probs: list[Sides[float]]
-    ability: ModelCost
+    unrelated: cost.ModelResults
 
 
 def evaluate(config: Config) -> bool:
@@ -170,9 +174,11 @@ def _of_base(config: Config) -> tuple[Task, BaseModel]:
     _require_memory(task, loaded)
     worker = Worker(loaded.model, loaded.tokenizer)
     answers = sample_answers(worker, task.questions, encoder, config)
-    prompt_answers = cost.base_answers(worker, encoder, task.prompts, config.seed)
-    ability = cost.measure(worker, encoder, task.prompts, prompt_answers)
-    return task, BaseModel(answers, prompt_answers, ability)
+    unrelated_answers = cost.base_answers(
+        worker, encoder, task.unrelated.prompts, generation.batch_size, config.seed
+    )
+    unrelated = task.unrelated_results(worker, unrelated_answers)
+    return task, BaseModel(answers, unrelated_answers, unrelated)
 
 
 def _of_tuned(task: Task, base: BaseModel) -> TunedModel:
@@ -189,7 +195,7 @@ def _of_tuned(task: Task, base: BaseModel) -> TunedModel:
         sample_answers(worker, task.questions, encoder, config),
         other_answers,
         log_probs(worker, task.encoded),
-        cost.measure(worker, encoder, task.prompts, base.prompt_answers),
+        task.unrelated_results(worker, base.unrelated_answers),
     )
 
 
@@ -234,7 +240,7 @@ def _compare(task: Task, base: BaseModel, tuned: TunedModel, digests: Fingerprin
         "voice": sections.voice(author, train, answers, tuned.other_answers),
         "fluency": sections.fluency(measures, train, answers),
         "habits": sections.habits(author, answers),
-        "cost": cost.compare(base.ability, tuned.ability),
+        "cost": cost.compare(base.unrelated_answers, base.unrelated, tuned.unrelated),
         "dpo_added": sections.dpo_added(outcome),
         "preference": _preference(task, tuned, worker, digests),
         "fuse": results.read_fuse_report(config.run),
@@ -313,7 +319,7 @@ def _print_cost(values: Cost) -> None:
     for name in ("instructions", "choices"):
         base, tuned = values[name]["base"], values[name]["tuned"]
         print(f"    {COST_LABELS[name]}: base model {base:.0%}, tuned model {tuned:.0%}")
-    print(f"    distance from the base model: {values['kl']['value']:.2f} nats per token")
+    print(f"    distance from the base model: {values['divergence']['value']:.2f} nats per token")
 
 
 def _print(report: Report, outcome: Outcome) -> None:
