@@ -206,6 +206,15 @@ def test_evidence_by_hand():
     )
 
 
+def test_ngrams_are_of_whole_characters():
+    """A dash counts once by itself and once with each neighbour; a Chinese character as a word."""
+    signature = find_signature(["a — 好的"] * 20, ["a"] * 20)
+    codes = [int(code).to_bytes(8, "big").lstrip(b"\0")[1:].decode() for code in signature.ngrams]
+    start = "\x02"
+    expected = ["—", " —", "— ", " — ", "a —", "a — ", "好", "的", " 好", "好的", f"{start}a "]
+    assert sorted(codes) == sorted([*expected, f"{start}a —"])
+
+
 def test_a_difference_that_may_be_chance_does_not_count():
     """6 of 20 against none have a difference of 0.3 and a z of 2.9; with 12 of 40, 4.1."""
     few = find_signature(["abc"] * 6 + ["x"] * 14, ["x"] * 20)

@@ -17,7 +17,8 @@ import numpy as np
 
 from .habits import MIN_Z
 
-# N-grams of bytes in UTF-8: 3 to 6 letters of the Latin alphabet, 1 or 2 Chinese characters.
+# Bytes in UTF-8 of an n-gram: 3 to 6 letters of the Latin alphabet, 2 or 3 Cyrillic ones, 1 or 2
+# Chinese characters.
 SHORTEST, LONGEST = 3, 6
 # Stands before a text, so that an n-gram can mean "at the start".
 START = b"\x02"
@@ -84,11 +85,17 @@ def _variance(share: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def _ngrams(text: str) -> np.ndarray:
-    """The different n-grams of a text as sorted numbers: a 1 and then their bytes."""
+    """The different n-grams of a text as sorted numbers: a 1 and then their bytes.
+
+    N-grams are of whole characters: with parts of them a dash, which has 3 bytes, would count
+    several times.
+    """
     data = np.frombuffer(START + text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    between_characters = np.append(data & 0xC0 != 0x80, True)
     codes, by_length = np.ones(len(data) + 1, dtype=np.uint64), []
     for length in range(1, LONGEST + 1):
         codes = codes[:-1] << np.uint64(8) | data[length - 1 :]
         if length >= SHORTEST:
-            by_length.append(codes)
+            whole = between_characters[: len(codes)] & between_characters[length:]
+            by_length.append(codes[whole])
     return np.unique(np.concatenate(by_length))
