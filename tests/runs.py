@@ -85,6 +85,7 @@ def wrote(**changes: float) -> Measures:
         "base_logprob_per_token": -1.0,
         "sense": 0.5,
         "median_tokens": 8.0,
+        "divergence": 0.0,
         **changes,
     }
     return Measures([means["voice"]], means)

@@ -44,4 +44,9 @@ def crossed_limits(
             f"guard.max_chosen_drop: your answers fell by {-chosen_change:.2f} nats per token "
             "below the reference: the model finds them less likely than at the start of this phase"
         )
+    if not means["divergence"] <= limits.max_divergence:
+        crossed.append(
+            f"guard.max_divergence: on unrelated prompts the model is {means['divergence']:.2f} "
+            "nats per token away from the base model: it changes more than the voice"
+        )
     return crossed

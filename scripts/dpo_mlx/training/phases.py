@@ -17,12 +17,17 @@ from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
 from ..model.adapters import copy_adapters, load_adapters
 from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
+from ..voice import cost
 from ..voice.answers import AnswerEvaluator
 from . import checkpoint, metrics
 from .checkpoint import CheckpointFingerprints, Checkpoints, State
 from .schedule import count_updates
 from .setup import Setup, load_reference
 from .trainer import Examples, Trainer
+
+# Unrelated prompts on which an evaluation measures how far the model is from the base model: they
+# take about as long as scoring the answers to the questions.
+PROMPTS = 16
 
 PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
 
@@ -39,7 +44,13 @@ class Phases:
         self.setup = setup
         questions = setup.raw[VALID][: config.train.eval_questions]
         self.evaluator = AnswerEvaluator(
-            setup.worker, setup.encoder, setup.author, questions, setup.generation, config.seed
+            setup.worker,
+            setup.encoder,
+            setup.author,
+            questions,
+            cost.load().prompts[:PROMPTS],
+            setup.generation,
+            config.seed,
         )
         pairs = len(setup.pairs[TRAIN])
         self.sft_updates = count_updates(Sft(config).settings, pairs)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 
 from ..config import GenerationConfig
-from ..data.encoding import Encoder
+from ..data.encoding import EncodedAnswer, Encoder
 from ..data.pairs import STOP, Pair
 from ..files.results import Measures
 from ..model.sampling import EVALUATED_AT_ONCE, Answer, batches
 from ..parallel.worker import Worker
+from .cost import base_answers, divergence
 from .fluency import distinct_bigrams, longest_loop
 from .habits import Trait, find_habits, measure_habits
 from .sense import LogProbs, log_probs_per_token, other_questions, sense
@@ -21,7 +22,8 @@ from .voice_scale import VoiceScale, voice_scale
 # The means of an evaluation: "voice" (place on the voice scale), "habits" (share of the author's
 # habits that carried over), "distinct2" (share of word pairs that are different), "longest_loop"
 # (words), "self_ended" (share of answers), "base_logprob_per_token" and "sense" (nats),
-# "median_tokens".
+# "median_tokens", and in training "divergence" (from the base model on unrelated prompts, nats).
+DIVERGENCE = "divergence"
 NAMES = (
     "voice",
     "habits",
@@ -31,6 +33,7 @@ NAMES = (
     "base_logprob_per_token",
     "sense",
     "median_tokens",
+    DIVERGENCE,
 )
 
 
@@ -101,7 +104,9 @@ def _mean_of_numbers(values: np.ndarray) -> float:
 class AnswerEvaluator:
     """Asks a model held-out questions while it trains, and measures its answers.
 
-    The model answers as it does in stage 06. Sampling seeds MLX's random state.
+    The model answers as it does in stage 06. `prompts` are unrelated to the questions; the base
+    model answers them once, and then each evaluation measures the divergence on these answers.
+    Sampling seeds MLX's random state.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class AnswerEvaluator:
         encoder: Encoder,
         author: Author,
         questions: list[Pair],
+        prompts: list[str],
         generation: GenerationConfig,
         seed: int,
     ) -> None:
@@ -117,18 +123,32 @@ class AnswerEvaluator:
         self._encoder = encoder
         self._author = author
         self._questions = questions
+        self._prompts = prompts
         self._generation = generation
         self._seed = seed
 
     def __call__(self) -> Measures:
         """The measures of the model's answers now."""
-        return self._measures(without_adapters=False)
+        measures = self._measure_answers(without_adapters=False)
+        base_answers, base_log_probs = self._unrelated
+        log_probs = self._worker.log_probs(base_answers)
+        now = divergence(base_answers, base_log_probs, log_probs)["value"]
+        return replace(measures, means={**measures.means, DIVERGENCE: now})
 
     def base(self) -> Measures:
         """The same measures for the model without its adapters."""
-        return self._measures(without_adapters=True)
+        measures = self._measure_answers(without_adapters=True)
+        return replace(measures, means={**measures.means, DIVERGENCE: 0.0})
 
-    def _measures(self, without_adapters: bool) -> Measures:
+    @cached_property
+    def _unrelated(self) -> tuple[list[EncodedAnswer], list[float]]:
+        """The base model's answers to the unrelated prompts, and its log-probs of them in nats."""
+        answers = base_answers(
+            self._worker, self._encoder, self._prompts, EVALUATED_AT_ONCE, self._seed, True
+        )
+        return answers, self._worker.log_probs(answers, without_adapters=True)
+
+    def _measure_answers(self, without_adapters: bool) -> Measures:
         prompts = [self._encoder.prompt_ids(question.prompt) for question in self._questions]
         by_batch = self._worker.answers(
             batches(prompts, EVALUATED_AT_ONCE, self._seed), self._generation, without_adapters
