@@ -16,10 +16,12 @@ from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batc
 from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.voice.answers import AnswerEvaluator, Author, measure
-from runs import differences
+from dpo_mlx.voice.habits import measure_habits
+from runs import TRAIN, differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
-AUTHOR = Author.of(ASKED, ASKED)
+AUTHOR = Author.of(TRAIN, ASKED)
+UNRELATED = ["Say hello.", "Count to three."]
 
 
 @pytest.fixture
@@ -51,11 +53,14 @@ def test_measures_by_hand(llama: Path) -> None:
         for p, a in zip(reversed(ASKED), answers, strict=True)
     ]
     other = [scorer.log_prob(s) / s.answer_length for s in swapped]
-    places = AUTHOR.scale.places(["a b a b", "c d"])
-    assert found.voice == pytest.approx(places)
+    texts = [answer.text for answer in answers]
+    places = AUTHOR.scale.places(texts)
+    sides = [p.chosen for p in ASKED], [p.rejected for p in ASKED]
+    habits = measure_habits(AUTHOR.habits, *sides, texts)
+    assert found.voice == pytest.approx(places) and AUTHOR.scale.ceiling > AUTHOR.scale.floor
     assert found.means == {
         "voice": pytest.approx(places.mean()),
-        "habits": 1.0,  # two pairs have none
+        "habits": pytest.approx(sum(habit["carried"] for habit in habits) / len(habits)),
         "distinct2": pytest.approx((2 / 3 + 1) / 2),
         "longest_loop": 1.0,
         "self_ended": 0.5,
@@ -77,7 +82,9 @@ def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> 
 
     monkeypatch.setattr(Worker, "answers", answers)
     worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
-    found = AnswerEvaluator(worker, encoder, AUTHOR, asked, GenerationConfig(max_tokens=8), 0)()
+    found = AnswerEvaluator(
+        worker, encoder, AUTHOR, asked, UNRELATED, GenerationConfig(max_tokens=8), 0
+    )()
     assert made == [EVALUATED_AT_ONCE, 1]
     assert found.means["distinct2"] == 0.5
 
@@ -103,6 +110,7 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
             Encoder(loaded.tokenizer),
             AUTHOR,
             ASKED,
+            UNRELATED,
             GenerationConfig(max_tokens=8),
             0,
         )
@@ -138,7 +146,9 @@ def test_watching_changes_nothing_that_is_learned(dropout: float, make: Any) -> 
         run = make(eval_every=eval_every, grad_accumulation=3, lora={"dropout": dropout}, guard=off)
         short = GenerationConfig(max_tokens=4, temperature=1.0)
         worker = Worker(run.model, run.encoder.tokenizer)
-        run.trainer.measure_answers = AnswerEvaluator(worker, run.encoder, AUTHOR, ASKED, short, 0)
+        run.trainer.measure_answers = AnswerEvaluator(
+            worker, run.encoder, AUTHOR, ASKED, UNRELATED, short, 0
+        )
         return run.run().adapters
 
     assert differences(adapters(1), adapters(100)) == 0

@@ -119,7 +119,11 @@ CHOICES = "cost__choices__tuned"
         ({CHOICES: 0.62}, "costs too much", ["max_choices_drop"]),
         # The worst grade counts, and every reason is told.
         ({WAY: way(0.0), DIVERGENCE: 9.0}, "costs too much", ["max_divergence"]),
-        ({WAY: way(0.0), DIVERGENCE: 9.0, REPEATS: 0.0}, "degenerated", ["max_distinct2_drop", "max_divergence"]),
+        (
+            {WAY: way(0.0), DIVERGENCE: 9.0, REPEATS: 0.0},
+            "degenerated",
+            ["max_distinct2_drop", "max_divergence"],
+        ),
     ],
 )
 def test_grades_by_hand(changes: dict[str, Any], grade: str, reasons: list[str]) -> None:

@@ -31,7 +31,8 @@ def crossed_limits(
     if not drop <= limits.max_distinct2_drop:
         crossed.append(
             "guard.max_distinct2_drop: distinct word pairs fell from "
-            f"{base_means['distinct2']:.2f} to {means['distinct2']:.2f}: the answers repeat themselves"
+            f"{base_means['distinct2']:.2f} to {means['distinct2']:.2f}: the answers repeat "
+            "themselves"
         )
     if not means["self_ended"] >= limits.min_self_ended_ratio * base_means["self_ended"]:
         crossed.append(
