@@ -47,9 +47,11 @@ RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
 # The metrics of an evaluation in the table: (column, metric, number format).
 COLUMNS = (
     ("voice", "eval_text/voice", ".2f"),
+    ("habits", "eval_text/habits", ".2f"),
     ("distinct word pairs", "eval_text/distinct2", ".3f"),
     ("ended", "eval_text/self_ended", ".2f"),
-    ("base log-prob", "eval_text/base_logprob_per_token", ".2f"),
+    ("sense", "eval_text/sense", ".2f"),
+    ("divergence", "eval_text/divergence", ".2f"),
     ("tokens", "eval_text/median_tokens", ".0f"),
     ("margin", "eval_rewards/margins", ".2f"),
 )
@@ -260,7 +262,7 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
 
 
 def _rank(row: Row) -> tuple[bool, float]:
-    """The sort key: runs that reached their end come first, then the higher voice score."""
+    """The sort key: runs that reached their end come first, then the higher share of the way to the voice."""
     voice = row["evaluation"].get("eval_text/voice", -math.inf)
     return not _reached_end(row), -voice
 
