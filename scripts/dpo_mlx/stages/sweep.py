@@ -183,7 +183,7 @@ def _run(config: Config, others: list[RunFolder]) -> tuple[float | None, str | N
     with lock.hold_run(config.run):
         finished = config.run.outcome.is_file()
         if not finished:
-            _copy_common_parts(config, others)
+            copy_common_parts(config, others)
         started = time.perf_counter()
         try:
             train_dpo(config)
@@ -192,7 +192,7 @@ def _run(config: Config, others: list[RunFolder]) -> tuple[float | None, str | N
         return None if finished else (time.perf_counter() - started) / 60, None
 
 
-def _copy_common_parts(config: Config, others: list[RunFolder]) -> None:
+def copy_common_parts(config: Config, others: list[RunFolder]) -> None:
     """Copy SFT with both references from another run, or at least the base model's reference.
 
     A reference is stored with its fingerprint, so training notices one that does not fit.
