@@ -18,11 +18,11 @@ How to read the table, a row for each recipe and seed. [] is a 95% interval over
   way         how far the answers are from the base model's (0) to the author's (1)
   detector    how often a classifier tells the answers from the author's; 0.5 means that it cannot
   habits      habits of the author that carried over, of all
-  sense       fit of the answers to their own questions, over that of the real answers
+  sense       fit of the answers to their own questions, in nats per token; of the real answers
   copied      share of the answers' 8-word runs that stand in the training answers
   d2          share of distinct word pairs, minus the base model's
   loops       answers that repeat more than 8 words in a row, of all
-  ended       share of answers that end by themselves, over the base model's
+  ended       share of answers that end by themselves, over the base model's; - if none of its does
   nats        log-prob per token under the base model, minus that of the base model's answers
   length      median tokens of an answer, over those of the real answers
   KL          divergence from the base model on unrelated prompts, in nats per token
@@ -135,7 +135,8 @@ def chosen_recipes(parser: ArgumentParser, args: Namespace) -> list[tuple[str, l
         table[name] = overrides.split()
     names = args.recipes.split(",")
     names += [name for name in table if name not in {*RECIPES, *names}]
-    if unknown := set(names) - {*table, SFT_ALONE}:
+    unknown = set(names) - {*table, SFT_ALONE}
+    if unknown and not args.again:  # saved answers need no overrides
         parser.error(f"--recipes: no {', '.join(unknown)}; there are {', '.join(table)}")
     if names[0] == SFT_ALONE:
         parser.error(f"--recipes: {SFT_ALONE} shows the run of the recipe before it; name one")
@@ -248,12 +249,13 @@ def line(row: common.Values) -> common.Values:
         fluency[name]["tuned"] - fluency[name]["base"]
         for name in ("distinct2", "base_logprob_per_token")
     )
-    ended = fluency["self_ended"]["tuned"] / max(fluency["self_ended"]["base"], 1e-9)
+    ended_by_base = fluency["self_ended"]["base"]
+    ended = fluency["self_ended"]["tuned"] / ended_by_base if ended_by_base else None
     length = fluency["median_tokens"]["tuned"] / fluency["median_tokens"]["chosen"]
     meets_old_targets = (
         row["above_base"] >= 0.9
         and d2 >= -0.03
-        and ended >= 0.95
+        and (ended is None or ended >= 0.95)
         and nats >= -1
         and abs(length - 1) <= 0.25
     )
@@ -263,14 +265,14 @@ def line(row: common.Values) -> common.Values:
         "way": interval(voice["way"]),
         "detector": interval(detection and detection["tuned"]),
         "habits": f"{sum(habit['carried'] for habit in habits)}/{len(habits)}",
-        "sense": fluency["sense"]["tuned"] / fluency["sense"]["chosen"],
+        "sense": "{tuned:.2f}/{chosen:.2f}".format(**fluency["sense"]),
         "copied": fluency["copied"]["tuned"],
         "d2": d2,
         "loops": f"{sum(loop > LONGEST_REPETITION for loop in loops)}/{len(loops)}",
         "ended": ended,
         "nats": nats,
         "length": length,
-        "KL": interval(cost["divergence"]),
+        "KL": cost["divergence"]["value"],
         "instr": cost["instructions"]["tuned"] - cost["instructions"]["base"],
         "choices": cost["choices"]["tuned"] - cost["choices"]["base"],
         "DPO - SFT": interval(row["dpo_added"]),

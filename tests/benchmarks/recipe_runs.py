@@ -84,10 +84,18 @@ class Run:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model's answers to unrelated prompts, and its results on unrelated tasks."""
+    """The base model's answers to unrelated prompts, as token ids after their prompts, and its
+    results on unrelated tasks: the contents of base.json.
+    """
 
-    answers: list[EncodedAnswer]
+    ids: list[list[int]]
+    prompt_lengths: list[int]
     unrelated: cost.ModelResults
+
+    @property
+    def answers(self) -> list[EncodedAnswer]:
+        both = zip(self.ids, self.prompt_lengths, strict=True)
+        return [EncodedAnswer(tuple(ids), prompt_length) for ids, prompt_length in both]
 
 
 def read(folder: Path) -> Run | None:
@@ -204,7 +212,11 @@ class Questions:
             prompts, size = cost.load().prompts, self.config.generation.batch_size
             seed, worker = self.config.seed, self.base_worker
             answers = cost.base_answers(worker, self.encoder, prompts, size, seed)
-            base = BaseModel(answers, self._unrelated(worker, answers))
+            base = BaseModel(
+                [list(answer.ids) for answer in answers],
+                [answer.prompt_length for answer in answers],
+                self._unrelated(worker, answers),
+            )
             jsonl.write_json(path, asdict(base))
         return records.read(path, BaseModel)
 
