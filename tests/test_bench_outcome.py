@@ -139,7 +139,7 @@ def test_saved_answers_are_measured_again_without_a_model(
     pairs = {"data.train_pairs": ROWS[:8], "data.valid_pairs": ROWS[8:]}
     for key, rows in pairs.items():
         jsonl.write(tmp_path / f"{key}.jsonl", rows)
-    task = {
+    task: dict[str, Any] = {
         "overrides": [
             *(f"{key}={tmp_path / key}.jsonl" for key in pairs),
             f"run_dir={tmp_path}",
