@@ -326,7 +326,7 @@ def test_a_damaged_file_is_one_line(name: str, row: Any, message: str, tmp_path:
         file.write(json.dumps(row) + "\n")
     last = len(path.read_text().splitlines())
     with pytest.raises(UserError) as error:
-        cost.load(folder)
+        cost.load(folder=folder)
     assert str(error.value).startswith(f"{path}:{last}: {message}")
     assert str(error.value).endswith(cost.REMEDY) and "\n" not in str(error.value)
 
@@ -334,7 +334,7 @@ def test_a_damaged_file_is_one_line(name: str, row: Any, message: str, tmp_path:
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     """As when somebody cleared the data folder."""
     with pytest.raises(UserError, match=r"prompts.jsonl: no such file; put back"):
-        cost.load(tmp_path)
+        cost.load(folder=tmp_path)
 
 
 # The divergence ---------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def _of_base(config: Config) -> tuple[Task, BaseModel]:
     encoding.require_pairs(config.pairs.valid, encoded)
     generation = answer_settings(config, pairs_by_split, encoder)
     config = replace(config, generation=generation)
-    task = Task(config, encoder, pairs_by_split, encoded, cost.load())
+    task = Task(config, encoder, pairs_by_split, encoded, cost.load(config.smoke.unrelated_tasks))
     _require_memory(task, loaded)
     worker = Worker(loaded.model, loaded.tokenizer)
     answers = sample_answers(worker, task.questions, encoder, config)

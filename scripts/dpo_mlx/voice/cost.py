@@ -101,15 +101,15 @@ class _InstructionRow(_PromptRow):
     rule: dict[str, Any]
 
 
-def load(folder: Path = FOLDER) -> Tasks:
-    """Read the tasks that come with this project.
+def load(limit: int | None = None, folder: Path = FOLDER) -> Tasks:
+    """Read the tasks that come with this project, at most `limit` of each kind.
 
     Raises UserError with `path:line` for a damaged file.
     """
     return Tasks(
-        _read(folder / "prompts.jsonl", _prompt),
-        _read(folder / "instructions.jsonl", _instruction),
-        _read(folder / "choices.jsonl", _choice),
+        _read(folder / "prompts.jsonl", _prompt)[:limit],
+        _read(folder / "instructions.jsonl", _instruction)[:limit],
+        _read(folder / "choices.jsonl", _choice)[:limit],
     )
 
 
