@@ -75,8 +75,8 @@ def _start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_chain_ends_with_the_report(run: dict[str, Any]) -> None:
-    """Every stage runs, the grade is printed, and the last line is the report's path. A random model
-    learns no voice, so the exit code is that of a smoke test that failed.
+    """Every stage runs, the grade is printed, and the last line is the report's path. A random
+    model learns no voice, so the exit code is that of a smoke test that failed.
     """
     first = run["first"]
     assert first.returncode == 1, first.stdout + first.stderr
