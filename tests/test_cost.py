@@ -434,16 +434,20 @@ def test_the_answers_are_the_sampled_ids(tuned: Any, monkeypatch: Any) -> None:
 
 
 def test_an_options_mean_is_its_log_prob_per_token(tuned: Any) -> None:
-    """As the scorer computes it one at a time: the shared prompt and the padding change nothing."""
+    """As the scorer computes it one at a time: what is read once and the padding change nothing."""
     worker, encoder = tuned
-    choice = Choice("Which one?", ["a", "a longer one", "é", "two words"], 0)
-    sequences = [encoder.encode(choice.question, option, LENGTH) for option in choice.options]
+    rows = [
+        Choice("Which one?", ["a", "a longer one", "é", "two words"], 0),
+        Choice("Who was it?", ["nobody at all", "he", "x", "she"], 0),
+    ]
+    sequences = [encoder.encode(row.question, text, LENGTH) for row in rows for text in row.options]
     expected = [
         value / sequence.answer_length
         for value, sequence in zip(worker.log_probs(sequences), sequences, strict=True)
     ]
-    worker.model.eval()
-    assert option_means(worker.model, encoder, choice) == pytest.approx(expected, rel=1e-4)
+    for count in (1, 2):  # a single question shares its whole prompt with itself
+        means = option_means(worker.model, encoder, rows[:count])
+        assert np.ravel(means) == pytest.approx(np.array(expected[: 4 * count]), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -466,8 +470,8 @@ def test_choices_by_hand(tuned: Any, monkeypatch: Any) -> None:
     """One of two questions is answered right."""
     worker, encoder = tuned
     rows = [Choice("One?", [*"abcd"], 2), Choice("Two?", [*"efgh"], 2)]
-    means = {"One?": [-3.0, -2.0, -1.0, -4.0], "Two?": [-1.0, -2.0, -3.0, -4.0]}
-    monkeypatch.setattr(choices, "option_means", lambda _, __, choice: means[choice.question])
+    means = [[-3.0, -2.0, -1.0, -4.0], [-1.0, -2.0, -3.0, -4.0]]
+    monkeypatch.setattr(choices, "option_means", lambda *_: means)
     assert check_choices(worker.model, encoder, rows) == [True, False]
 
 
