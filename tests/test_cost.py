@@ -373,7 +373,7 @@ def test_the_interval_holds_the_true_value_in_95_of_100_samples() -> None:
 
 
 def test_answers_are_drawn_from_the_models_own_distribution() -> None:
-    """Neither sharpened nor cut: 40,000 draws have the model's probabilities (5 standard errors)."""
+    """Neither sharpened nor cut: 40,000 draws within 5 standard errors."""
     probs = np.array([0.6, 0.3, 0.09, 0.01])
     mx.random.seed(0)
     draw = sampler(cost.SETTINGS.temperature, cost.SETTINGS.top_p)

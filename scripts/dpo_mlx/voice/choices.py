@@ -99,4 +99,6 @@ def _log_probs(
 def _read(model: nn.Module, ids: Sequence[int], cache: list[Any]) -> None:
     """Add tokens to a cache."""
     if ids:
-        find_head(model)[0](mx.array([list(ids)]), cache)
+        backbone, _ = find_head(model)
+        backbone(mx.array([list(ids)]), cache)
+        mx.eval([layer.state for layer in cache])  # computed now, not again for each copy

@@ -31,8 +31,8 @@ REMEDY = "put back the file that came with this project"
 
 # Tokens of an answer.
 MAX_TOKENS = 64
-# Draws from the model's own distribution, which the estimate of the divergence needs. Greedy answers
-# use only the length.
+# Draws from the model's own distribution, which the estimate of the divergence needs. Greedy
+# answers use only the length.
 SETTINGS = GenerationConfig(temperature=1.0, top_p=1.0, max_tokens=MAX_TOKENS)
 # Standard errors on both sides of a 95% interval.
 Z_95 = 1.96
