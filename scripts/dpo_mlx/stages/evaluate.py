@@ -207,7 +207,7 @@ def _require_memory(task: Task, loaded: LoadedModel) -> None:
     """Raises UserError when the machine has too little memory for this stage."""
     config = task.config
     lengths = memory.LargestSizes(
-        questions=len(task.questions),
+        questions=max(len(task.questions), len(task.unrelated.prompts)),
         prompt=max(len(task.encoder.prompt_ids(pair.prompt)) for pair in task.questions),
         answer=config.generation.max_tokens or 0,
         longest=max(encoding.sequences(task.encoded), key=lambda sequence: len(sequence.ids)),
