@@ -60,6 +60,7 @@ IN_FOLDER: dict[str, Any] = {
 
 # Limits of stage 12 that every model keeps, for runs whose answers are of no matter.
 NO_LIMITS: dict[str, Any] = {
+    "unrelated_tasks": 2,
     "max_distinct2_drop": 1,
     "min_self_ended_ratio": 0,
     "max_base_logprob_drop": 1000,
@@ -193,6 +194,14 @@ def determined(metrics: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without what the machine's mood decides."""
     rows = jsonl.read_whole_lines(metrics)
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+
+
+def crossed_limits_of(config: Config) -> list[str]:
+    """The limits that a run's last smoke test found crossed. A random model cannot be in anybody's
+    voice, but it can keep to them.
+    """
+    reasons: list[str] = jsonl.read_json(config.run.report)["verdict"]["reasons"]
+    return reasons
 
 
 def keep_adapters(model: nn.Module, config: Config) -> None:

@@ -200,6 +200,7 @@ class FuseConfig:
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig:
     questions: int = _number(16, low=1, high=10**6)
+    unrelated_tasks: int | None = _number(None, low=2, high=10**6)
     max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_base_logprob_drop: float = _number(1.5, low=0.0, high=1e6)

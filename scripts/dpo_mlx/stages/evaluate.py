@@ -170,7 +170,7 @@ def _of_base(config: Config) -> tuple[Task, BaseModel]:
     encoding.require_pairs(config.pairs.valid, encoded)
     generation = answer_settings(config, pairs_by_split, encoder)
     config = replace(config, generation=generation)
-    task = Task(config, encoder, pairs_by_split, encoded, cost.load())
+    task = Task(config, encoder, pairs_by_split, encoded, cost.load(config.smoke.unrelated_tasks))
     _require_memory(task, loaded)
     worker = Worker(loaded.model, loaded.tokenizer)
     answers = sample_answers(worker, task.questions, encoder, config)
@@ -207,7 +207,7 @@ def _require_memory(task: Task, loaded: LoadedModel) -> None:
     """Raises UserError when the machine has too little memory for this stage."""
     config = task.config
     lengths = memory.LargestSizes(
-        questions=len(task.questions),
+        questions=max(len(task.questions), len(task.unrelated.prompts)),
         prompt=max(len(task.encoder.prompt_ids(pair.prompt)) for pair in task.questions),
         answer=config.generation.max_tokens or 0,
         longest=max(encoding.sequences(task.encoded), key=lambda sequence: len(sequence.ids)),

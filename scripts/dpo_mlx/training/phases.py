@@ -48,7 +48,7 @@ class Phases:
             setup.encoder,
             setup.author,
             questions,
-            cost.load().prompts[:PROMPTS],
+            cost.load(PROMPTS).prompts,
             setup.generation,
             config.seed,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,8 +46,8 @@ def check_choices(model: nn.Module, encoder: Encoder, choices: Sequence[Choice])
     Compares the means of their tokens' log-probs, so that a long answer has no disadvantage. The
     end of turn is not scored, because it would favour answers that sound complete.
     """
-    model.eval()
-    return [picks_right(option_means(model, encoder, choice), choice.right) for choice in choices]
+    means = option_means(model, encoder, choices)
+    return [picks_right(row, choice.right) for row, choice in zip(means, choices, strict=True)]
 
 
 def picks_right(means: Sequence[float], right: int) -> bool:
@@ -53,29 +55,50 @@ def picks_right(means: Sequence[float], right: int) -> bool:
     return all(means[right] > mean for place, mean in enumerate(means) if place != right)
 
 
-def option_means(model: nn.Module, encoder: Encoder, choice: Choice) -> list[float]:
-    """The mean log-prob per token of each option as the answer to the question, in nats."""
-    options = [encoder.answer_ids(option, LENGTH) for option in choice.options]
-    values = continuation_log_probs(model, encoder.prompt_ids(choice.question), options)
-    return [float(np.mean(option)) for option in values]
+def option_means(
+    model: nn.Module, encoder: Encoder, choices: Sequence[Choice]
+) -> list[list[float]]:
+    """The mean log-prob per token of each option as the answer to its question, in nats.
+
+    The tokens that all prompts begin with, such as the system message, are read once.
+    """
+    model.eval()
+    prompts = [encoder.prompt_ids(choice.question) for choice in choices]
+    # The last token of a prompt predicts the first one of an answer, so it is read with each.
+    start = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    cache = make_prompt_cache(model)
+    _read(model, start, cache)
+    rows = []
+    for choice, prompt in zip(choices, prompts, strict=True):
+        options = [encoder.answer_ids(option, LENGTH) for option in choice.options]
+        values = _log_probs(model, copy.deepcopy(cache), prompt[len(start) :], options)
+        rows.append([float(option.mean()) for option in values])
+    return rows
 
 
-def continuation_log_probs(
-    model: nn.Module, prompt: list[int], continuations: list[list[int]]
+def _log_probs(
+    model: nn.Module, cache: list[Any], prompt: list[int], answers: list[list[int]]
 ) -> list[np.ndarray]:
-    """The log-prob of each token of several continuations of one prompt, in nats.
+    """The log-prob of each token of several answers to one prompt, in nats. `cache` has read what
+    stands before the prompt.
 
-    The prompt is read once, and then all continuations at once. Padding at their ends changes
-    nothing, because no token sees a later one.
+    The prompt is read once, and then all answers at once. Padding at their ends changes nothing,
+    because no token sees a later one.
     """
     backbone, head = find_head(model)
-    cache = make_prompt_cache(model)
-    backbone(mx.array([prompt[:-1]]), cache)
-    batch_cache = [layer.merge([layer] * len(continuations)) for layer in cache]
-    length = max(map(len, continuations))
-    padded = mx.array([[*ids, *[0] * (length - len(ids))] for ids in continuations])
-    last = mx.full((len(continuations), 1), prompt[-1])
-    hidden = backbone(mx.concatenate([last, padded[:, :-1]], axis=1), batch_cache)
+    _read(model, prompt[:-1], cache)
+    count, length = len(answers), max(map(len, answers))
+    padded = mx.array([[*ids, *[0] * (length - len(ids))] for ids in answers])
+    inputs = mx.concatenate([mx.full((count, 1), prompt[-1]), padded[:, :-1]], axis=1)
+    hidden = backbone(inputs, [layer.merge([layer] * count) for layer in cache])
     log_probs = token_log_probs(hidden.reshape(-1, hidden.shape[-1]), padded.reshape(-1), head)
     rows = np.array(log_probs.reshape(padded.shape))
-    return [row[: len(ids)] for row, ids in zip(rows, continuations, strict=True)]
+    return [row[: len(ids)] for row, ids in zip(rows, answers, strict=True)]
+
+
+def _read(model: nn.Module, ids: Sequence[int], cache: list[Any]) -> None:
+    """Add tokens to a cache."""
+    if ids:
+        backbone, _ = find_head(model)
+        backbone(mx.array([list(ids)]), cache)
+        mx.eval([layer.state for layer in cache])  # computed now, not again for each copy

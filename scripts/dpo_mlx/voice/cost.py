@@ -31,8 +31,9 @@ REMEDY = "put back the file that came with this project"
 
 # Tokens of an answer.
 MAX_TOKENS = 64
-# Draws from the model's own distribution, which the estimate of the divergence needs.
-UNCHANGED = GenerationConfig(temperature=1.0, top_p=1.0, max_tokens=MAX_TOKENS)
+# Draws from the model's own distribution, which the estimate of the divergence needs. Greedy
+# answers use only the length.
+SETTINGS = GenerationConfig(temperature=1.0, top_p=1.0, max_tokens=MAX_TOKENS)
 # Standard errors on both sides of a 95% interval.
 Z_95 = 1.96
 
@@ -101,15 +102,15 @@ class _InstructionRow(_PromptRow):
     rule: dict[str, Any]
 
 
-def load(folder: Path = FOLDER) -> Tasks:
-    """Read the tasks that come with this project.
+def load(limit: int | None = None, folder: Path = FOLDER) -> Tasks:
+    """Read the tasks that come with this project, at most `limit` of each kind.
 
     Raises UserError with `path:line` for a damaged file.
     """
     return Tasks(
-        _read(folder / "prompts.jsonl", _prompt),
-        _read(folder / "instructions.jsonl", _instruction),
-        _read(folder / "choices.jsonl", _choice),
+        _read(folder / "prompts.jsonl", _prompt)[:limit],
+        _read(folder / "instructions.jsonl", _instruction)[:limit],
+        _read(folder / "choices.jsonl", _choice)[:limit],
     )
 
 
@@ -127,13 +128,14 @@ def base_answers(
     for the ids that were sampled. Seeds MLX's random state.
     """
     encoded = [encoder.prompt_ids(prompt) for prompt in prompts]
-    return worker.sequences(batches(encoded, batch_size, seed), UNCHANGED, without_adapters)
+    return worker.sequences(batches(encoded, batch_size, seed), SETTINGS, without_adapters)
 
 
 def divergence(
     answers: Sequence[EncodedAnswer], base: Sequence[float], tuned: Sequence[float]
 ) -> Divergence:
-    """KL(base || tuned) in nats per token, from both models' log-probs of the base model's answers.
+    """KL(base || tuned) in nats per token, from both models' log-probs of the base model's answers,
+    of which there must be two or more.
 
     Monte Carlo: the mean of log p_base - log p_tuned over the answers' tokens. It is a ratio of two
     sums over answers, so its standard error is that of a ratio estimator (Cochran 1977, "Sampling
@@ -173,7 +175,7 @@ def check_instructions(
 ) -> list[bool]:
     """Whether the model's greedy answer to each instruction follows it."""
     prompts = [encoder.prompt_ids(instruction.prompt) for instruction in instructions]
-    by_batch = worker.answers(batches(prompts, batch_size, seed=0, greedy=True), UNCHANGED)
+    by_batch = worker.answers(batches(prompts, batch_size, seed=0, greedy=True), SETTINGS)
     answers = [answer for batch in by_batch for answer in batch]
     return [
         instruction.rule.is_followed(answer)

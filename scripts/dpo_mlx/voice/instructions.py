@@ -183,11 +183,7 @@ def is_quoted(text: str) -> bool:
 
 def opens_with_heading(text: str) -> bool:
     """A Markdown heading, and text below it."""
-    return bool(HEADING.match(text)) and has_text_below(text)
-
-
-def has_text_below(text: str) -> bool:
-    return bool(words(text.partition("\n")[2]))
+    return bool(HEADING.match(text) and words(text.partition("\n")[2]))
 
 
 def has_bold_words(text: str, count: Count) -> bool:
