@@ -133,9 +133,6 @@ def test_saved_answers_are_measured_again_without_a_model(
     bench: Any, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs resume from their saved answers, and measuring these again gives the same reports."""
-    tasks = cost.load()
-    few = cost.Tasks(tasks.prompts[:2], tasks.instructions[:2], tasks.choices[:2])
-    monkeypatch.setattr(cost, "load", lambda: few)
     pairs = {"data.train_pairs": ROWS[:8], "data.valid_pairs": ROWS[8:]}
     for key, rows in pairs.items():
         jsonl.write(tmp_path / f"{key}.jsonl", rows)
@@ -146,6 +143,7 @@ def test_saved_answers_are_measured_again_without_a_model(
             f"model={llama}",
             "demo_model=false",
             "generation.max_tokens=8",
+            "smoke.unrelated_tasks=2",
             "train.force=true",
             "train.grad_accumulation=4",
             "sft.epochs=1",

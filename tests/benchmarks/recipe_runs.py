@@ -184,6 +184,7 @@ class Questions:
         generation = answer_settings(config, self.pairs, self.encoder)
         self.config = replace(config, generation=generation)
         self.log_probs = SavedLogProbs(config.run.path / "log_probs.json", self.base_worker)
+        self.tasks = cost.load(config.smoke.unrelated_tasks)
         held_out = self.pairs[VALID]
         self.answers = {
             BASE: [self._answer(pair.rejected, pair.rejected_finish) for pair in held_out],
@@ -209,8 +210,8 @@ class Questions:
         """The base model's side of the unrelated tasks, which all runs share."""
         path = self.config.run.path / "base.json"
         if not path.exists():
-            prompts, size = cost.load().prompts, self.config.generation.batch_size
-            seed, worker = self.config.seed, self.base_worker
+            seed, size = self.config.seed, self.config.generation.batch_size
+            worker, prompts = self.base_worker, self.tasks.prompts
             answers = cost.base_answers(worker, self.encoder, prompts, size, seed)
             base = BaseModel(
                 [list(answer.ids) for answer in answers],
@@ -222,7 +223,7 @@ class Questions:
 
     def _unrelated(self, worker: Worker, answers: list[EncodedAnswer]) -> cost.ModelResults:
         size = self.config.generation.batch_size
-        return cost.measure(worker, self.encoder, cost.load(), answers, size)
+        return cost.measure(worker, self.encoder, self.tasks, answers, size)
 
     def report(self, run: Run) -> dict[str, Any]:
         """The report of stage 12 on a run, and what only the benchmark's table has."""
