@@ -132,4 +132,5 @@ def test_code_within_a_line():
 
 def test_the_card_says_what_dpo_added(rendered: Any) -> None:
     """The weights of SFT's end are named as that."""
-    assert "after update 6 (the end of SFT). DPO did not improve on it. |" in rendered()
+    place = "after update 6 (the end of SFT). "
+    assert f"{place}This is the supervised model: DPO did not improve on it. |" in rendered()

@@ -21,7 +21,14 @@ def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = Fals
     [
         (21, 14, 0, False, "before training", "Training did not improve on the base model."),
         (21, 14, 5, False, "in SFT", "Neither the rest of SFT nor DPO improved on it."),
-        (21, 14, 14, False, "the end of SFT", "DPO did not improve on it."),
+        (
+            21,
+            14,
+            14,
+            False,
+            "the end of SFT",
+            "This is the supervised model: DPO did not improve on it.",
+        ),
         (21, 14, 17, False, "in DPO", "DPO improved on SFT."),
         (21, 14, 21, False, "the end of DPO", "DPO improved on SFT."),
         # Stopped in SFT, at its end before DPO's first update, and in DPO.
@@ -42,9 +49,13 @@ def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = Fals
     ],
 )
 def test_the_last_line(updates, sft_updates, kept_update, stopped, place, comparison):
-    """It is right wherever the kept update is, and wherever training stopped."""
+    """It is right wherever the kept update is, and wherever training stopped. Only after a DPO that
+    did not help comes a hint what to try.
+    """
     start = f"kept update {kept_update} of {updates} ({place}): voice 0.56. {comparison}"
-    assert lines(updates, sft_updates, kept_update, stopped)[-1].startswith(start)
+    last, *hint = lines(updates, sft_updates, kept_update, stopped)[2 if stopped else 0 :]
+    assert last.startswith(start)
+    assert bool(hint) == ("supervised model" in comparison)
 
 
 def test_a_stop_is_explained():

@@ -562,7 +562,11 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kept_update", "words"),
     [
-        (2, "This is the model after update 2 of 4 (the end of SFT). DPO did not improve on it."),
+        (
+            2,
+            "This is the model after update 2 of 4 (the end of SFT). This is the supervised model: "
+            "DPO did not improve on it. To give DPO more to work with",
+        ),
         (4, "This is the model after update 4 of 4 (the end of DPO). DPO improved on SFT."),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import jsonl, schema
 from ..files.results import Outcome, read_metrics
-from ..training.outcome import comparison, place
+from ..training.outcome import advice, comparison, place
 from . import templates
 from .charts import CURVES, FRAME, Row, Scale, chart, last_update, of_sft, series, ticks
 
@@ -43,6 +43,7 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
         evaluated=EVALUATED,
         kept_place=None if outcome is None else place(outcome),
         comparison=None if outcome is None else comparison(outcome),
+        advice=None if outcome is None else advice(outcome),
         charts={name: chart(metrics_rows, name, kept_update) for name in CURVES},
         run_cost=run_cost(metrics_rows),
         frame=FRAME,

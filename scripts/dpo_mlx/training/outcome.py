@@ -20,6 +20,8 @@ def describe(outcome: Outcome) -> Iterator[str]:
         f"kept update {outcome.kept_update} of {outcome.updates} ({place(outcome)}): voice "
         f"{outcome.kept.voice:.2f}. {comparison(outcome)}"
     )
+    if hint := advice(outcome):
+        yield hint
 
 
 def place(outcome: Outcome) -> str:
@@ -53,4 +55,11 @@ def comparison(outcome: Outcome) -> str:
         return "Training stopped before DPO improved on it."
     if kept_update < sft_updates:
         return "Neither the rest of SFT nor DPO improved on it."
-    return "DPO did not improve on it."
+    return "This is the supervised model: DPO did not improve on it."
+
+
+def advice(outcome: Outcome) -> str | None:
+    """What to try when DPO ran to its end and the supervised model is still the best one."""
+    if outcome.stopped or outcome.kept_update != outcome.sft_updates or not outcome.kept_update:
+        return None
+    return "To give DPO more to work with, add pairs, or raise train.learning_rate or train.epochs."
