@@ -147,6 +147,7 @@ class LoraConfig:
 class SftConfig:
     epochs: int = _number(2, low=0, high=1000)
     learning_rate: float = _number(1e-4, low=0.0, high=1.0)
+    replay: int = _number(2, low=0, high=10**4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
 from ..voice import cost
 from ..voice.answers import AnswerEvaluator
-from . import checkpoint, metrics
+from . import checkpoint, metrics, replay
 from .checkpoint import CheckpointFingerprints, Checkpoints, State
 from .schedule import count_updates
 from .setup import Setup, load_reference
@@ -85,7 +85,11 @@ class Phases:
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
         train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
         valid = _examples(self.setup.evaluated_pairs, load_reference(self.setup, BASE, VALID))
-        self._train(SFT, Examples(train, valid))
+        count = self.sft_updates * self.setup.config.sft.replay
+        repeated = replay.base_examples(
+            self.setup.worker, self.setup.encoder, count, self.setup.config.seed
+        )
+        self._train(SFT, Examples(train, valid, repeated))
 
     def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
         """DPO's reference for both splits: the model after SFT, or the base model without SFT."""

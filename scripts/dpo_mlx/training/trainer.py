@@ -6,12 +6,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_map
 
 from ..config import Config
 from ..data.encoding import EncodedAnswer, EncodedPair
@@ -25,7 +26,7 @@ from ..process import signals
 from ..scoring import objectives
 from ..scoring.objectives import Example
 from ..scoring.scorer import MIN_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
-from . import checkpoint
+from . import checkpoint, replay
 from .checkpoint import Checkpoints, SaveClock, State
 from .guard import better, crossed_limits
 from .metrics import MetricsFile
@@ -54,10 +55,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Examples:
-    """What a phase trains on, and what its evaluations score."""
+    """What a phase trains on, what its evaluations score, and what SFT repeats (see `replay`)."""
 
     train: list[Example]
     valid: list[Example]
+    replay: list[Example] = field(default_factory=list)
 
 
 class Trainer:
@@ -130,6 +132,10 @@ class Trainer:
         # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
         scores, gradient, broken_lines = self.worker.gradient(self.objective, examples, seed)
+        repeated = self._repeated(update)
+        if repeated:
+            _, replay_gradient, _ = self.worker.gradient(self.objective, repeated, seed)
+            gradient = tree_map(mx.add, gradient, replay_gradient)
         if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
             self._check_start(examples, scores)  # the reference has no dropout
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
@@ -145,11 +151,18 @@ class Trainer:
             **self.objective.summary(scores),
             "grad_norm": float(norm),
             "learning_rate": float(self.optimizer.learning_rate),
-            "tokens_per_second": sum(map(self.objective.tokens, examples)) / seconds,
+            "tokens_per_second": sum(map(self.objective.tokens, [*examples, *repeated])) / seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
         self.state.skipped_in_a_row = 0
         self._end_update(row)
+
+    def _repeated(self, update: int) -> list[Example]:
+        """The base model's answers that an update repeats beside its own examples."""
+        if not self.examples.replay:
+            return []
+        size, seed = self.config.sft.replay, self.config.seed
+        return replay.of_update(self.examples.replay, update, size, seed)
 
     def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
         """End an update without touching the adapters, because of these lines of the train pairs.

@@ -29,8 +29,8 @@ from .instructions import Rule, parse_rule
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "cost"
 REMEDY = "put back the file that came with this project"
 
-# Tokens of an answer.
-MAX_TOKENS = 64
+# Tokens of an answer at most, and about how many a prompt and its answer have together.
+MAX_TOKENS, USUAL_TOKENS = 64, 90
 # Draws from the model's own distribution, which the estimate of the divergence needs. Greedy
 # answers use only the length.
 SETTINGS = GenerationConfig(temperature=1.0, top_p=1.0, max_tokens=MAX_TOKENS)
@@ -108,10 +108,16 @@ def load(limit: int | None = None, folder: Path = FOLDER) -> Tasks:
     Raises UserError with `path:line` for a damaged file.
     """
     return Tasks(
-        _read(folder / "prompts.jsonl", _prompt)[:limit],
+        read_prompts(folder / "prompts.jsonl")[:limit],
         _read(folder / "instructions.jsonl", _instruction)[:limit],
         _read(folder / "choices.jsonl", _choice)[:limit],
     )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file that comes with this project. Raises UserError for a damaged file."""
+    prompts: list[str] = _read(path, _prompt)
+    return prompts
 
 
 def base_answers(
