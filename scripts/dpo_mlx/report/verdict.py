@@ -40,12 +40,12 @@ def verdict(report: Report, limits: SmokeConfig) -> Verdict:
     degenerated = _degenerated(report["fluency"], limits)
     expensive = _too_expensive(report["cost"], limits)
     grade = _voice_grade(report["voice"]["way"], report["habits"])
+    summary = _voice_summary(grade, report["voice"]["way"], report["habits"])
     if degenerated:
         grade, summary = DEGENERATED, "The answers are no longer fluent, or no longer answers."
     elif expensive:
-        grade, summary = COSTS_TOO_MUCH, "The model lost too much of what the base model can do."
-    else:
-        summary = _voice_summary(grade, report["voice"]["way"], report["habits"])
+        grade = COSTS_TOO_MUCH
+        summary = f"The model lost too much of what the base model can do. {summary}"
     return {
         "grade": grade,
         "passed": grade in PASSING,
