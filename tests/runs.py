@@ -209,9 +209,9 @@ def keep_adapters(model: nn.Module, config: Config) -> None:
     folder = config.run.adapters
     with ownership.new_folder(folder) as temporary:
         save_adapters(model, config.lora, temporary)
-    outcome = results.Outcome(
-        7, 0, None, Evaluation(7, wrote(voice=1.0)), [], [], digest.of_file(folder / ADAPTERS)
-    )
+    kept = Evaluation(7, wrote(voice=1.0))
+    sha256 = digest.of_file(folder / ADAPTERS)
+    outcome = results.Outcome(7, 0, None, kept, kept, [], [], sha256)
     results.write_outcome(config.run, outcome)
 
 

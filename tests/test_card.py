@@ -45,6 +45,7 @@ TRAINING: dict[str, Any] = {
     "updates": 7,
     "sft_updates": 6,
     "end_of_sft": None,
+    "last": asdict(Evaluation(7, wrote(voice=0.5))),
     "kept": asdict(Evaluation(6, wrote(voice=0.5))),
     "stopped": [],
     "notes": [],

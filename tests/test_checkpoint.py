@@ -166,6 +166,7 @@ def test_everything_comes_back(tmp_path):
         wrote(voice=1 / 3),
         Evaluation(7, wrote(voice=0.2)),
         Evaluation(3, wrote(voice=0.1)),
+        Evaluation(7, wrote(voice=0.3)),
         4,
         2,
     )

@@ -130,7 +130,7 @@ def outcome_of(config: Config) -> dict[str, Any]:
         config.run.path / "adapters/adapters.safetensors"
     )
     kept = outcome.pop("kept")
-    assert outcome.pop("end_of_sft") is None
+    assert outcome.pop("end_of_sft") is None and outcome.pop("last")["update"] >= kept["update"]
     del outcome["notes"]  # of the preflight, which has its own tests
     return outcome | {"kept_update": kept["update"], "voice": kept["measures"]["means"]["voice"]}
 

@@ -94,9 +94,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 # What the model card says of training.
-TRAINING = asdict(
-    Outcome(7, 6, Evaluation(6, runs.wrote()), Evaluation(6, runs.wrote()), [], [], "0" * 64)
-)
+AT_6 = Evaluation(6, runs.wrote())
+TRAINING = asdict(Outcome(7, 6, AT_6, AT_6, AT_6, [], [], "0" * 64))
 
 
 def add_merge(tokenizer: Path) -> None:

@@ -13,7 +13,7 @@ REASON = "guard.max_distinct2_drop: the answers repeat themselves"
 def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = False) -> list[str]:
     reasons = [REASON] if stopped else []
     kept = Evaluation(kept_update, wrote(voice=0.56))
-    return list(describe(Outcome(updates, sft_updates, None, kept, reasons, [], "0" * 64)))
+    return list(describe(Outcome(updates, sft_updates, None, kept, kept, reasons, [], "0" * 64)))
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,13 @@ def test_a_stop_is_explained():
     assert reason == f"stopped after update 17: {REASON}"
     assert "lower train.learning_rate" in remedy
     assert len(lines(21, 14, 21)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "last", "of_dpo"), [(6, 9, 9), (8, 9, 8), (9, 9, 9), (6, 6, None), (4, 6, None)]
+)
+def test_the_evaluation_of_dpo(kept: int, last: int, of_dpo: int | None) -> None:
+    """With 6 updates of SFT: the kept one if DPO made it, otherwise DPO's last, if it began."""
+    sft, end, best = (Evaluation(update, wrote()) for update in (6, last, kept))
+    outcome = Outcome(9, 6, sft, end, best, [], [], "0" * 64)
+    assert (outcome.of_dpo and outcome.of_dpo.update) == of_dpo

@@ -81,13 +81,15 @@ class Outcome:
     """How training ended, after `updates` of both phases.
 
     `sft_updates` is the length of SFT, 0 when it was left out, and `end_of_sft` its evaluation.
-    `kept` is the evaluation of the best adapters, `adapters` the SHA-256 of their tensors.
-    `stopped` says why training stopped before its end, `notes` what the preflight found wrong.
+    `last` is the last evaluation of the run, `kept` that of the best adapters, `adapters` the
+    SHA-256 of their tensors. `stopped` says why training stopped before its end, `notes` what the
+    preflight found wrong.
     """
 
     updates: Count
     sft_updates: Count
     end_of_sft: Evaluation | None
+    last: Evaluation
     kept: Evaluation
     stopped: list[str]
     notes: list[str]
@@ -96,6 +98,12 @@ class Outcome:
     @property
     def kept_update(self) -> int:
         return self.kept.update
+
+    @property
+    def of_dpo(self) -> Evaluation | None:
+        """The kept evaluation if it is DPO's, otherwise DPO's last. None if DPO has none."""
+        of_dpo = [e for e in (self.kept, self.last) if e.update > self.sft_updates]
+        return of_dpo[0] if of_dpo else None
 
 
 def write_outcome(run: RunFolder, outcome: Outcome) -> None:

@@ -44,12 +44,13 @@ class Voice(TypedDict):
 
 
 class DpoAdded(TypedDict):
-    """The means of the evaluations at the end of SFT and of the kept update, and the difference of
-    their voice, question by question.
+    """The means of the evaluations at the end of SFT and after DPO, and the difference of their
+    voice, question by question. DPO's evaluation is the kept one or, if SFT's model was kept, its
+    last.
     """
 
     end_of_sft: dict[str, float]
-    kept: dict[str, float]
+    dpo: dict[str, float]
     voice: IntervalValues
 
 
@@ -117,14 +118,14 @@ def habits(author: Author, answers: Answers) -> list[HabitResult]:
 
 
 def dpo_added(outcome: Outcome) -> DpoAdded | None:
-    """What DPO added to the supervised model. None for a run without SFT or a finished DPO."""
-    before, kept = outcome.end_of_sft, outcome.kept
-    if before is None:
+    """What DPO added to the supervised model. None for a run without SFT or without DPO."""
+    before, after = outcome.end_of_sft, outcome.of_dpo
+    if before is None or after is None:
         return None
     return {
         "end_of_sft": before.measures.means,
-        "kept": kept.measures.means,
-        "voice": voice_gain(before, kept).values,
+        "dpo": after.measures.means,
+        "voice": voice_gain(before, after).values,
     }
 
 

@@ -53,7 +53,7 @@ class State:
     the rows of metrics.jsonl. `evaluated` says whether this update has been evaluated. `measures`
     are the measures of the current model's answers, None before the evaluation; `base` are the
     base model's measures. `best` is the best evaluation of the run, `end_of_sft` the last one of
-    SFT. `skipped` counts the updates
+    SFT, `last` the last one of all. `skipped` counts the updates
     that gave NaN or an infinity, `skipped_in_a_row` how many of them came last in a row. `stopped`
     says why the run must not go on.
     """
@@ -67,6 +67,7 @@ class State:
     base: Measures | None = None
     best: Evaluation | None = None
     end_of_sft: Evaluation | None = None
+    last: Evaluation | None = None
     skipped: Count = 0
     skipped_in_a_row: Count = 0
     stopped: list[str] = field(default_factory=list)
@@ -86,6 +87,7 @@ class State:
             base=self.base,
             best=self.best,
             end_of_sft=self.end_of_sft,
+            last=self.last,
         )
 
 

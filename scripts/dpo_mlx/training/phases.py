@@ -107,8 +107,8 @@ class Phases:
         """Copy the best checkpoint's adapters to the run's folder. `stopped` says why training
         stopped early; it is empty otherwise. `notes` are the preflight's.
         """
-        best, folder = self.state.best, self.setup.config.run.adapters
-        assert best is not None  # every phase begins with an evaluation
+        best, last, folder = self.state.best, self.state.last, self.setup.config.run.adapters
+        assert best is not None and last is not None  # every phase begins with an evaluation
         path = self.checkpoints.best(best.update)
         checkpoint.require_unchanged(path)
         copy_adapters(path, folder)
@@ -116,6 +116,7 @@ class Phases:
             updates=self.state.update,
             sft_updates=self.sft_updates,
             end_of_sft=self.state.end_of_sft if self.sft_updates else None,
+            last=last,
             kept=best,
             stopped=stopped,
             notes=notes,

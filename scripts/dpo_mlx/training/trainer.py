@@ -208,7 +208,7 @@ class Trainer:
         change = metrics["logps/chosen_change_per_token"]
         assert state.base is not None  # every phase begins with it
         crossed = crossed_limits(self.config.guard, state.base, measures, change)
-        evaluation = Evaluation(state.update, measures)
+        evaluation = state.last = Evaluation(state.update, measures)
         state.best = better(state.best, evaluation, crossed)
         if state.phase == objectives.SFT or state.updates_of_phase == 0:
             state.end_of_sft = evaluation
