@@ -233,7 +233,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         + answering_tasks(replay_prompts, EVALUATED_AT_ONCE)
         + config.train.epochs * 2 * chosen * cost.gradient_token
         + scoring(2 * chosen + 2 * held_out)
-        + (1 + _evaluations(config, len(work.train))) * evaluation,
+        + (1 + evaluations(config, len(work.train))) * evaluation,
         FUSE: (2 + roundings) * cost.model
         + (3 + roundings) * scoring(fuse_tokens)
         + roundings * work.layers * cost.layer
@@ -253,7 +253,7 @@ def _tokens(sequences: list[EncodedAnswer]) -> int:
     return sum(len(sequence.ids) for sequence in sequences)
 
 
-def _evaluations(config: Config, pairs: int) -> int:
+def evaluations(config: Config, pairs: int) -> int:
     """The number of evaluations in both phases: at the start, at the end, and at even distances."""
     count = 0
     for phase in (Sft(config), Dpo(config)):
