@@ -18,10 +18,13 @@ from dpo_mlx.training.guard import better, crossed_limits
 from mlx.utils import tree_map
 from runs import differences, exit_code, saved, wrote
 
-LIMITS = GuardConfig(max_distinct2_drop=0.25, min_self_ended_ratio=0.5, max_chosen_drop=0.5)
+LIMITS = GuardConfig(
+    max_distinct2_drop=0.25, min_self_ended_ratio=0.5, max_chosen_drop=0.5, max_divergence=0.5
+)
 BASE = wrote(distinct2=1.0, self_ended=0.5)
-REPEATS, RUNS_ON, UNLEARNED = (
-    f"guard.{key}" for key in ("max_distinct2_drop", "min_self_ended_ratio", "max_chosen_drop")
+REPEATS, RUNS_ON, UNLEARNED, DIVERGED = (
+    f"guard.{key}"
+    for key in ("max_distinct2_drop", "min_self_ended_ratio", "max_chosen_drop", "max_divergence")
 )
 
 
@@ -40,7 +43,10 @@ REPEATS, RUNS_ON, UNLEARNED = (
         ({"self_ended": 0.24}, 0.0, [RUNS_ON]),
         ({}, -0.5, []),
         ({}, -0.51, [UNLEARNED]),
+        ({"divergence": 0.5}, 0.0, []),
+        ({"divergence": 0.51}, 0.0, [DIVERGED]),
         # what is not a number is beyond every limit
+        ({"divergence": math.nan}, 0.0, [DIVERGED]),
         ({"distinct2": math.nan}, 0.0, [REPEATS]),
         ({"self_ended": math.nan}, 0.0, [RUNS_ON]),
         ({}, math.nan, [UNLEARNED]),
@@ -111,9 +117,10 @@ def test_the_nearest_to_the_voice_is_kept():
     """The highest mean on the voice scale wins. Of equal ones the earlier wins, which has moved
     less, so a later phase wins only if it is better. NaN never wins.
     """
-    voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
+    voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75, 1.0, 1.5]
     bests = best_after_each([(wrote(voice=v), 0.0) for v in voices])
-    assert bests == [(0, 0.25), (1, 0.5), (1, 0.5), (1, 0.5), (1, 0.5), (5, 0.75)]
+    assert bests[:5] == [(0, 0.25), (1, 0.5), (1, 0.5), (1, 0.5), (1, 0.5)]
+    assert bests[5:] == [(5, 0.75), (6, 1.0), (6, 1.0)]  # more of it than you have is no better
 
 
 # A whole run ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from dpo_mlx.files.results import Evaluation, Outcome
+from dpo_mlx.files.results import Evaluation, Measures, Outcome
 from dpo_mlx.training.outcome import describe
 from runs import wrote
 
@@ -13,7 +13,8 @@ REASON = "guard.max_distinct2_drop: the answers repeat themselves"
 def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = False) -> list[str]:
     reasons = [REASON] if stopped else []
     kept = Evaluation(kept_update, wrote(voice=0.56))
-    return list(describe(Outcome(updates, sft_updates, None, kept, kept, reasons, [], "0" * 64)))
+    before = Evaluation(sft_updates, wrote(voice=0.5)) if sft_updates else None
+    return list(describe(Outcome(updates, sft_updates, before, kept, kept, reasons, [], "0" * 64)))
 
 
 @pytest.mark.parametrize(
@@ -74,3 +75,21 @@ def test_the_evaluation_of_dpo(kept: int, last: int, of_dpo: int | None) -> None
     sft, end, best = (Evaluation(update, wrote()) for update in (6, last, kept))
     outcome = Outcome(9, 6, sft, end, best, [], [], "0" * 64)
     assert (outcome.of_dpo and outcome.of_dpo.update) == of_dpo
+
+
+@pytest.mark.parametrize(
+    ("voice", "comparison"),
+    [
+        ([0.75, 0.75, 0.75], "DPO improved on SFT."),
+        (
+            [0.0, 0.75, 1.0],
+            "DPO's answers are 0.08 of the way nearer to your voice than SFT's, which",
+        ),
+    ],
+)
+def test_a_gain_that_may_be_chance_is_no_improvement(voice: list[float], comparison: str) -> None:
+    """Over three questions on which SFT's answers are half of the way."""
+    before = Evaluation(6, Measures([0.5] * 3, wrote().means))
+    kept = Evaluation(9, Measures(voice, wrote().means))
+    line = list(describe(Outcome(9, 6, before, kept, kept, [], [], "0" * 64)))[-1]
+    assert comparison in line

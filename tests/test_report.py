@@ -36,8 +36,8 @@ REPORT: dict[str, Any] = {
         "detection": {
             "base": interval(0.875),
             "tuned": interval(0.625),
+            "p_value": 0.25,
             "calibration": 0.51,
-            "detectable": 0.82,
         },
     },
     "fluency": {
@@ -91,8 +91,22 @@ REPORT: dict[str, Any] = {
     },
     "cost": {
         "divergence": {"value": 0.125, "low": 0.1, "high": 0.15},
-        "instructions": {"base": 0.5, "tuned": 0.25, "tasks": 40, "lost": 12, "gained": 2},
-        "choices": {"base": 0.75, "tuned": 0.5, "tasks": 60, "lost": 20, "gained": 5},
+        "instructions": {
+            "base": 0.5,
+            "tuned": 0.25,
+            "tasks": 40,
+            "lost": 12,
+            "gained": 2,
+            "change": interval(-0.25),
+        },
+        "choices": {
+            "base": 0.75,
+            "tuned": 0.5,
+            "tasks": 60,
+            "lost": 20,
+            "gained": 5,
+            "change": interval(-0.25),
+        },
     },
     "dpo_added": {
         "end_of_sft": wrote(voice=0.5).means,
@@ -105,6 +119,7 @@ REPORT: dict[str, Any] = {
             "run_dir": "data/runs/a",
             "system_prompt": HOSTILE[0],
             "train": {"learning_rate": 1e-6, "schedule": "cosine"},
+            "sft": {"replay": 2},
             "lora": {"keys": None},
             "dpo": {"loss": "sigmoid"},
         },
@@ -264,6 +279,7 @@ def test_reasons_are_shown_in_words() -> None:
         ("in your voice", [], "In your voice"),
         ("on the way", [], "On the way to your voice"),
         ("unmoved", [], "Did not move"),
+        ("not measured", [], "Could not be measured"),
         ("degenerated", [], "Degenerated"),
         ("costs too much", [], "Costs too much"),
         ("unmoved", ["a reason"], "Training was stopped"),
@@ -332,10 +348,13 @@ def test_the_way_and_the_detector_have_their_intervals() -> None:
     """
     text = text_of(REPORT)
     assert "75% 62% to 88%" in text and "88% → 62% 50% to 75%" in text
-    assert "Between your own answers it reaches 51%" in text and "less than 82%" in text
+    assert (
+        "Between your own answers it reaches 51%" in text
+        and "This may be chance (p = 0.25)" in text
+    )
     unmeasured = {"way": None, "detection": None, "other_system_message": None}
     text = text_of(changed(voice=unmeasured))
-    assert "too much alike, or too few" in text and "One question is not enough" in text
+    assert "too much alike, or too few" in text and "too few answers to try" in text
 
 
 def test_the_cost_is_shown() -> None:

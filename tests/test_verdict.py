@@ -55,9 +55,9 @@ def report(**changes: Any) -> dict[str, Any]:
         },
         "habits": habits(2, 3),
         "cost": {
-            "divergence": {"value": 0.5},
-            "instructions": {"base": 0.5, "tuned": 0.375},
-            "choices": {"base": 0.75, "tuned": 0.625},
+            "divergence": {"low": 0.5},
+            "instructions": {"base": 0.5, "change": {"high": -0.125}},
+            "choices": {"change": {"high": -0.125}},
         },
     }
     for path, value in changes.items():
@@ -73,8 +73,8 @@ WAY, HABITS = "voice__way", "habits"
 REPEATS, UNNATURAL = "fluency__distinct2__tuned", "fluency__base_logprob_per_token__tuned"
 ENDED, LENGTH = "fluency__self_ended__tuned", "fluency__median_tokens__tuned"
 SENSE, COPIED = "fluency__sense__tuned", "fluency__copied__tuned"
-DIVERGENCE, INSTRUCTIONS = "cost__divergence__value", "cost__instructions__tuned"
-CHOICES = "cost__choices__tuned"
+DIVERGENCE, INSTRUCTIONS = "cost__divergence__low", "cost__instructions__change__high"
+CHOICES = "cost__choices__change__high"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ CHOICES = "cost__choices__tuned"
         ({WAY: way(0.09)}, "unmoved", []),
         ({WAY: way(-0.5)}, "unmoved", []),
         ({WAY: way(math.nan)}, "unmoved", []),
-        ({WAY: None}, "unmoved", []),
+        ({WAY: None}, "not measured", []),
         # Each limit of fluency: at it, and beyond it.
         ({REPEATS: 0.74}, "degenerated", ["max_distinct2_drop"]),
         ({UNNATURAL: -2.1}, "degenerated", ["max_base_logprob_drop"]),
@@ -111,12 +111,12 @@ CHOICES = "cost__choices__tuned"
         # Answers of yours that do not depend on the question ask for nothing.
         ({SENSE: -1.0, "fluency__sense__chosen": 0.0}, "in your voice", []),
         ({COPIED: 0.38}, "degenerated", ["max_copied"]),
-        # Each limit of cost.
+        # Each limit of cost, by the better end of its interval.
         ({DIVERGENCE: 0.51}, "costs too much", ["max_divergence"]),
         ({DIVERGENCE: math.nan}, "costs too much", ["max_divergence"]),
-        ({INSTRUCTIONS: 0.37}, "costs too much", ["min_instructions_ratio"]),
-        ({INSTRUCTIONS: 0.0, "cost__instructions__base": 0.0}, "in your voice", []),
-        ({CHOICES: 0.62}, "costs too much", ["max_choices_drop"]),
+        ({INSTRUCTIONS: -0.13}, "costs too much", ["min_instructions_ratio"]),
+        ({INSTRUCTIONS: -0.5, "cost__instructions__base": 0.0}, "in your voice", []),
+        ({CHOICES: -0.13}, "costs too much", ["max_choices_drop"]),
         # The worst grade counts, and every reason is told.
         ({WAY: way(0.0), DIVERGENCE: 9.0}, "costs too much", ["max_divergence"]),
         (

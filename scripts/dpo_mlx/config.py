@@ -186,7 +186,7 @@ class GuardConfig:
     max_distinct2_drop: float = _number(0.2, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.5, low=0.0, high=1.0)
     max_chosen_drop: float = _number(0.5, low=0.0, high=1e6)
-    max_divergence: float = _number(1.0, low=0.0, high=1e6)
+    max_divergence: float = _number(0.5, low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,8 +90,9 @@ class Worker:
         settings: GenerationConfig,
         without_adapters: bool = False,
     ) -> list[EncodedAnswer]:
-        """The same answers as the sampled token ids after their prompts, in one list. No other
-        process shares this work: it is done once a run.
+        """The same answers as the sampled token ids after their prompts, in one list.
+
+        No other process shares this work, which stage 10 does only when it starts.
         """
         self.model.eval()
         with self._adapters(without_adapters):

@@ -12,6 +12,8 @@ from ..files.results import Outcome, read_metrics
 from ..training.outcome import advice, comparison, place
 from . import templates
 from .charts import CURVES, FRAME, Row, Scale, chart, last_update, of_sft, series, ticks
+from .sections import OTHER_SYSTEM_QUESTIONS
+from .verdict import CROSSED
 
 TEMPLATE = "report.html.j2"
 
@@ -41,6 +43,10 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
         **report,
         kept_update=kept_update,
         evaluated=EVALUATED,
+        crossed=CROSSED,
+        other_questions=min(OTHER_SYSTEM_QUESTIONS, len(report["answers"])),
+        shared_questions=shared_questions(report),
+        dpo_update=None if outcome is None or outcome.of_dpo is None else outcome.of_dpo.update,
         kept_place=None if outcome is None else place(outcome),
         comparison=None if outcome is None else comparison(outcome),
         advice=None if outcome is None else advice(outcome),
@@ -50,6 +56,17 @@ def render(report: Mapping[str, Any], metrics_rows: Sequence[Row]) -> str:
         lengths=None if pairs is None else lengths(pairs["tokens"]),
         settings=sections(report["run"]["config"]),
     )
+
+
+def shared_questions(report: Mapping[str, Any]) -> int:
+    """How many questions of the report were also asked in the evaluations of training.
+
+    The report has the last held-out questions, the evaluations have the first. 0 if unknown.
+    """
+    pairs, train = report["run"]["pairs"], report["run"]["config"]["train"]
+    if pairs is None or "eval_questions" not in train:
+        return 0
+    return max(0, len(report["answers"]) + train["eval_questions"] - pairs["valid"])
 
 
 def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:

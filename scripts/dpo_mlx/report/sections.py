@@ -14,22 +14,26 @@ from ..voice.copying import copied_share, runs
 from ..voice.habits import HabitResult, measure_habits
 from ..voice.intervals import Interval, IntervalValues
 
+# Models learn a voice under one system message. This many questions are also asked under another.
+OTHER_SYSTEM_MESSAGE = "Answer the user's question."
+OTHER_SYSTEM_QUESTIONS = 8
+
 # What each set of answers is called in report.json.
 BASE, TUNED, CHOSEN = "base", "tuned", "chosen"
 Answers = Mapping[str, Sequence[Answer]]
 
 
-class Detection(TypedDict):
+class DetectionValues(TypedDict):
     """How often a classifier tells a model's answers from yours: 0.5 means that it cannot.
 
-    `calibration` is the same for your answers against other answers of yours. `detectable` is the
-    accuracy that so many questions can show.
+    `p_value` is how often chance alone tells the tuned answers as well. `calibration` is the
+    accuracy on your answers against other answers of yours.
     """
 
     base: IntervalValues
     tuned: IntervalValues
+    p_value: float
     calibration: float
-    detectable: float
 
 
 class Voice(TypedDict):
@@ -40,7 +44,7 @@ class Voice(TypedDict):
 
     way: IntervalValues | None
     other_system_message: IntervalValues | None
-    detection: Detection | None
+    detection: DetectionValues | None
 
 
 class DpoAdded(TypedDict):
@@ -81,18 +85,18 @@ def _values(interval: Interval | None) -> IntervalValues | None:
     return None if interval is None else interval.values
 
 
-def _detection(train: Sequence[Pair], answers: Answers) -> Detection | None:
-    """None for a single question."""
+def _detection(train: Sequence[Pair], answers: Answers) -> DetectionValues | None:
+    """None with too few answers to try."""
     real = texts(answers[CHOSEN])
-    if len(real) < 2:
+    all_real = [*real, *(pair.chosen for pair in train)]
+    if len(real) < 2 or len(all_real) < 4:
         return None
     base, tuned = (detector.detect(texts(answers[who]), real) for who in (BASE, TUNED))
-    all_real = [*real, *(pair.chosen for pair in train)]
     return {
         "base": base.accuracy.values,
         "tuned": tuned.accuracy.values,
+        "p_value": tuned.p_value,
         "calibration": detector.real_against_real(all_real, len(real)),
-        "detectable": detector.detectable_accuracy(len(real)),
     }
 
 
@@ -118,7 +122,11 @@ def habits(author: Author, answers: Answers) -> list[HabitResult]:
 
 
 def dpo_added(outcome: Outcome) -> DpoAdded | None:
-    """What DPO added to the supervised model. None for a run without SFT or without DPO."""
+    """What DPO added to the supervised model. None for a run without SFT or without DPO.
+
+    If several evaluations of DPO were made, the best of them was chosen on these questions, so the
+    gain is an upper estimate.
+    """
     before, after = outcome.end_of_sft, outcome.of_dpo
     if before is None or after is None:
         return None

@@ -11,8 +11,32 @@ from ..voice.habits import HabitResult
 from ..voice.intervals import IntervalValues
 
 IN_YOUR_VOICE, ON_THE_WAY, UNMOVED = "in your voice", "on the way", "unmoved"
+NOT_MEASURED = "not measured"
 DEGENERATED, COSTS_TOO_MUCH = "degenerated", "costs too much"
 PASSING = (IN_YOUR_VOICE, ON_THE_WAY)
+
+# What it means to cross a limit of the config.
+CROSSED = {
+    "smoke.max_distinct2_drop": "The tuned model repeats itself more than the base model does.",
+    "smoke.min_self_ended_ratio": (
+        "Too many answers of the tuned model run until the length limit cuts them."
+    ),
+    "smoke.max_base_logprob_drop": (
+        "The tuned model's answers are too unlikely under the base model to be fluent."
+    ),
+    "smoke.max_length_ratio": (
+        "The tuned model's answers are much longer or much shorter than yours."
+    ),
+    "smoke.min_sense_ratio": "The tuned model's answers hardly depend on their questions.",
+    "smoke.max_copied": "The tuned model recites your training answers.",
+    "smoke.max_divergence": (
+        "The tuned model answers unrelated prompts very differently from the base model."
+    ),
+    "smoke.min_instructions_ratio": (
+        "The tuned model follows fewer instructions than the base model does."
+    ),
+    "smoke.max_choices_drop": "The tuned model gets fewer questions of general knowledge right.",
+}
 
 # How far a model must be at least, as the lower end of the interval on the voice scale.
 MIN_IN_YOUR_VOICE, MIN_ON_THE_WAY = 0.8, 0.1
@@ -41,21 +65,26 @@ def verdict(report: Report, limits: SmokeConfig) -> Verdict:
     expensive = _too_expensive(report["cost"], limits)
     grade = _voice_grade(report["voice"]["way"], report["habits"])
     summary = _voice_summary(grade, report["voice"]["way"], report["habits"])
-    if degenerated:
-        grade, summary = DEGENERATED, "The answers are no longer fluent, or no longer answers."
-    elif expensive:
-        grade = COSTS_TOO_MUCH
-        summary = f"The model lost too much of what the base model can do. {summary}"
+    reasons = degenerated + expensive
+    if reasons:
+        grade = DEGENERATED if degenerated else COSTS_TOO_MUCH
+        summary = f"{CROSSED[_key(reasons[0])]} {summary}"
     return {
         "grade": grade,
         "passed": grade in PASSING,
         "summary": summary,
-        "reasons": degenerated + expensive,
+        "reasons": reasons,
     }
 
 
+def _key(reason: str) -> str:
+    return reason.partition(":")[0]
+
+
 def _voice_grade(way: IntervalValues | None, habits: list[HabitResult]) -> str:
-    if way is None or not way["low"] >= MIN_ON_THE_WAY:
+    if way is None:
+        return NOT_MEASURED
+    if not way["low"] >= MIN_ON_THE_WAY:
         return UNMOVED
     has_most_habits = 2 * sum(habit["carried"] for habit in habits) > len(habits) or not habits
     return IN_YOUR_VOICE if way["low"] >= MIN_IN_YOUR_VOICE and has_most_habits else ON_THE_WAY
@@ -130,18 +159,19 @@ def _degenerated(fluency: Report, limits: SmokeConfig) -> list[str]:
 
 
 def _too_expensive(cost: Report, limits: SmokeConfig) -> list[str]:
-    """A line for each limit on what training cost elsewhere."""
+    """A line for each limit on what training cost elsewhere, unless chance may explain it: the
+    better end of the 95% interval counts.
+    """
     instructions, choices = cost["instructions"], cost["choices"]
+    followed = instructions["base"] + instructions["change"]["high"]
     return [
-        *_at_most("smoke.max_divergence", cost["divergence"]["value"], limits.max_divergence),
+        *_at_most("smoke.max_divergence", cost["divergence"]["low"], limits.max_divergence),
         *_at_least(
             "smoke.min_instructions_ratio",
-            instructions["tuned"] / instructions["base"] if instructions["base"] else math.inf,
+            followed / instructions["base"] if instructions["base"] else math.inf,
             limits.min_instructions_ratio,
         ),
-        *_at_most(
-            "smoke.max_choices_drop", choices["base"] - choices["tuned"], limits.max_choices_drop
-        ),
+        *_at_most("smoke.max_choices_drop", -choices["change"]["high"], limits.max_choices_drop),
     ]
 
 

@@ -244,6 +244,10 @@ def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[N
     ]
 
 
+# A question of general knowledge has one cache, and each of its four options a copy.
+CHOICE_CACHES = 5
+
+
 def stage_12(
     model: nn.Module, config: Config, lengths: LargestSizes, other_weights: int = 0
 ) -> list[Need]:
@@ -252,7 +256,7 @@ def stage_12(
     The base model and the fused model take turns in memory. `other_weights` is the size of the
     other model's weights in bytes.
     """
-    batch = min(config.generation.batch_size, lengths.questions)
+    batch = max(min(config.generation.batch_size, lengths.questions), CHOICE_CACHES)
     key = "generation.batch_size"
     needs = [
         sampling(model, batch, lengths.prompt, lengths.answer, key),

@@ -36,6 +36,7 @@ from ..model.sampling import EVALUATED_AT_ONCE, Batch, sample_batch
 from ..parallel.worker import Worker
 from ..process import signals
 from ..process.supervisor import LAUNCH, has_cpu_for_two
+from ..report.sections import OTHER_SYSTEM_QUESTIONS
 from ..scoring import memory
 from ..scoring.objectives import Dpo, Sft
 from ..training import checkpoint, replay
@@ -43,7 +44,6 @@ from ..training.phases import PROMPTS
 from ..training.schedule import count_updates
 from ..training.trainer import updates_between_evaluations
 from ..voice import cost as tasks
-from .evaluate import OTHER_SYSTEM_QUESTIONS
 from .make_pairs import generation_settings, usable_rows
 
 T = TypeVar("T")

@@ -20,13 +20,18 @@ from ..model.sampling import Answer
 from ..parallel.worker import Worker, answer_all, log_probs
 from ..report import card, sections
 from ..report.html_report import write_html
-from ..report.sections import DpoAdded, Voice
+from ..report.sections import (
+    OTHER_SYSTEM_MESSAGE,
+    OTHER_SYSTEM_QUESTIONS,
+    DpoAdded,
+    Voice,
+)
 from ..report.verdict import Verdict, habit_text, verdict
 from ..scoring import memory, reference
 from ..scoring.losses import Sides
 from ..scoring.scorer import score_against, summarise
 from ..training.outcome import comparison
-from ..training.setup import answer_settings, reference_fingerprint
+from ..training.setup import answer_settings, encode_splits, reference_fingerprint
 from ..voice import cost
 from ..voice.answers import Author, measure
 from ..voice.cost import Cost
@@ -36,10 +41,6 @@ Report = dict[str, Any]
 
 # The strongest habits that did not carry over, for the console.
 MAX_PRINTED_HABITS = 3
-
-# Models learn a voice under one system message. This many questions are also asked under another.
-OTHER_SYSTEM_MESSAGE = "Answer the user's question."
-OTHER_SYSTEM_QUESTIONS = 8
 
 # The measures of answers, as the console names them.
 LABELS = {
@@ -94,7 +95,19 @@ class Task:
 
     @property
     def questions(self) -> list[Pair]:
-        return self.pairs[VALID][: self.config.smoke.questions]
+        """The last held-out ones. The guard asks the first ones and chooses the checkpoint by
+        them, so if there are enough, the two have none in common.
+        """
+        return self.pairs[VALID][-self.config.smoke.questions :]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that a model answers."""
+        return [
+            *(pair.prompt for pair in self.questions),
+            *self.unrelated.prompts,
+            *(instruction.prompt for instruction in self.unrelated.instructions),
+        ]
 
     def unrelated_results(self, worker: Worker, answers: list[EncodedAnswer]) -> cost.ModelResults:
         batch_size = self.config.generation.batch_size
@@ -126,7 +139,7 @@ class TunedModel:
 
 
 def evaluate(config: Config) -> bool:
-    """Write `run_dir/report.json` and `report.html`. Returns whether no limit was crossed.
+    """Write `run_dir/report.json` and `report.html`. Returns whether the grade passes.
 
     Raises UserError when there is no fused model.
     """
@@ -163,10 +176,11 @@ def _report(config: Config, digests: Fingerprint) -> Report:
 
 def _of_base(config: Config) -> tuple[Task, BaseModel]:
     """The task of both models, and everything that needs only the base model."""
-    pairs_by_split = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
+    raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
     loaded = _load(config.model, config)
     encoder = Encoder.of(loaded.tokenizer, config)
-    encoded, _ = encoding.encode_all(pairs_by_split[VALID], encoder, config.data.max_length)
+    pairs_by_split, by_split = encode_splits(raw, encoder, config.data.max_length)
+    encoded = by_split[VALID]
     encoding.require_pairs(config.pairs.valid, encoded)
     generation = answer_settings(config, pairs_by_split, encoder)
     config = replace(config, generation=generation)
@@ -208,8 +222,8 @@ def _require_memory(task: Task, loaded: LoadedModel) -> None:
     config = task.config
     lengths = memory.LargestSizes(
         questions=max(len(task.questions), len(task.unrelated.prompts)),
-        prompt=max(len(task.encoder.prompt_ids(pair.prompt)) for pair in task.questions),
-        answer=config.generation.max_tokens or 0,
+        prompt=max(len(task.encoder.prompt_ids(prompt)) for prompt in task.prompts),
+        answer=max(config.generation.max_tokens or 0, cost.MAX_TOKENS),
         longest=max(encoding.sequences(task.encoded), key=lambda sequence: len(sequence.ids)),
     )
     weights = max(map(model_files.weight_bytes, (config.model, str(config.run.fused))))
@@ -222,10 +236,8 @@ def _compare(task: Task, base: BaseModel, tuned: TunedModel, digests: Fingerprin
     config, encoder, questions = task.config, task.encoder, task.questions
     loaded = _load(config.model, config)
     worker = Worker(loaded.model, loaded.tokenizer)
-    author, outcome = (
-        Author.of(task.pairs[TRAIN], task.pairs[VALID]),
-        results.read_outcome(config.run),
-    )
+    author = Author.of(task.pairs[TRAIN], task.pairs[VALID])
+    outcome = results.read_outcome(config.run)
     answers = {
         sections.BASE: base.answers,
         sections.TUNED: tuned.answers,

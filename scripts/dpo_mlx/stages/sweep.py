@@ -264,7 +264,7 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
 def _rank(row: Row) -> tuple[bool, float]:
     """The sort key: runs that reached their end come first, then the nearest to the voice."""
     voice = row["evaluation"].get("eval_text/voice", -math.inf)
-    return not _reached_end(row), -voice
+    return not _reached_end(row), -min(voice, 1.0)
 
 
 def _reached_end(row: Row) -> bool:

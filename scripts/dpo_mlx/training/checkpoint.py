@@ -134,15 +134,22 @@ class Contents:
 
     def __post_init__(self) -> None:
         state = self.state
-        if state.base is None or state.best is None:
-            key = "base" if state.base is None else "best"
-            raise ValueError(f'"state.{key}" is null, but an evaluation has filled it')
+        for key in ("base", "best", "last"):
+            if getattr(state, key) is None:
+                raise ValueError(f'"state.{key}" is null, but an evaluation has filled it')
+        assert state.base is not None
         self._require_measures("base", state.base)
-        self._require_measures("best.measures", state.best.measures)
+        for key, evaluation in self._evaluations():
+            self._require_measures(f"{key}.measures", evaluation.measures)
         if state.measures:
             self._require_measures("measures", state.measures)
         if state.phase_start > state.update:
             raise ValueError('"state.phase_start" is greater than "state.update"')
+
+    def _evaluations(self) -> Iterator[tuple[str, Evaluation]]:
+        for key in ("best", "last", "end_of_sft"):
+            if (evaluation := getattr(self.state, key)) is not None:
+                yield key, evaluation
 
     def _require_measures(self, key: str, measures: Measures) -> None:
         for name in NAMES:

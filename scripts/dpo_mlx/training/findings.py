@@ -225,9 +225,9 @@ def _length_findings(facts: Facts) -> Iterator[Finding]:
 def _classifier_findings(facts: Facts) -> Iterator[Finding]:
     if facts.classifier_accuracy < MIN_ACCURACY:
         yield Finding(
-            f"the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out "
-            f"answers, under {MIN_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
-            "the answers in the report yourself"
+            f"a classifier tells your held-out answers from the base model's on only "
+            f"{facts.classifier_accuracy:.0%}: there is little voice to learn, or too little to "
+            "measure; judge the answers in the report yourself"
         )
 
 

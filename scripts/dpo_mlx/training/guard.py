@@ -10,9 +10,10 @@ def better(best: Evaluation | None, evaluation: Evaluation, crossed: list[str]) 
     """The best evaluation once this one is known, which crossed these limits.
 
     The first evaluation of a run always becomes the best. A later one must cross no limit and have
-    a higher mean on the voice scale: of equal ones the earlier wins, which has moved less.
+    a higher mean on the voice scale, up to your own 1: of equal ones the earlier wins, which has
+    moved less.
     """
-    if best is None or (evaluation.voice > best.voice and not crossed):
+    if best is None or (min(evaluation.voice, 1.0) > best.voice and not crossed):
         return evaluation
     return best
 

@@ -15,6 +15,7 @@ from ..files.model_files import ADAPTERS
 from ..files.results import Measures, Outcome
 from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
 from ..model.adapters import copy_adapters, load_adapters
+from ..model.sampling import EVALUATED_AT_ONCE
 from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
 from ..voice import cost
@@ -85,11 +86,17 @@ class Phases:
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
         train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
         valid = _examples(self.setup.evaluated_pairs, load_reference(self.setup, BASE, VALID))
-        count = self.sft_updates * self.setup.config.sft.replay
-        repeated = replay.base_examples(
-            self.setup.worker, self.setup.encoder, count, self.setup.config.seed
-        )
-        self._train(SFT, Examples(train, valid, repeated))
+        self._train(SFT, Examples(train, valid, self._replay_examples()))
+
+    def _replay_examples(self) -> list[Example]:
+        """The base model's own answers that SFT repeats."""
+        setup, config = self.setup, self.setup.config
+        count = self.sft_updates * config.sft.replay
+        if not count:
+            return []
+        print("10: the base model answers the prompts that SFT repeats")
+        batch_size = min(EVALUATED_AT_ONCE, len(setup.evaluated_pairs))
+        return replay.base_examples(setup.worker, setup.encoder, count, batch_size, config.seed)
 
     def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
         """DPO's reference for both splits: the model after SFT, or the base model without SFT."""

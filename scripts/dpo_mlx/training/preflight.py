@@ -57,9 +57,7 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
         f"rejected {facts.rejected_per_token:.2f} nats; median lengths {facts.chosen_tokens:.0f} "
         f"and {facts.rejected_tokens:.0f} tokens"
     )
-    print(
-        f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
-    )
+    print(f"10: a classifier tells {facts.classifier_accuracy:.0%} of the held-out answers right")
     _describe_phases(setup.config, facts)
     minutes = _seconds(setup, probe) / 60
     print(f"10: about {minutes:.0f} minutes of training, plus the answers of each evaluation")

@@ -1,9 +1,10 @@
-"""Replay: SFT repeats the base model's own answers to unrelated prompts, and so stays itself there.
+"""Replay: SFT also trains on the base model's own answers to unrelated prompts, so that it changes
+little there.
 
-The answers are drawn from the base model's own distribution, so the mean gradient of their negative
-log-likelihood is that of KL(base || policy) on these prompts (self-synthesized rehearsal, Huang et
-al. 2024, arXiv:2403.01244). The prompts are others than those of data/cost, on which the cost of
-training is measured.
+The answers are drawn from the base model's distribution, so the gradient of their negative
+log-likelihood is about that of KL(base || policy) on these prompts, with the same weight for each
+answer whatever its length (self-synthesized rehearsal, Huang et al. 2024, arXiv:2403.01244). The
+prompts are others than those of data/cost, on which the cost of training is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ..data.encoding import EncodedAnswer, EncodedPair, Encoder
-from ..model.sampling import EVALUATED_AT_ONCE
 from ..parallel.worker import Worker
 from ..scoring.losses import Sides
 from ..scoring.objectives import Example
@@ -24,14 +24,16 @@ from ..voice import cost
 FILE = Path(__file__).resolve().parents[3] / "data" / "replay" / "prompts.jsonl"
 
 
-def base_examples(worker: Worker, encoder: Encoder, count: int, seed: int) -> list[Example]:
+def base_examples(
+    worker: Worker, encoder: Encoder, count: int, batch_size: int, seed: int
+) -> list[Example]:
     """The base model's answers to at most `count` of the prompts, as examples of SFT.
 
     Seeds MLX's random state. The same seed gives the same answers, so a run that resumes draws them
     again.
     """
     prompts = cost.read_prompts(FILE)[:count]
-    answers = cost.base_answers(worker, encoder, prompts, EVALUATED_AT_ONCE, seed, True)
+    answers = cost.base_answers(worker, encoder, prompts, batch_size, seed, True)
     return [_example(answer) for answer in answers]
 
 

@@ -131,18 +131,17 @@ class Trainer:
         mx.reset_peak_memory()
         # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
-        scores, gradient, broken_lines = self.worker.gradient(self.objective, examples, seed)
-        repeated = self._repeated(update)
-        if repeated:
-            _, replay_gradient, _ = self.worker.gradient(self.objective, repeated, seed)
-            gradient = tree_map(mx.add, gradient, replay_gradient)
+        replay_examples = self._replay_examples(update)
+        scores, gradient, broken_lines = self._gradient(examples, replay_examples, seed)
         if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
             self._check_start(examples, scores)  # the reference has no dropout
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
         phase = self.state.phase
         row = {"iteration": update, "phase": phase, "epoch": epoch + 1, "pairs": len(examples)}
-        if broken_lines or not math.isfinite(float(norm)):
-            self._skip(row, broken_lines or [example.pair.line for example in examples])
+        if broken_lines is None and not math.isfinite(float(norm)):
+            broken_lines = [example.pair.line for example in examples]
+        if broken_lines is not None:
+            self._skip(row, broken_lines)
             return
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
@@ -151,21 +150,38 @@ class Trainer:
             **self.objective.summary(scores),
             "grad_norm": float(norm),
             "learning_rate": float(self.optimizer.learning_rate),
-            "tokens_per_second": sum(map(self.objective.tokens, [*examples, *repeated])) / seconds,
+            "tokens_per_second": self._tokens(examples + replay_examples) / seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
         self.state.skipped_in_a_row = 0
         self._end_update(row)
 
-    def _repeated(self, update: int) -> list[Example]:
+    def _replay_examples(self, update: int) -> list[Example]:
         """The base model's answers that an update repeats beside its own examples."""
         if not self.examples.replay:
             return []
         size, seed = self.config.sft.replay, self.config.seed
         return replay.of_update(self.examples.replay, update, size, seed)
 
+    def _gradient(
+        self, examples: list[Example], replay_examples: list[Example], seed: int
+    ) -> tuple[list[Any], Any, list[int] | None]:
+        """(scores of the examples, mean gradient of the examples plus that of the replay, lines of
+        the pairs that give NaN or an infinity). No line if it is the replay that does, None if
+        nothing does.
+        """
+        scores, gradient, lines = self.worker.gradient(self.objective, examples, seed)
+        if not replay_examples:
+            return scores, gradient, lines or None
+        _, of_replay, broken = self.worker.gradient(self.objective, replay_examples, seed)
+        return scores, tree_map(mx.add, gradient, of_replay), lines or ([] if broken else None)
+
+    def _tokens(self, examples: list[Example]) -> int:
+        return sum(map(self.objective.tokens, examples))
+
     def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
-        """End an update without touching the adapters, because of these lines of the train pairs.
+        """End an update without touching the adapters, because of these lines of the train pairs,
+        or because of the base model's own answers.
 
         Raises Stopped when it is one too many in a row.
         """
@@ -173,10 +189,14 @@ class Trainer:
         state.skipped += 1
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row == MAX_SKIPPED:
+            cause = (
+                f"the pairs on lines {lines}; look at these pairs, or lower train.learning_rate"
+                if lines
+                else "the base model's own answers; lower sft.learning_rate, or set sft.replay: 0"
+            )
             state.stopped = [
                 f"{self.config.data.train_pairs}: {MAX_SKIPPED} updates in a row gave NaN or an "
-                f"infinity, the last one from the pairs on lines {lines}; look at these pairs, or "
-                "lower train.learning_rate"
+                f"infinity, the last one from {cause}"
             ]
         self._end_update({**row, "skipped_updates": state.skipped, "skipped_lines": lines})
         self._raise_if_stopped()

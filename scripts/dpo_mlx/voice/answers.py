@@ -39,7 +39,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Author:
-    """What the author's answers have and the base model's have not, from a run's pairs."""
+    """What distinguishes the author's answers from the base model's, from a run's pairs."""
 
     scale: VoiceScale
     habits: list[Trait]
@@ -123,6 +123,7 @@ class AnswerEvaluator:
         self._encoder = encoder
         self._author = author
         self._questions = questions
+        self._batch_size = min(EVALUATED_AT_ONCE, len(questions))
         self._prompts = prompts
         self._generation = generation
         self._seed = seed
@@ -144,14 +145,14 @@ class AnswerEvaluator:
     def _unrelated(self) -> tuple[list[EncodedAnswer], list[float]]:
         """The base model's answers to the unrelated prompts, and its log-probs of them in nats."""
         answers = base_answers(
-            self._worker, self._encoder, self._prompts, EVALUATED_AT_ONCE, self._seed, True
+            self._worker, self._encoder, self._prompts, self._batch_size, self._seed, True
         )
         return answers, self._worker.log_probs(answers, without_adapters=True)
 
     def _measure_answers(self, without_adapters: bool) -> Measures:
         prompts = [self._encoder.prompt_ids(question.prompt) for question in self._questions]
         by_batch = self._worker.answers(
-            batches(prompts, EVALUATED_AT_ONCE, self._seed), self._generation, without_adapters
+            batches(prompts, self._batch_size, self._seed), self._generation, without_adapters
         )
         answers = [answer for batch in by_batch for answer in batch]
         log_probs = partial(self._worker.log_probs, without_adapters=True)

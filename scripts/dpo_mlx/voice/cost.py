@@ -19,12 +19,15 @@ from ..config import GenerationConfig
 from ..data.encoding import EncodedAnswer, Encoder
 from ..files import jsonl, schema
 from ..files.errors import UserError
-from ..files.schema import Count, Finite, Share
+from ..files.schema import Count, Share
 from ..files.text import shown
 from ..model.sampling import batches
 from ..parallel.worker import Worker
+from ..process import signals
+from . import intervals
 from .choices import Choice, check_choices
 from .instructions import Rule, parse_rule
+from .intervals import IntervalValues
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "cost"
 REMEDY = "put back the file that came with this project"
@@ -66,17 +69,10 @@ class ModelResults:
     choices: list[bool]
 
 
-class Divergence(TypedDict):
-    """KL(base || tuned) in nats per token, with its 95% interval."""
-
-    value: Finite
-    low: Finite
-    high: Finite
-
-
 class Comparison(TypedDict):
     """The share of tasks that each model did, of `tasks`. `lost` counts those that only the base
-    model did, `gained` those that only the tuned model did.
+    model did, `gained` those that only the tuned model did. `change` is the tuned model's share
+    minus the base model's.
     """
 
     base: Share
@@ -84,12 +80,13 @@ class Comparison(TypedDict):
     tasks: Count
     lost: Count
     gained: Count
+    change: IntervalValues
 
 
 class Cost(TypedDict):
-    """What training cost, for report.json."""
+    """What training cost, for report.json. `divergence` is in nats per token."""
 
-    divergence: Divergence
+    divergence: IntervalValues
     instructions: Comparison
     choices: Comparison
 
@@ -133,13 +130,14 @@ def base_answers(
     They are kept as token ids: the ids of their texts can differ, and the estimate is unbiased only
     for the ids that were sampled. Seeds MLX's random state.
     """
+    signals.check()
     encoded = [encoder.prompt_ids(prompt) for prompt in prompts]
     return worker.sequences(batches(encoded, batch_size, seed), SETTINGS, without_adapters)
 
 
 def divergence(
     answers: Sequence[EncodedAnswer], base: Sequence[float], tuned: Sequence[float]
-) -> Divergence:
+) -> IntervalValues:
     """KL(base || tuned) in nats per token, from both models' log-probs of the base model's answers,
     of which there must be two or more.
 
@@ -206,6 +204,7 @@ def _compare(base: Sequence[bool], tuned: Sequence[bool]) -> Comparison:
         "tasks": len(pairs),
         "lost": pairs.count((True, False)),
         "gained": pairs.count((False, True)),
+        "change": intervals.difference(np.array(tuned, float), np.array(base, float)).values,
     }
 
 

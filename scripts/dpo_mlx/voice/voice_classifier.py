@@ -34,10 +34,6 @@ class VoiceClassifier:
         """Log-odds that each text is in the voice of the chosen answers, [len(texts)]."""
         return features(texts) @ self.weight + self.bias
 
-    def probability(self, texts: Sequence[str]) -> np.ndarray:
-        """The same as a probability, 0 to 1."""
-        return _sigmoid(self.log_odds(texts))
-
     def accuracy(self, chosen: Sequence[str], rejected: Sequence[str]) -> float:
         """The balanced accuracy: the mean of both sides' shares of correct answers."""
         return float(
