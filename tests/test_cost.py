@@ -494,6 +494,8 @@ def test_a_comparison_by_hand() -> None:
     tuned = ModelResults([-4.0, -6.0], [True, False, False, True], [True, False])
     result = compare([answer_of(2), answer_of(4)], base, tuned)
     assert result["divergence"]["value"] == pytest.approx(1 / 3)
+    change = result["instructions"].pop("change")  # type: ignore[misc]
+    assert change["value"] == -0.25 and change["low"] < -0.25 < change["high"]
     assert result["instructions"] == {
         "base": 0.75,
         "tuned": 0.5,
@@ -501,7 +503,15 @@ def test_a_comparison_by_hand() -> None:
         "lost": 2,
         "gained": 1,
     }
-    assert result["choices"] == {"base": 0.5, "tuned": 0.5, "tasks": 2, "lost": 0, "gained": 0}
+    none = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert result["choices"] == {
+        "base": 0.5,
+        "tuned": 0.5,
+        "tasks": 2,
+        "lost": 0,
+        "gained": 0,
+        "change": none,
+    }
 
 
 def test_a_model_compared_with_itself_cost_nothing(llama: Path) -> None:

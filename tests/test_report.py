@@ -442,6 +442,14 @@ def test_voice_is_drawn_over_both_phases() -> None:
     assert curve.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
 
 
+def test_a_voice_beyond_the_scale_stays_in_the_chart() -> None:
+    """The base model's answers can lie just below 0, and yours are not the limit."""
+    rows = [valid_row(0, 0.69, voice=-0.25), valid_row(1, 0.69, voice=1.25)]
+    [curve] = charts.chart(rows, "voice", None).curves
+    top, bottom = charts.FRAME["top"], charts.FRAME["bottom"]
+    assert [y for _, y in curve.points] == [bottom, top]
+
+
 def test_shares_are_drawn_from_0_to_1() -> None:
     """A rise of 0.02 must not fill the chart."""
     rows = [valid_row(0, 0.69, voice=0.1), valid_row(1, 0.69, voice=0.12)]

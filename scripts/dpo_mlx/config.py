@@ -145,7 +145,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    epochs: int = _number(2, low=0, high=1000)
+    epochs: int = _number(3, low=0, high=1000)
     learning_rate: float = _number(1e-4, low=0.0, high=1.0)
     replay: int = _number(2, low=0, high=10**4)
 
@@ -166,7 +166,7 @@ class TrainConfig:
     learning_rate: float = _number(low=0.0, high=1.0)
     epochs: int = _number(1, low=1, high=1000)
     batch_size: int = _number(1, low=1, high=10**5)
-    grad_accumulation: int = _number(8, low=1, high=10**5)
+    grad_accumulation: int = _number(4, low=1, high=10**5)
     schedule: str = _choice("cosine", of=SCHEDULES)
     warmup_ratio: float = _number(0.1, low=0.0, high=1.0)
     weight_decay: float = _number(0.0, low=0.0, high=100.0)

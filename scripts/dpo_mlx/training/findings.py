@@ -201,7 +201,7 @@ def _data_findings(facts: Facts, config: Config) -> Iterator[Finding]:
         yield Finding(
             f"your answers are {gap:.1f} nats per token less likely under the base model than its "
             f"own ({facts.chosen_per_token:.2f} against {facts.rejected_per_token:.2f}). DPO alone "
-            "would make both kinds unlikely before it learned yours; set sft.epochs: 2"
+            "would make both kinds unlikely before it learned yours; set sft.epochs: 3"
         )
 
 
