@@ -119,7 +119,8 @@ def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
 
 def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
     made = Checkpoints(folder)
-    state = State(phase, update=update, base=wrote(), best=Evaluation(best, wrote(voice=0.5)))
+    best_evaluation, last = Evaluation(best, wrote(voice=0.5)), Evaluation(update, wrote())
+    state = State(phase, update=update, base=wrote(), best=best_evaluation, last=last)
     model, optimizer = small(update)
     model.layers = []
     made.save(state, model, LoraConfig(num_layers=1), optimizer)

@@ -78,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "generation": {"max_tokens": 8},
         **runs.DPO_ALONE,
         "train": {"learning_rate": 1e-3, "grad_accumulation": 1, "eval_every": 7},
-        "smoke": {"questions": 2},
+        "smoke": {"questions": 2, "unrelated_tasks": 2},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))

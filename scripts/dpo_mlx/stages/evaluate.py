@@ -163,6 +163,7 @@ def evaluate(config: Config) -> bool:
     else:
         card.write(config, fused, report)
     _print(report, outcome)
+    print(f"12: the report:\n{run.page}")
     return report["verdict"]["passed"]
 
 
@@ -335,7 +336,7 @@ def _print_cost(values: Cost) -> None:
 
 
 def _print(report: Report, outcome: Outcome) -> None:
-    """Print the measures, then what DPO added, and the grade last."""
+    """Print the measures, then what DPO added, and then the grade."""
     for name, values in report["fluency"].items():
         print(
             f"    {LABELS[name]}: base model {values['base']:.3g}, tuned model "
