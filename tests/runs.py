@@ -65,7 +65,7 @@ NO_LIMITS: dict[str, Any] = {
     "min_self_ended_ratio": 0,
     "max_base_logprob_drop": 1000,
     "max_length_ratio": 1000,
-    "min_sense_ratio": 0,
+    "min_sense_ratio": -1e6,
     "max_copied": 1,
     "max_divergence": 1000,
     "min_instructions_ratio": 0,

@@ -55,7 +55,7 @@ def test_an_update_adds_the_mean_of_the_replay(make: Any) -> None:
     logged loss is that of the own answers alone.
     """
     sft = {"epochs": 1, "learning_rate": 0, "replay": 2}
-    run = make({"phase": SFT}, sft=sft, max_grad_norm=1e6)
+    run = make({"phase": SFT}, sft=sft, grad_accumulation=7, max_grad_norm=1e6)
     scorer = Scorer(run.model)
     run.trainer.examples.replay.extend(run.train[:3])
     repeated = replay.of_update(run.train[:3], 1, 2, run.config.seed)

@@ -487,7 +487,7 @@ def test_the_phase_is_named_in_every_chart() -> None:
 def test_a_run_without_sft() -> None:
     """The page has no phase line and does not mention SFT. The loss starts at update 0."""
     rows = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
-    report = {**changed(training={"sft_updates": 0}), "dpo_added": None}
+    report = {**changed(training={"sft_updates": 0, "end_of_sft": None}), "dpo_added": None}
     page = Page(html_report.render(report, rows))
     assert not page.with_class("phase")
     assert "SFT" not in page.text
@@ -565,7 +565,7 @@ def test_speed_is_a_median_and_memory_a_maximum() -> None:
 def test_settings_read_like_the_config() -> None:
     """Every key is there with its value as in the YAML file, but text has no quotes."""
     sections = html_report.sections(REPORT["run"]["config"])
-    assert list(sections) == ["run", "train", "lora", "dpo"]
+    assert list(sections) == ["run", "train", "sft", "lora", "dpo"]
     values = [None, True, 1e-06, "cosine", "", ["q_proj"]]
     assert [templates.setting(v) for v in values] == [
         "null", "true", "1e-06", "cosine", '""', '["q_proj"]'

@@ -105,7 +105,8 @@ def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
 
 def test_an_update_is_the_mean_of_its_answers(make):
     """The logged loss and norm are means over the group of each answer's mean per token."""
-    run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
+    one_group = {"grad_accumulation": 7, "max_grad_norm": 1e6}
+    run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, **one_group).run()
     scorer = Scorer(run.model)
     [(_, indices)] = groups(run.trainer.objective.settings, 7, run.config.seed)
     values, gradients = zip(

@@ -109,7 +109,7 @@ CHOICES = "cost__choices__change__high"
         ({ENDED: 0.0, "fluency__self_ended__base": 0.0}, "in your voice", []),
         ({SENSE: 0.49}, "degenerated", ["min_sense_ratio"]),
         # Answers of yours that do not depend on the question ask for nothing.
-        ({SENSE: -1.0, "fluency__sense__chosen": 0.0}, "in your voice", []),
+        ({SENSE: -1.0, "fluency__sense__chosen": 0.04}, "in your voice", []),
         ({COPIED: 0.38}, "degenerated", ["max_copied"]),
         # Each limit of cost, by the better end of its interval.
         ({DIVERGENCE: 0.51}, "costs too much", ["max_divergence"]),

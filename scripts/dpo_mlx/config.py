@@ -206,7 +206,7 @@ class SmokeConfig:
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_base_logprob_drop: float = _number(1.5, low=0.0, high=1e6)
     max_length_ratio: float = _number(3.0, low=1.0, high=1e6)
-    min_sense_ratio: float = _number(0.3, low=0.0, high=1.0)
+    min_sense_ratio: float = _number(0.3, low=-1e6, high=1.0)
     max_copied: float = _number(0.1, low=0.0, high=1.0)
     max_divergence: float = _number(0.5, low=0.0, high=1e6)
     min_instructions_ratio: float = _number(0.8, low=0.0, high=1.0)

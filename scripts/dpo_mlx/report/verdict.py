@@ -38,6 +38,9 @@ CROSSED = {
     "smoke.max_choices_drop": "The tuned model gets fewer questions of general knowledge right.",
 }
 
+# Answers of yours that fit their question by less, in nats per token, set no measure.
+MIN_SENSE = 0.05
+
 # How far a model must be at least, as the lower end of the interval on the voice scale.
 MIN_IN_YOUR_VOICE, MIN_ON_THE_WAY = 0.8, 0.1
 
@@ -151,7 +154,7 @@ def _degenerated(fluency: Report, limits: SmokeConfig) -> list[str]:
         ),
         *_at_least(
             "smoke.min_sense_ratio",
-            sense["tuned"] / sense["chosen"] if sense["chosen"] > 0 else math.inf,
+            sense["tuned"] / sense["chosen"] if sense["chosen"] >= MIN_SENSE else math.inf,
             limits.min_sense_ratio,
         ),
         *_at_most("smoke.max_copied", copied["tuned"] - copied["chosen"], limits.max_copied),

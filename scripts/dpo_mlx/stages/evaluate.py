@@ -201,7 +201,9 @@ def _of_tuned(task: Task, base: BaseModel) -> TunedModel:
     config, encoder = task.config, task.encoder
     loaded = _load(str(config.run.fused), config)
     worker = Worker(loaded.model, loaded.tokenizer)
-    other_encoder = Encoder(loaded.tokenizer, OTHER_SYSTEM_MESSAGE, config.chat_template_args)
+    other_encoder = Encoder.of(
+        loaded.tokenizer, replace(config, system_prompt=OTHER_SYSTEM_MESSAGE)
+    )
     other_answers = None
     if other_encoder.template.system_message() == OTHER_SYSTEM_MESSAGE:
         questions = task.questions[:OTHER_SYSTEM_QUESTIONS]
