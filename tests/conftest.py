@@ -122,7 +122,7 @@ def settings(tmp_path: Path, granite: Path, questions: list[dict[str, str]]) -> 
         "lora": {"rank": 4},
         **runs.DPO_ALONE,
         "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 3},
-        "smoke": {"questions": 4},
+        "smoke": {"questions": 4, "unrelated_tasks": 2},
     }
 
 

@@ -17,6 +17,7 @@ from dpo_mlx.data.encoding import Encoder
 from dpo_mlx.data.pairs import Pair
 from dpo_mlx.files import digest, jsonl, ownership, results
 from dpo_mlx.files.model_files import ADAPTERS
+from dpo_mlx.files.results import Evaluation, Measures
 from dpo_mlx.model.adapters import attach_lora, save_adapters
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker
@@ -26,7 +27,6 @@ from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.training.checkpoint import Checkpoints, State
 from dpo_mlx.training.metrics import MEASURED, MetricsFile
 from dpo_mlx.training.trainer import Examples, Trainer
-from dpo_mlx.voice.answers import Measures
 from mlx.utils import tree_flatten
 
 TRAIN = [
@@ -60,12 +60,16 @@ IN_FOLDER: dict[str, Any] = {
 
 # Limits of stage 12 that every model keeps, for runs whose answers are of no matter.
 NO_LIMITS: dict[str, Any] = {
-    "min_voice_share": 0,
-    "min_voice_gain": -1,
+    "unrelated_tasks": 2,
     "max_distinct2_drop": 1,
     "min_self_ended_ratio": 0,
     "max_base_logprob_drop": 1000,
     "max_length_ratio": 1000,
+    "min_sense_ratio": -1e6,
+    "max_copied": 1,
+    "max_divergence": 1000,
+    "min_instructions_ratio": 0,
+    "max_choices_drop": 1,
 }
 
 Adapters = dict[str, mx.array]
@@ -73,16 +77,25 @@ Adapters = dict[str, mx.array]
 
 def wrote(**changes: float) -> Measures:
     """What a sound model writes, but for `changes`; numbers that are exact in binary."""
-    return {
+    means = {
         "voice": 0.25,
+        "habits": 0.5,
         "distinct2": 1.0,
         "longest_loop": 0.0,
         "self_ended": 1.0,
         "base_logprob_per_token": -1.0,
         "sense": 0.5,
         "median_tokens": 8.0,
+        "divergence": 0.0,
         **changes,
     }
+    return Measures([means["voice"]], means)
+
+
+def with_means(measures: Measures, **changes: float) -> Measures:
+    """Measures with other means, and with the voice of one answer."""
+    means = {**measures.means, **changes}
+    return Measures([means["voice"]], means)
 
 
 class Scripted:
@@ -183,12 +196,22 @@ def determined(metrics: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
+def crossed_limits_of(config: Config) -> list[str]:
+    """The limits that a run's last smoke test found crossed. A random model cannot be in anybody's
+    voice, but it can keep to them.
+    """
+    reasons: list[str] = jsonl.read_json(config.run.report)["verdict"]["reasons"]
+    return reasons
+
+
 def keep_adapters(model: nn.Module, config: Config) -> None:
     """A model's adapters as those that stage 10 kept, with the outcome that stage 11 asks for."""
     folder = config.run.adapters
     with ownership.new_folder(folder) as temporary:
         save_adapters(model, config.lora, temporary)
-    outcome = results.Outcome(7, 0, 7, 1.0, [], digest.of_file(folder / ADAPTERS))
+    kept = Evaluation(7, wrote(voice=1.0))
+    sha256 = digest.of_file(folder / ADAPTERS)
+    outcome = results.Outcome(7, 0, None, kept, kept, [], [], sha256)
     results.write_outcome(config.run, outcome)
 
 

@@ -15,12 +15,13 @@ from dpo_mlx.model.loading import LoadedModel, load_model
 from dpo_mlx.model.sampling import EVALUATED_AT_ONCE, Answer, Batch, sample_batch
 from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring.scorer import Scorer
-from dpo_mlx.voice.answers import AnswerEvaluator, measure
-from dpo_mlx.voice.voice_classifier import fit_classifier
-from runs import differences
+from dpo_mlx.voice.answers import AnswerEvaluator, Author, measure
+from dpo_mlx.voice.habits import measure_habits
+from runs import TRAIN, differences
 
 ASKED = [Pair(f"Why {w}?", f"**{w}!**", f"It is {w}.") for w in ("odd", "red")]
-CLASSIFIER = fit_classifier([p.chosen for p in ASKED], [p.rejected for p in ASKED])
+AUTHOR = Author.of(TRAIN, ASKED)
+UNRELATED = ["Say hello.", "Count to three."]
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_measures_by_hand(llama: Path) -> None:
     loaded = load_model(str(llama))
     encoder, scorer = Encoder(loaded.tokenizer), Scorer(loaded.model)
     answers = [Answer("a b a b", STOP, 4), Answer("c d", LENGTH, 8)]
-    found = measure(answers, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder)
+    found = measure(answers, ASKED, AUTHOR, Worker(loaded.model).log_probs, encoder)
     sequences = [
         encoder.encode(p.prompt, a.text, a.finish) for p, a in zip(ASKED, answers, strict=True)
     ]
@@ -52,8 +53,14 @@ def test_measures_by_hand(llama: Path) -> None:
         for p, a in zip(reversed(ASKED), answers, strict=True)
     ]
     other = [scorer.log_prob(s) / s.answer_length for s in swapped]
-    assert found == {
-        "voice": pytest.approx(CLASSIFIER.probability(["a b a b", "c d"]).mean()),
+    texts = [answer.text for answer in answers]
+    places = AUTHOR.scale.places(texts)
+    sides = [p.chosen for p in ASKED], [p.rejected for p in ASKED]
+    habits = measure_habits(AUTHOR.habits, *sides, texts)
+    assert found.voice == pytest.approx(places) and AUTHOR.scale.ceiling > AUTHOR.scale.floor
+    assert found.means == {
+        "voice": pytest.approx(places.mean()),
+        "habits": pytest.approx(sum(habit["carried"] for habit in habits) / len(habits)),
         "distinct2": pytest.approx((2 / 3 + 1) / 2),
         "longest_loop": 1.0,
         "self_ended": 0.5,
@@ -75,9 +82,11 @@ def test_a_few_questions_are_answered_at_once(llama: Path, monkeypatch: Any) -> 
 
     monkeypatch.setattr(Worker, "answers", answers)
     worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
-    found = AnswerEvaluator(worker, encoder, CLASSIFIER, asked, GenerationConfig(max_tokens=8), 0)()
+    found = AnswerEvaluator(
+        worker, encoder, AUTHOR, asked, UNRELATED, GenerationConfig(max_tokens=8), 0
+    )()
     assert made == [EVALUATED_AT_ONCE, 1]
-    assert found["distinct2"] == 0.5
+    assert found.means["distinct2"] == 0.5
 
 
 def test_nothing_written_is_no_log_prob(llama: Path) -> None:
@@ -85,10 +94,10 @@ def test_nothing_written_is_no_log_prob(llama: Path) -> None:
     loaded = load_model(str(llama))
     encoder = Encoder(loaded.tokenizer)
     found = measure(
-        [Answer("", LENGTH, 0)] * 2, ASKED, CLASSIFIER, Worker(loaded.model).log_probs, encoder
+        [Answer("", LENGTH, 0)] * 2, ASKED, AUTHOR, Worker(loaded.model).log_probs, encoder
     )
-    assert found["base_logprob_per_token"] == float("-inf")
-    assert found["sense"] == 0
+    assert found.means["base_logprob_per_token"] == float("-inf")
+    assert found.means["sense"] == 0
 
 
 def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
@@ -99,8 +108,9 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
         return AnswerEvaluator(
             Worker(loaded.model, loaded.tokenizer),
             Encoder(loaded.tokenizer),
-            CLASSIFIER,
+            AUTHOR,
             ASKED,
+            UNRELATED,
             GenerationConfig(max_tokens=8),
             0,
         )
@@ -108,8 +118,8 @@ def test_watching_leaves_no_trace(tuned: Any, llama: Path) -> None:
     base = watch(tuned).base()
     assert [m.scale for m in tuned.model.modules() if isinstance(m, LORA_LAYERS)] == scales
     plain = watch(load_model(str(llama)))()
-    assert base == pytest.approx(plain)
-    assert watch(tuned)() != pytest.approx(plain)
+    assert base.means == pytest.approx(plain.means)
+    assert watch(tuned)().means != pytest.approx(plain.means)
 
 
 def test_a_greedy_batch_is_no_matter_of_chance(llama: Path) -> None:
@@ -137,7 +147,7 @@ def test_watching_changes_nothing_that_is_learned(dropout: float, make: Any) -> 
         short = GenerationConfig(max_tokens=4, temperature=1.0)
         worker = Worker(run.model, run.encoder.tokenizer)
         run.trainer.measure_answers = AnswerEvaluator(
-            worker, run.encoder, CLASSIFIER, ASKED, short, 0
+            worker, run.encoder, AUTHOR, ASKED, UNRELATED, short, 0
         )
         return run.run().adapters
 

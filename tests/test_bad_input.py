@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     **IN_FOLDER,
     "generation": {"max_tokens": 8, "batch_size": 16},
     "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 9},
-    "smoke": {"questions": 2},
+    "smoke": {"questions": 2, "unrelated_tasks": 2},
 }
 
 
@@ -270,7 +270,7 @@ CASES: dict[str, Case] = {
     # the model
     "no such model": setting("model=./absent", "./absent: no such folder"),
     "no such model for 11": setting("model=absent", "model absent: is not on this", script="11"),
-    "no such model for 12": setting("model=absent", "model absent: is not on this", script="12"),
+    "no such model for 12": setting("model=absent", "model absent: no such folder", script="12"),
     "another model": Case(
         "06",
         ("model files", "generation.restart"),
@@ -424,8 +424,8 @@ CASES: dict[str, Case] = {
         says=("x\\n\\x1b: 1 -> None",),
         more=("--limit", "12"),
     ),
-    "a voice that is no share": forged(
-        "run/outcome.json", "10", '"voice" is not between 0 and 1', voice=float("nan")
+    "no record of what was kept": forged(
+        "run/outcome.json", "10", 'lacks "kept.measures"', kept={"update": 1}
     ),
     "the base model is gone": replace(
         model(lambda f: shutil.rmtree(f), "model other: is not on this machine", script="13")

@@ -539,6 +539,7 @@ MEETINGS: dict[str, str] = {
     f"run_dir={REPOSITORY}": IN_REPOSITORY,
     f"run_dir={REPOSITORY}/data": IN_REPOSITORY,
     f"run_dir={REPOSITORY}/config": IN_REPOSITORY,
+    f"run_dir={REPOSITORY}/data/cost": IN_REPOSITORY,
     f"run_dir={REPOSITORY}/scripts/dpo_mlx": IN_REPOSITORY,
     "run_dir=s.jsonl": "run_dir: s.jsonl is not a folder",
     "run_dir=loop": "run_dir: loop is not a folder",

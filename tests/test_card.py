@@ -6,14 +6,16 @@ import ast
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import yaml
 from dpo_mlx import config
+from dpo_mlx.files.results import Evaluation
 from dpo_mlx.files.text import one_line
 from dpo_mlx.report import card, templates
+from runs import wrote
 
 FUSE = {
     "pairs": 4,
@@ -39,12 +41,14 @@ HOSTILE = {
 }
 
 
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "updates": 7,
     "sft_updates": 6,
-    "kept_update": 6,
-    "voice": 0.5,
+    "end_of_sft": None,
+    "last": asdict(Evaluation(7, wrote(voice=0.5))),
+    "kept": asdict(Evaluation(6, wrote(voice=0.5))),
     "stopped": [],
+    "notes": [],
     "adapters": "0" * 64,
 }
 
@@ -129,4 +133,5 @@ def test_code_within_a_line():
 
 def test_the_card_says_what_dpo_added(rendered: Any) -> None:
     """The weights of SFT's end are named as that."""
-    assert "after update 6 (the end of SFT). DPO did not improve on it. |" in rendered()
+    place = "after update 6 (the end of SFT). "
+    assert f"{place}This is the supervised model: DPO did not improve on it. |" in rendered()

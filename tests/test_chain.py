@@ -16,6 +16,7 @@ import mlx_lm
 import pytest
 from conftest import REPOSITORY
 from dpo_mlx.files import jsonl
+from runs import NO_LIMITS
 
 CONFIG = REPOSITORY / "config" / "mlx_granite-4.0-h-micro_dpo.yaml"
 
@@ -39,12 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, granite: Path) -> dict[str, An
         "generation.max_tokens": 16,
         "train.learning_rate": "1e-3",
         "smoke.questions": 4,
-        "smoke.min_voice_share": 0,
-        "smoke.min_voice_gain": -1,
-        "smoke.max_distinct2_drop": 1,
-        "smoke.min_self_ended_ratio": 0,
-        "smoke.max_base_logprob_drop": 100,
-        "smoke.max_length_ratio": 1000,
+        **{f"smoke.{key}": value for key, value in NO_LIMITS.items()},
     }
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     alone = ["--launch", "none"]
@@ -63,7 +59,6 @@ RUINOUS = {
     "guard.max_distinct2_drop": 0,
     "guard.min_self_ended_ratio": 1,
     "guard.max_chosen_drop": 0,
-    "smoke.min_voice_gain": 1,
 }
 
 
@@ -80,9 +75,12 @@ def _start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_chain_ends_with_the_report(run: dict[str, Any]) -> None:
-    """Every stage runs, and the last line printed is the report's path."""
+    """Every stage runs, the grade is printed, and the last line is the report's path. A random
+    model learns no voice, so the exit code is that of a smoke test that failed.
+    """
     first = run["first"]
-    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert "12: unmoved. " in first.stdout
     assert first.stdout.splitlines()[-1] == str(run["folder"] / "run" / "report.html")
     assert "<|start_of_role|>user<|end_of_role|>Why is 0 so?" in first.stdout
 
@@ -90,7 +88,7 @@ def test_the_chain_ends_with_the_report(run: dict[str, Any]) -> None:
 def test_a_second_run_skips_every_stage(run: dict[str, Any]) -> None:
     """Unchanged inputs and settings: nothing is made again."""
     second = run["second"]
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.returncode == 1, second.stdout + second.stderr
     for stage in ("06", "10", "11", "12"):
         assert any(
             line.startswith(f"{stage}: ") and line.endswith("up to date, skipped")
@@ -155,7 +153,7 @@ def test_a_stopped_run_is_told_to_its_end(run: dict[str, Any]) -> None:
     report = json.loads((folder / "stopped" / "report.json").read_text())
     assert not report["verdict"]["passed"]
     training = report["training"]
-    assert training["stopped"] and training["kept_update"] < training["updates"]
+    assert training["stopped"] and training["kept"]["update"] < training["updates"]
 
 
 def test_two_processes_make_the_same_report(run: dict[str, Any], tmp_path: Path) -> None:
@@ -169,13 +167,16 @@ def test_two_processes_make_the_same_report(run: dict[str, Any], tmp_path: Path)
     }
     sets = [part for key, value in moved.items() for part in ("--set", f"{key}={value}")]
     shared = _start([str(CONFIG), *run["sets"], *sets])
-    assert shared.returncode == 0, shared.stdout + shared.stderr
+    assert shared.returncode == 1, shared.stdout + shared.stderr
     for_two = mx.default_device() == mx.cpu and (os.cpu_count() or 1) >= 2
     assert ("-- two processes" in shared.stdout) == for_two
     assert shared.stdout.count("06: the prompt of the first question") == 1
     mine, alone = (
         json.loads((folder / "run/report.json").read_text()) for folder in (tmp_path, run["folder"])
     )
-    for part in ("voice", "preference"):
-        assert mine[part] == pytest.approx(alone[part], rel=1e-4, abs=1e-4)
+    assert mine["preference"] == pytest.approx(alone["preference"], rel=1e-4, abs=1e-4)
+    assert mine["voice"]["way"] == pytest.approx(alone["voice"]["way"], rel=1e-4, abs=1e-4)
+    assert mine["cost"]["divergence"] == pytest.approx(
+        alone["cost"]["divergence"], rel=1e-2, abs=1e-3
+    )
     assert mine["answers"] == alone["answers"]

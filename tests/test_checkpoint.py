@@ -15,14 +15,14 @@ from dpo_mlx.config import Config, LoraConfig
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
 from dpo_mlx.files.model_files import ADAPTERS
+from dpo_mlx.files.results import Evaluation
 from dpo_mlx.process import signals
 from dpo_mlx.stages.train_dpo import ONLY_DPO, train_dpo
 from dpo_mlx.training import checkpoint
 from dpo_mlx.training.checkpoint import OPTIMIZER, STATE, CheckpointFingerprints, Checkpoints, State
-from dpo_mlx.training.guard import Evaluation
 from mlx import nn
 from mlx import optimizers as optim
-from runs import determined, differences, saved, wrote
+from runs import determined, differences, saved, with_means, wrote
 from test_sft import Norm, Shy
 
 
@@ -119,7 +119,8 @@ def small(value: float) -> tuple[nn.Module, optim.Optimizer]:
 
 def keep(folder: Path, phase: str, update: int, best: int) -> Checkpoints:
     made = Checkpoints(folder)
-    state = State(phase, update=update, base=wrote(), best=Evaluation(best, 0.5, 2.0))
+    best_evaluation, last = Evaluation(best, wrote(voice=0.5)), Evaluation(update, wrote())
+    state = State(phase, update=update, base=wrote(), best=best_evaluation, last=last)
     model, optimizer = small(update)
     model.layers = []
     made.save(state, model, LoraConfig(num_layers=1), optimizer)
@@ -164,7 +165,9 @@ def test_everything_comes_back(tmp_path):
         True,
         wrote(voice=0.1, base_logprob_per_token=float("-inf")),
         wrote(voice=1 / 3),
-        Evaluation(7, 0.2, 2.0),
+        Evaluation(7, wrote(voice=0.2)),
+        Evaluation(3, wrote(voice=0.1)),
+        Evaluation(7, wrote(voice=0.3)),
         4,
         2,
     )
@@ -269,10 +272,10 @@ def test_a_stop_is_remembered(two_phases, monkeypatch):
     """
     config = two_phases(Norm)
     config = replace(config, guard=replace(config.guard, min_self_ended_ratio=1.0))
-    monkeypatch.setattr(Norm, "base", lambda self: {**Norm.__call__(self), "self_ended": 1.0})
+    monkeypatch.setattr(Norm, "base", lambda self: with_means(Norm.__call__(self), self_ended=1.0))
     original = Norm.__call__
     monkeypatch.setattr(
-        Norm, "__call__", lambda self: {**original(self), "self_ended": 0.5, "voice": 0.1}
+        Norm, "__call__", lambda self: with_means(original(self), self_ended=0.5, voice=0.1)
     )
     assert not train_dpo(config)
     outcome = jsonl.read_json(config.run.path / "outcome.json")
@@ -331,12 +334,16 @@ DAMAGES = {
         "state.phase_start. is greater than",
     ),
     "a list for measures": (lambda f: edit_state(f, measures=[]), "measures. must be an object"),
-    "measures missing": (lambda f: edit_state(f, base={"voice": 0.5}), "state.base.distinct2"),
-    "no measures": (lambda f: edit_state(f, base={}), "state.base.voice"),
+    "measures missing": (
+        lambda f: edit_state(f, base={"voice": [0.5], "means": {"voice": 0.5, "habits": 1}}),
+        "state.base.means.distinct2",
+    ),
+    "no measures": (lambda f: edit_state(f, base={"voice": [], "means": {}}), "state.base.means."),
+    "no base": (lambda f: edit_state(f, base=None), '"state.base" is null'),
     "no best": (lambda f: edit_state(f, best=None), '"state.best" is null'),
     "a best that is not finite": (
-        lambda f: edit_state(f, best={"update": 0, "voice": float("nan"), "fluency": 1.0}),
-        "state.best.voice",
+        lambda f: edit_state(f, best={"update": 0, "measures": {"voice": ["x"], "means": {}}}),
+        "state.best.measures.voice",
     ),
     "half as many bits": (lambda f: halve(f / OPTIMIZER), f"{OPTIMIZER}: cannot be used"),
     "another number": (lambda f: edit_state(f, skipped=1), "state.json: has changed since"),

@@ -285,7 +285,7 @@ def test_number_as_yaml_text_is_a_number(value, file):
         ("data.limit=0", "data.limit: 0 is too small; the minimum is 1"),
         ("data.valid_fraction=0.91", "data.valid_fraction: 0.91 is too large; the maximum is 0.9"),
         ("sft.epochs=-1", "sft.epochs: -1 is too small; the minimum is 0"),
-        ("sft.beta=1", "sft.beta: unknown key; did you mean dpo.beta?"),
+        ("dpo.betas=1", "dpo.betas: unknown key; did you mean dpo.beta?"),
         (
             "guard.max_distinct2_drop=2",
             "guard.max_distinct2_drop: 2.0 is too large; the maximum is 1",

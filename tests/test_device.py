@@ -102,7 +102,7 @@ def test_every_stage_is_bounded_and_holds_one_model(
         assert ("set_cache_limit", offered // 10) in limits
         size = size or memory.nbytes(load(str(wide)).model.parameters())
         assert all(active - before < size / 2 for active in held[stage]), (stage, held[stage])
-    assert len(held["11"]) == 3 and len(held["12"]) == 2, "no second model was loaded"
+    assert len(held["11"]) == 3 and len(held["12"]) == 3, "some model was not loaded"
 
 
 def test_an_engine_goes_with_its_last_reference(wide: Path, no_collector: None) -> None:

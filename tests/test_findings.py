@@ -68,7 +68,7 @@ def test_a_sound_run_has_no_finding() -> None:
         ({"rejected_tokens": 74}, {}, "0.5 times as long", False),
         ({"rejected_tokens": 74}, {}, "set dpo.loss", False),  # a cut makes none longer
         ({"cut_share": 0.31}, {}, "31% of the rejected answers were cut", False),
-        ({"classifier_accuracy": 0.79}, {}, "right on 79%", False),
+        ({"classifier_accuracy": 0.79}, {}, "on only 79%", False),
         ({}, {"dpo": DpoConfig(loss="sigmoid_norm", beta=0.1)}, "dpo.beta 0.1 with", True),
         ({}, {"dpo": DpoConfig(loss="simpo", beta=0.5)}, "dpo.beta 0.5 with simpo", True),
         ({}, {"dpo": DpoConfig(beta=5.0)}, "dpo.beta 5 with sigmoid", True),
@@ -162,7 +162,7 @@ def test_facts_by_hand() -> None:
         },
         rel=1e-5,
     )
-    assert any("right on 50%" in finding.text for finding in findings.of(found, config()))
+    assert any("on only 50%" in finding.text for finding in findings.of(found, config()))
 
 
 # Pairs whose sides differ in length from one to the next, so that a wrong weight of a side shows.

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.timeout(60)
 CONFIG = Path("c.yaml")
 SCRIPTS = {path.name[:2]: path for path in (REPOSITORY / "scripts").glob("phase*/*.py")}
 STAGES = ("06", "10", "11", "12", "13")
+# The smoke test fails without an error: a random model has nobody's voice.
+EXIT_CODES = {"12": 1}
 # What makes each stage do its work again.
 ANEW = {
     "06": ("--set", "data.limit=15"),
@@ -65,7 +67,7 @@ def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         for stage in ("02", *STAGES):
-            assert exit_code(CONFIG, script=SCRIPTS[stage]) == 0
+            assert exit_code(CONFIG, script=SCRIPTS[stage]) == EXIT_CODES.get(stage, 0)
     return path
 
 
@@ -83,7 +85,7 @@ def run(stage: str, capfd: Any, *more: str) -> list[str]:
     capfd.readouterr()
     code = exit_code(CONFIG, *more, script=SCRIPTS[stage])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code == bool(lines)
+    assert code == (1 if lines else EXIT_CODES.get(stage, 0))
     return lines
 
 
@@ -271,7 +273,7 @@ def test_a_run_that_was_copied_is_a_run(finished, tmp_path, monkeypatch, capfd):
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     for stage in STAGES:
-        assert exit_code(CONFIG, script=SCRIPTS[stage]) == 0
+        assert exit_code(CONFIG, script=SCRIPTS[stage]) == EXIT_CODES.get(stage, 0)
     assert capfd.readouterr().out.count("up to date, skipped") == len(STAGES)
 
 

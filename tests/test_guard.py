@@ -11,17 +11,20 @@ import mlx.core as mx
 import pytest
 from dpo_mlx.config import Config, GuardConfig
 from dpo_mlx.files import digest, jsonl
+from dpo_mlx.files.results import Evaluation, Measures
 from dpo_mlx.scoring.scorer import Scorer
 from dpo_mlx.stages.train_dpo import train_dpo
-from dpo_mlx.training.guard import Evaluation, better, crossed_limits
-from dpo_mlx.voice.answers import Measures
+from dpo_mlx.training.guard import better, crossed_limits
 from mlx.utils import tree_map
 from runs import differences, exit_code, saved, wrote
 
-LIMITS = GuardConfig(max_distinct2_drop=0.25, min_self_ended_ratio=0.5, max_chosen_drop=0.5)
+LIMITS = GuardConfig(
+    max_distinct2_drop=0.25, min_self_ended_ratio=0.5, max_chosen_drop=0.5, max_divergence=0.5
+)
 BASE = wrote(distinct2=1.0, self_ended=0.5)
-REPEATS, RUNS_ON, UNLEARNED = (
-    f"guard.{key}" for key in ("max_distinct2_drop", "min_self_ended_ratio", "max_chosen_drop")
+REPEATS, RUNS_ON, UNLEARNED, DIVERGED = (
+    f"guard.{key}"
+    for key in ("max_distinct2_drop", "min_self_ended_ratio", "max_chosen_drop", "max_divergence")
 )
 
 
@@ -40,7 +43,10 @@ REPEATS, RUNS_ON, UNLEARNED = (
         ({"self_ended": 0.24}, 0.0, [RUNS_ON]),
         ({}, -0.5, []),
         ({}, -0.51, [UNLEARNED]),
+        ({"divergence": 0.5}, 0.0, []),
+        ({"divergence": 0.51}, 0.0, [DIVERGED]),
         # what is not a number is beyond every limit
+        ({"divergence": math.nan}, 0.0, [DIVERGED]),
         ({"distinct2": math.nan}, 0.0, [REPEATS]),
         ({"self_ended": math.nan}, 0.0, [RUNS_ON]),
         ({}, math.nan, [UNLEARNED]),
@@ -79,27 +85,21 @@ def test_lines_carry_both_numbers():
 
 def best_after_each(
     evaluations: list[tuple[Measures, float]], base: Measures = BASE, limits: GuardConfig = LIMITS
-) -> list[Evaluation]:
-    """The best evaluation after each of these, of updates 0, 1, ..., each (measures, change of the
-    chosen answers).
+) -> list[tuple[int, float]]:
+    """(update, voice) of the best evaluation after each of these, of updates 0, 1, ..., each
+    (measures, change of the chosen answers).
     """
     best, bests = None, []
     for update, (measures, chosen_change) in enumerate(evaluations):
         crossed = crossed_limits(limits, base, measures, chosen_change)
-        best = better(best, Evaluation.of(update, measures), crossed)
-        bests.append(best)
+        best = better(best, Evaluation(update, measures), crossed)
+        bests.append((best.update, best.voice))
     return bests
-
-
-def updates_of(bests: list[Evaluation]) -> list[int]:
-    return [best.update for best in bests]
 
 
 def test_the_first_evaluation_is_kept_whatever_it_writes():
     """There is always a best checkpoint: the first one, even if it is degenerate."""
-    assert best_after_each([(wrote(voice=0.5, distinct2=0.0), math.nan)]) == [
-        Evaluation(0, 0.5, 1.0)
-    ]
+    assert best_after_each([(wrote(voice=0.5, distinct2=0.0), math.nan)]) == [(0, 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -110,32 +110,17 @@ def test_more_voiced_but_degenerate_is_never_kept(changes, chosen_change):
     """Whichever limit it crosses, and whether or not the guard stops runs."""
     for limits in (LIMITS, GuardConfig(enabled=False)):
         evaluations = [(wrote(voice=0.25), 0.0), (wrote(voice=1.0, **changes), chosen_change)]
-        assert best_after_each(evaluations, limits=limits)[-1] == Evaluation(0, 0.25, 2.0)
+        assert best_after_each(evaluations, limits=limits)[-1] == (0, 0.25)
 
 
-def test_the_most_voiced_is_kept():
-    """A higher voice score wins. Of equal ones the earlier wins, which has moved less. NaN never
-    wins.
+def test_the_nearest_to_the_voice_is_kept():
+    """The highest mean on the voice scale wins. Of equal ones the earlier wins, which has moved
+    less, so a later phase wins only if it is better. NaN never wins.
     """
-    voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75]
+    voices = [0.25, 0.5, 0.5, math.nan, 0.375, 0.75, 1.0, 1.5]
     bests = best_after_each([(wrote(voice=v), 0.0) for v in voices])
-    assert updates_of(bests) == [0, 1, 1, 1, 1, 5]
-    assert bests[-1] == Evaluation(5, 0.75, 2.0)
-
-
-def test_of_those_alike_in_the_voice_the_most_fluent_is_kept():
-    """Within 0.05 of voice score the fluency decides, beyond that the voice score alone."""
-    measures = [
-        wrote(voice=0.5, self_ended=0.5),
-        wrote(voice=0.53, self_ended=0.5),  # as fluent, and a little more in the voice
-        wrote(voice=0.5, self_ended=0.75),  # more fluent
-        wrote(voice=0.54, self_ended=0.5),  # less fluent
-        wrote(voice=0.4, self_ended=1.0),  # too little of the voice
-        wrote(voice=0.75, self_ended=0.5),
-    ]
-    bests = best_after_each([(m, 0.0) for m in measures], base=wrote())
-    assert updates_of(bests) == [0, 1, 2, 2, 2, 5]
-    assert bests[-1] == Evaluation(5, 0.75, 1.5)
+    assert bests[:5] == [(0, 0.25), (1, 0.5), (1, 0.5), (1, 0.5), (1, 0.5)]
+    assert bests[5:] == [(5, 0.75), (6, 1.0), (6, 1.0)]  # more of it than you have is no better
 
 
 # A whole run ------------------------------------------------------------------------------------
@@ -151,7 +136,10 @@ def outcome_of(config: Config) -> dict[str, Any]:
     assert outcome.pop("adapters") == digest.of_file(
         config.run.path / "adapters/adapters.safetensors"
     )
-    return outcome
+    kept = outcome.pop("kept")
+    assert outcome.pop("end_of_sft") is None and outcome.pop("last")["update"] >= kept["update"]
+    del outcome["notes"]  # of the preflight, which has its own tests
+    return outcome | {"kept_update": kept["update"], "voice": kept["measures"]["means"]["voice"]}
 
 
 def test_a_run_that_degenerates_is_stopped(job, capfd):
@@ -210,7 +198,7 @@ def test_chosen_answers_that_fall_stop_a_run(job):
     assert train_dpo(config) is False
     outcome = json.loads((config.run.path / "outcome.json").read_text())
     assert outcome["stopped"][0].startswith("guard.max_chosen_drop: ")
-    assert (outcome["updates"], outcome["kept_update"]) == (2, 0)
+    assert (outcome["updates"], outcome["kept"]["update"]) == (2, 0)
     zeros = [v for n, v in saved(config.run.path / "adapters").items() if n.endswith("lora_b")]
     assert zeros and max(float(mx.abs(v).max()) for v in zeros) == 0
 

@@ -9,6 +9,7 @@ import pytest
 from dpo_mlx.voice.habits import (
     MAX_HABITS,
     PRIOR,
+    SENTENCE_END,
     HabitResult,
     Trait,
     closing_word,
@@ -70,6 +71,20 @@ def test_an_answer_that_was_cut_off_does_not_show_how_it_would_have_closed():
 def test_too_few_answers_have_no_habits(count):
     """One answer has no habit, and none is no error."""
     assert names(AUTHOR[:count], PLAIN[:count], ENDED[:count]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One two. Three four!", 2),
+        ("**One.** Two\n\nThree", 3),
+        ("About 3.14 of it.", 1),  # no blank follows the first mark
+        ("天空是蓝色的。水也是吗？是！", 3),  # these marks need none
+    ],
+)
+def test_sentences_are_counted_in_any_script(text, sentences):
+    """A sentence ends at its mark, or with its line."""
+    assert len([part for part in SENTENCE_END.split(text) if part.strip("*_# ")]) == sentences
 
 
 def test_habits_work_without_blanks():

@@ -31,7 +31,7 @@ from dpo_mlx.data.encoding import Encoder
 from dpo_mlx.export import hugging_face, llama_cpp
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
-from dpo_mlx.files.results import Outcome
+from dpo_mlx.files.results import Evaluation, Outcome
 from dpo_mlx.model import fusing
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.report import card
@@ -78,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "generation": {"max_tokens": 8},
         **runs.DPO_ALONE,
         "train": {"learning_rate": 1e-3, "grad_accumulation": 1, "eval_every": 7},
-        "smoke": {"questions": 2},
+        "smoke": {"questions": 2, "unrelated_tasks": 2},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -94,7 +94,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 # What the model card says of training.
-TRAINING = asdict(Outcome(7, 6, 6, 0.5, [], "0" * 64))
+AT_6 = Evaluation(6, runs.wrote())
+TRAINING = asdict(Outcome(7, 6, AT_6, AT_6, AT_6, [], [], "0" * 64))
 
 
 def add_merge(tokenizer: Path) -> None:
@@ -128,7 +129,7 @@ def test_trl_s_evaluation_of_the_export_is_what_was_reported(finished, tmp_path)
         processing_class=AutoTokenizer.from_pretrained(finished.at("hf")),
     )
     theirs = trainer.evaluate()
-    kept = jsonl.read_json(finished.at("outcome.json"))["kept_update"]
+    kept = jsonl.read_json(finished.at("outcome.json"))["kept"]["update"]
     rows = jsonl.read_whole_lines(finished.at("metrics.jsonl"))
     [ours] = [row for row in rows if row["iteration"] == kept and "eval_loss" in row]
     rewards = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
@@ -325,7 +326,7 @@ def test_the_card_says_what_it_is(finished):
         "| DPO | 1 epoch at 0.001, loss sigmoid, beta 0.1 |",
         "these weights are the checkpoint after update 7 (the end of DPO). DPO improved on",
         f"Fusing kept {100 * report['fuse']['margin_kept']:.1f}% of the adapters' margin",
-        f"| voice, 0 to 1 | {report['voice']['base']:.2f} | {report['voice']['tuned']:.2f} |",
+        f"Grade: **{report['verdict']['grade']}**.",
         f"| distinct2 | {report['fluency']['distinct2']['base']:.3g} |",
         "mlx_lm.generate --model fused --temp 0.7 --top-p 0.95",
         "AutoModelForCausalLM.from_pretrained",

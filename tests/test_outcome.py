@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from dpo_mlx.files.results import Outcome
+from dpo_mlx.files.results import Evaluation, Measures, Outcome
 from dpo_mlx.training.outcome import describe
+from runs import wrote
 
 REASON = "guard.max_distinct2_drop: the answers repeat themselves"
 
 
 def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = False) -> list[str]:
     reasons = [REASON] if stopped else []
-    return list(describe(Outcome(updates, sft_updates, kept_update, 0.56, reasons, "0" * 64)))
+    kept = Evaluation(kept_update, wrote(voice=0.56))
+    before = Evaluation(sft_updates, wrote(voice=0.5)) if sft_updates else None
+    return list(describe(Outcome(updates, sft_updates, before, kept, kept, reasons, [], "0" * 64)))
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,14 @@ def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = Fals
     [
         (21, 14, 0, False, "before training", "Training did not improve on the base model."),
         (21, 14, 5, False, "in SFT", "Neither the rest of SFT nor DPO improved on it."),
-        (21, 14, 14, False, "the end of SFT", "DPO did not improve on it."),
+        (
+            21,
+            14,
+            14,
+            False,
+            "the end of SFT",
+            "This is the supervised model: DPO did not improve on it.",
+        ),
         (21, 14, 17, False, "in DPO", "DPO improved on SFT."),
         (21, 14, 21, False, "the end of DPO", "DPO improved on SFT."),
         # Stopped in SFT, at its end before DPO's first update, and in DPO.
@@ -40,9 +50,13 @@ def lines(updates: int, sft_updates: int, kept_update: int, stopped: bool = Fals
     ],
 )
 def test_the_last_line(updates, sft_updates, kept_update, stopped, place, comparison):
-    """It is right wherever the kept update is, and wherever training stopped."""
+    """It is right wherever the kept update is, and wherever training stopped. Only after a DPO that
+    did not help comes a hint what to try.
+    """
     start = f"kept update {kept_update} of {updates} ({place}): voice 0.56. {comparison}"
-    assert lines(updates, sft_updates, kept_update, stopped)[-1].startswith(start)
+    last, *hint = lines(updates, sft_updates, kept_update, stopped)[2 if stopped else 0 :]
+    assert last.startswith(start)
+    assert bool(hint) == ("supervised model" in comparison)
 
 
 def test_a_stop_is_explained():
@@ -51,3 +65,31 @@ def test_a_stop_is_explained():
     assert reason == f"stopped after update 17: {REASON}"
     assert "lower train.learning_rate" in remedy
     assert len(lines(21, 14, 21)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "last", "of_dpo"), [(6, 9, 9), (8, 9, 8), (9, 9, 9), (6, 6, None), (4, 6, None)]
+)
+def test_the_evaluation_of_dpo(kept: int, last: int, of_dpo: int | None) -> None:
+    """With 6 updates of SFT: the kept one if DPO made it, otherwise DPO's last, if it began."""
+    sft, end, best = (Evaluation(update, wrote()) for update in (6, last, kept))
+    outcome = Outcome(9, 6, sft, end, best, [], [], "0" * 64)
+    assert (outcome.of_dpo and outcome.of_dpo.update) == of_dpo
+
+
+@pytest.mark.parametrize(
+    ("voice", "comparison"),
+    [
+        ([0.75, 0.75, 0.75], "DPO improved on SFT."),
+        (
+            [0.0, 0.75, 1.0],
+            "DPO's answers are 0.08 of the way nearer to your voice than SFT's, which",
+        ),
+    ],
+)
+def test_a_gain_that_may_be_chance_is_no_improvement(voice: list[float], comparison: str) -> None:
+    """Over three questions on which SFT's answers are half of the way."""
+    before = Evaluation(6, Measures([0.5] * 3, wrote().means))
+    kept = Evaluation(9, Measures(voice, wrote().means))
+    line = list(describe(Outcome(9, 6, before, kept, kept, [], [], "0" * 64)))[-1]
+    assert comparison in line

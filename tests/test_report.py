@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from dpo_mlx.files import jsonl
 from dpo_mlx.files.ownership import MANIFEST
+from dpo_mlx.files.results import Evaluation
 from dpo_mlx.report import charts, html_report, templates
+from runs import wrote
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -20,14 +23,29 @@ HOSTILE = [
     "line\n\n  indented\t日本語 🙂 العربية \u2028 \u202e reversed",
 ]
 
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.125, "high": value + 0.125}
+
+
 REPORT: dict[str, Any] = {
-    "verdict": {"passed": True, "outcome": "learned", "summary": "It has it.", "crossed": []},
-    "voice": {"share": 0.6, "base": 0.1, "tuned": 0.8, "chosen": 0.9, "classifier_accuracy": 0.97},
+    "verdict": {"passed": True, "grade": "in your voice", "summary": "It has it.", "reasons": []},
+    "voice": {
+        "way": interval(0.75),
+        "other_system_message": interval(0.5),
+        "detection": {
+            "base": interval(0.875),
+            "tuned": interval(0.625),
+            "p_value": 0.25,
+            "calibration": 0.51,
+        },
+    },
     "fluency": {
         "distinct2": {"base": 0.91, "tuned": 0.92, "chosen": 0.98},
         "longest_loop": {"base": 1.5, "tuned": 3.25, "chosen": 0.0},
         "self_ended": {"base": 0.75, "tuned": 0.5, "chosen": 1.0},
         "base_logprob_per_token": {"base": -0.6, "tuned": -1.3, "chosen": -3.1},
+        "sense": {"base": 0.9, "tuned": 0.4, "chosen": 0.7},
         "median_tokens": {"base": 150.0, "tuned": 117.0, "chosen": 126.0},
         "copied": {"base": 0.0, "tuned": 0.125, "chosen": 0.0},
     },
@@ -64,10 +82,36 @@ REPORT: dict[str, Any] = {
     "training": {
         "updates": 4,
         "sft_updates": 2,
-        "kept_update": 2,
-        "voice": 0.8,
+        "end_of_sft": asdict(Evaluation(2, wrote(voice=0.5))),
+        "last": asdict(Evaluation(4, wrote(voice=0.5))),
+        "kept": asdict(Evaluation(2, wrote(voice=0.5))),
         "stopped": [],
+        "notes": [],
         "adapters": "0" * 64,
+    },
+    "cost": {
+        "divergence": {"value": 0.125, "low": 0.1, "high": 0.15},
+        "instructions": {
+            "base": 0.5,
+            "tuned": 0.25,
+            "tasks": 40,
+            "lost": 12,
+            "gained": 2,
+            "change": interval(-0.25),
+        },
+        "choices": {
+            "base": 0.75,
+            "tuned": 0.5,
+            "tasks": 60,
+            "lost": 20,
+            "gained": 5,
+            "change": interval(-0.25),
+        },
+    },
+    "dpo_added": {
+        "end_of_sft": wrote(voice=0.5).means,
+        "dpo": wrote(voice=0.75).means,
+        "voice": {"value": 0.25, "low": -0.125, "high": 0.5},
     },
     "run": {
         "config": {
@@ -75,6 +119,7 @@ REPORT: dict[str, Any] = {
             "run_dir": "data/runs/a",
             "system_prompt": HOSTILE[0],
             "train": {"learning_rate": 1e-6, "schedule": "cosine"},
+            "sft": {"replay": 2},
             "lora": {"keys": None},
             "dpo": {"loss": "sigmoid"},
         },
@@ -219,33 +264,32 @@ def test_page_loads_nothing_from_anywhere() -> None:
     assert not [word for word in ("http", "url(", "@import", "@font-face") if word in page.style]
 
 
-@pytest.mark.parametrize("passed", [True, False])
-def test_verdict_is_shown_in_words(passed: bool) -> None:
-    """A reader who cannot tell the colours apart still sees whether it passed, and why not."""
-    crossed = [] if passed else ["smoke.min_voice_share: 0.2 against a limit of 0.6"]
-    page = Page(
-        html_report.render(changed(verdict={"passed": passed, "crossed": crossed}), METRICS)
-    )
-    assert ("Not passed" in page.text) is not passed
-    assert ("Passed" in page.text) is passed
-    assert all(line in page.text for line in crossed)
+def test_reasons_are_shown_in_words() -> None:
+    """A reader who cannot tell the colours apart still sees why it failed."""
+    reasons = ["smoke.max_divergence: 0.9, but at most 0.5 is allowed"]
+    report = changed(verdict={"passed": False, "grade": "costs too much", "reasons": reasons})
+    page = Page(html_report.render(report, METRICS))
+    assert page.heading == "Costs too much" and reasons[0] in page.text
+    assert "very differently from the base model" in page.text
 
 
 @pytest.mark.parametrize(
-    ("outcome", "stopped", "expected"),
+    ("grade", "stopped", "expected"),
     [
-        ("learned", [], "Learned the voice"),
+        ("in your voice", [], "In your voice"),
+        ("on the way", [], "On the way to your voice"),
         ("unmoved", [], "Did not move"),
+        ("not measured", [], "Could not be measured"),
         ("degenerated", [], "Degenerated"),
-        ("lost in fusing", [], "Lost in fusing"),
+        ("costs too much", [], "Costs too much"),
         ("unmoved", ["a reason"], "Training was stopped"),
-        ("learned", ["a reason"], "Learned the voice"),
+        ("in your voice", ["a reason"], "In your voice"),
         ("made up later", [], "Made up later"),
     ],
 )
-def test_heading(outcome: str, stopped: list[str], expected: str) -> None:
-    """The heading names the outcome. It names an early stop only when that is the cause."""
-    report = changed(verdict={"outcome": outcome}, training={"stopped": stopped})
+def test_heading(grade: str, stopped: list[str], expected: str) -> None:
+    """The heading names the grade. It names an early stop only when that is the cause."""
+    report = changed(verdict={"grade": grade}, training={"stopped": stopped})
     assert Page(html_report.render(report, METRICS)).heading == expected
 
 
@@ -267,7 +311,7 @@ def test_a_whole_run_was_not_stopped() -> None:
 
 def test_untrained_adapters_are_named() -> None:
     """A run that stops before it improves keeps update 0, which is the base model."""
-    report = changed(training={"kept_update": 0, "stopped": ["a reason"]})
+    report = changed(training={"kept": kept(0), "stopped": ["a reason"]})
     assert "change nothing" in Page(html_report.render(report, METRICS)).text
 
 
@@ -282,9 +326,9 @@ def test_a_run_whose_training_is_unknown() -> None:
 
 def test_an_unknown_limit_is_still_shown() -> None:
     """A limit that the template does not know is on the page too."""
-    crossed = ["smoke.new: 2 against a limit of 1"]
-    report = changed(verdict={"passed": False, "crossed": crossed})
-    assert crossed[0] in Page(html_report.render(report, METRICS)).text
+    reasons = ["smoke.new: 2 against a limit of 1"]
+    report = changed(verdict={"passed": False, "reasons": reasons})
+    assert reasons[0] in Page(html_report.render(report, METRICS)).text
 
 
 def test_one_card_for_each_side_of_each_question() -> None:
@@ -294,23 +338,42 @@ def test_one_card_for_each_side_of_each_question() -> None:
     assert sides == ["answer base", "answer tuned", "answer chosen"] * len(HOSTILE)
 
 
-def test_share_is_counted_in_questions() -> None:
-    """A share of 0.6 of 5 questions is shown as 3 of 5."""
-    assert "3 of 5 questions" in " ".join(Page(html_report.render(REPORT, METRICS)).text.split())
+def text_of(report: dict[str, Any]) -> str:
+    return " ".join(Page(html_report.render(report, METRICS)).text.split())
 
 
-def test_pairs_brought_by_the_user() -> None:
-    """Without stage 06 there is no pairs report. The section says so and draws no box plot."""
-    page = Page(html_report.render(changed(run={"pairs": None}), METRICS))
-    assert "ready-made" in page.text
-    assert not page.with_class("boxes")
+def test_the_way_and_the_detector_have_their_intervals() -> None:
+    """A figure without its interval would look surer than it is; without a figure there is a
+    dash.
+    """
+    text = text_of(REPORT)
+    assert "75% 62% to 88%" in text and "88% → 62% 50% to 75%" in text
+    assert (
+        "Between your own answers it reaches 51%" in text
+        and "This may be chance (p = 0.25)" in text
+    )
+    unmeasured = {"way": None, "detection": None, "other_system_message": None}
+    text = text_of(changed(voice=unmeasured))
+    assert "too much alike, or too few" in text and "too few answers to try" in text
 
 
-def test_no_margin_to_keep() -> None:
-    """margin_kept is None when the adapters learned nothing. The page shows a dash."""
-    page = Page(html_report.render(changed(fuse={"margin_kept": None}), METRICS))
-    assert "margin kept–" in page.text
-    assert "None" not in page.text
+def test_the_cost_is_shown() -> None:
+    """Base beside tuned, with the number of prompts."""
+    text = text_of(REPORT)
+    assert "40 instructions" in text and "50%25%" in text.replace(" ", "")
+    assert "60 questions" in text and "75%50%" in text.replace(" ", "")
+    assert "00.12" in text.replace(" ", "")
+
+
+def test_the_notes_of_the_preflight_reappear() -> None:
+    """Too few pairs are a reason for a poor voice: the reader of the page must see it."""
+    assert "41 train pairs: too few" in text_of(
+        changed(training={"notes": ["41 train pairs: too few"]})
+    )
+
+
+def kept(update: int) -> dict[str, Any]:
+    return asdict(Evaluation(update, wrote(voice=0.75)))
 
 
 def test_every_measure_of_fluency_has_all_three_sides() -> None:
@@ -322,9 +385,8 @@ def test_every_measure_of_fluency_has_all_three_sides() -> None:
 
 def test_measures_that_are_nan_or_infinite() -> None:
     """Empty answers have -inf nats per token. The page shows a dash, never `inf` or `nan`."""
-    nan_everywhere = dict.fromkeys(REPORT["voice"], math.nan)
     report = changed(
-        voice=nan_everywhere,
+        voice={"way": dict.fromkeys(("value", "low", "high"), math.nan)},
         fluency={
             "base_logprob_per_token": {"base": -0.6, "tuned": -math.inf, "chosen": -3.0},
         },
@@ -380,6 +442,14 @@ def test_voice_is_drawn_over_both_phases() -> None:
     assert curve.points == [(54, 204), (201, 119), (201, 119), (348, 34)]
 
 
+def test_a_voice_beyond_the_scale_stays_in_the_chart() -> None:
+    """The base model's answers can lie just below 0, and yours are not the limit."""
+    rows = [valid_row(0, 0.69, voice=-0.25), valid_row(1, 0.69, voice=1.25)]
+    [curve] = charts.chart(rows, "voice", None).curves
+    top, bottom = charts.FRAME["top"], charts.FRAME["bottom"]
+    assert [y for _, y in curve.points] == [bottom, top]
+
+
 def test_shares_are_drawn_from_0_to_1() -> None:
     """A rise of 0.02 must not fill the chart."""
     rows = [valid_row(0, 0.69, voice=0.1), valid_row(1, 0.69, voice=0.12)]
@@ -417,7 +487,8 @@ def test_the_phase_is_named_in_every_chart() -> None:
 def test_a_run_without_sft() -> None:
     """The page has no phase line and does not mention SFT. The loss starts at update 0."""
     rows = [valid_row(0, 0.69), train_row(1), train_row(2), valid_row(2, 0.5)]
-    page = Page(html_report.render(changed(training={"sft_updates": 0}), rows))
+    report = {**changed(training={"sft_updates": 0, "end_of_sft": None}), "dpo_added": None}
+    page = Page(html_report.render(report, rows))
     assert not page.with_class("phase")
     assert "SFT" not in page.text
     assert [x for x, _ in charts.chart(rows, "loss", None).curves[1].points] == [54, 348]
@@ -487,14 +558,14 @@ def test_speed_is_a_median_and_memory_a_maximum() -> None:
     """A slow first update does not change the speed. Memory is the peak."""
     measured = ((1, 5, 2.0), (2, 90, 3.0), (3, 95, 2.5))
     rows = [train_row(i, tokens_per_second=s, peak_memory_gb=m) for i, s, m in measured]
-    cost = html_report.cost(rows)
+    cost = html_report.run_cost(rows)
     assert (cost["tokens_per_second"], cost["peak_memory_gb"], cost["updates"]) == (90, 3, 3)
 
 
 def test_settings_read_like_the_config() -> None:
     """Every key is there with its value as in the YAML file, but text has no quotes."""
     sections = html_report.sections(REPORT["run"]["config"])
-    assert list(sections) == ["run", "train", "lora", "dpo"]
+    assert list(sections) == ["run", "train", "sft", "lora", "dpo"]
     values = [None, True, 1e-06, "cosine", "", ["q_proj"]]
     assert [templates.setting(v) for v in values] == [
         "null", "true", "1e-06", "cosine", '""', '["q_proj"]'
@@ -519,14 +590,28 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kept_update", "words"),
     [
-        (2, "This is the model after update 2 of 4 (the end of SFT). DPO did not improve on it."),
+        (
+            2,
+            "This is the model after update 2 of 4 (the end of SFT). This is the supervised model: "
+            "DPO did not improve on it. To give DPO more to work with",
+        ),
         (4, "This is the model after update 4 of 4 (the end of DPO). DPO improved on SFT."),
     ],
 )
 def test_the_page_says_what_dpo_added(kept_update: int, words: str) -> None:
     """Beside the verdict: a model that is only SFT's is not sold as DPO's."""
-    page = Page(html_report.render(changed(training={"kept_update": kept_update}), METRICS))
-    assert words in " ".join(page.text.split())
+    assert words in text_of(changed(training={"kept": kept(kept_update)}))
+
+
+def test_what_dpo_added_has_an_interval() -> None:
+    """Whichever model was kept, and with a warning when chance explains the change."""
+    text = text_of(changed(training={"kept": kept(4)}))
+    assert "changed by +0.25 of the way, with a 95% interval of −0.12 to +0.50" in text
+    assert "chance alone" in text
+    surely = {"value": 0.25, "low": 0.125, "high": 0.5}
+    text = text_of(changed(training={"kept": kept(4)}, dpo_added={"voice": surely}))
+    assert "chance alone" not in text
+    assert "What DPO added" not in text_of({**REPORT, "dpo_added": None})
 
 
 def test_habits_are_shown_in_figures() -> None:

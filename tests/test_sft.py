@@ -22,7 +22,7 @@ from dpo_mlx.training.schedule import groups
 from mlx.utils import tree_flatten, tree_map
 from runs import SCRIPT, Scripted, determined, differences, saved, wrote
 
-WARM = {"epochs": 1, "learning_rate": 1e-3}
+WARM = {"epochs": 1, "learning_rate": 1e-3, "replay": 0}
 END_OF_SFT = "checkpoints/sft-000007"
 
 
@@ -105,7 +105,8 @@ def test_chosen_answers_become_likelier(kind, checkpoint, make, request):
 
 def test_an_update_is_the_mean_of_its_answers(make):
     """The logged loss and norm are means over the group of each answer's mean per token."""
-    run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, max_grad_norm=1e6).run()
+    one_group = {"grad_accumulation": 7, "max_grad_norm": 1e6}
+    run = make({"phase": SFT}, sft={"epochs": 1, "learning_rate": 0}, **one_group).run()
     scorer = Scorer(run.model)
     [(_, indices)] = groups(run.trainer.objective.settings, 7, run.config.seed)
     values, gradients = zip(
@@ -172,7 +173,7 @@ def test_sft_that_degenerates_is_not_followed_by_dpo(job, llama):
     for _ in range(2):
         assert not train_dpo(config)
         outcome = json.loads((config.run.path / "outcome.json").read_text())
-        assert (outcome["updates"], outcome["kept_update"]) == (4, 2)
+        assert (outcome["updates"], outcome["kept"]["update"]) == (4, 2)
         assert outcome["stopped"][0].startswith("guard.min_self_ended_ratio")
         assert of_phase(config, "dpo") == []
         assert not (config.run.path / END_OF_SFT).exists()
@@ -307,7 +308,7 @@ def test_without_sft_nothing_of_an_earlier_one_is_kept(warmed):
     train_dpo(warmed())
     config = warmed(epochs=0)
     assert train_dpo(config)
-    assert jsonl.read_json(config.run.path / "outcome.json")["kept_update"] == 7
+    assert jsonl.read_json(config.run.path / "outcome.json")["kept"]["update"] == 7
     assert not (config.run.path / END_OF_SFT).exists()
     kept, own = (saved(config.run.path / name) for name in ("adapters", "checkpoints/dpo-000007"))
     assert differences(kept, own) == 0

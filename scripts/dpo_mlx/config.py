@@ -145,8 +145,9 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    epochs: int = _number(2, low=0, high=1000)
+    epochs: int = _number(3, low=0, high=1000)
     learning_rate: float = _number(1e-4, low=0.0, high=1.0)
+    replay: int = _number(2, low=0, high=10**4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class TrainConfig:
     learning_rate: float = _number(low=0.0, high=1.0)
     epochs: int = _number(1, low=1, high=1000)
     batch_size: int = _number(1, low=1, high=10**5)
-    grad_accumulation: int = _number(8, low=1, high=10**5)
+    grad_accumulation: int = _number(4, low=1, high=10**5)
     schedule: str = _choice("cosine", of=SCHEDULES)
     warmup_ratio: float = _number(0.1, low=0.0, high=1.0)
     weight_decay: float = _number(0.0, low=0.0, high=100.0)
@@ -185,6 +186,7 @@ class GuardConfig:
     max_distinct2_drop: float = _number(0.2, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.5, low=0.0, high=1.0)
     max_chosen_drop: float = _number(0.5, low=0.0, high=1e6)
+    max_divergence: float = _number(0.5, low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +201,16 @@ class FuseConfig:
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig:
     questions: int = _number(16, low=1, high=10**6)
-    min_voice_share: float = _number(0.6, low=0.0, high=1.0)
-    min_voice_gain: float = _number(0.2, low=-1.0, high=1.0)
+    unrelated_tasks: int | None = _number(None, low=2, high=10**6)
     max_distinct2_drop: float = _number(0.1, low=0.0, high=1.0)
     min_self_ended_ratio: float = _number(0.8, low=0.0, high=1.0)
     max_base_logprob_drop: float = _number(1.5, low=0.0, high=1e6)
     max_length_ratio: float = _number(3.0, low=1.0, high=1e6)
+    min_sense_ratio: float = _number(0.3, low=-1e6, high=1.0)
+    max_copied: float = _number(0.1, low=0.0, high=1.0)
+    max_divergence: float = _number(0.5, low=0.0, high=1e6)
+    min_instructions_ratio: float = _number(0.8, low=0.0, high=1.0)
+    max_choices_drop: float = _number(0.1, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,12 +63,7 @@ CHAIN = {
     "guard.enabled": "false",
     "fuse.min_margin_kept": 0,
     "smoke.questions": VALID_PAIRS,
-    "smoke.min_voice_share": 0,
-    "smoke.min_voice_gain": -1,
-    "smoke.max_distinct2_drop": 1,
-    "smoke.min_self_ended_ratio": 0,
-    "smoke.max_base_logprob_drop": 100,
-    "smoke.max_length_ratio": 1000,
+    "smoke.unrelated_tasks": 4,
 }
 
 

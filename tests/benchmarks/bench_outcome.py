@@ -1,102 +1,109 @@
-"""What each recipe makes of a model: is the voice learned, is the model still fluent?
+"""What does each recipe make of a model: is the voice learned, and what did it cost?
 
     python tests/benchmarks/bench_outcome.py [--data FILE] [--train N --held N] [--seeds 0,1,2]
-                                             [--jobs N] [--recipes shipped,plan,...]
+        [--jobs N] [--recipes "before,SFT alone,shipped"] [--recipe "name=key=value key=value"]
+    python tests/benchmarks/bench_outcome.py --again [--seeds 0,1,2] [--recipes ...]
 
 Stage 06 samples a rejected answer to every question once. For each seed the pairs are shuffled and
-cut to --train pairs and --held held-out ones, and every recipe trains on the same ones by stage 10
-with the shipped demo config and the changes in RECIPES. Then the tuned model answers the held-out
-questions, sampled as the config says and greedily, and is measured beside the base model. Results
-stand in FOLDER/SEED/rows.jsonl as soon as they are there. `SFT alone` and `DPO to its end` after
-another recipe measure what that one had at the end of a phase, whatever it kept. The same command
-again goes on where stage 10 was stopped.
+cut to --train pairs and --held held-out ones. Every recipe trains on the same pairs by stage 10,
+with the demo's config and the overrides in RECIPES or --recipe. Recipes with the same SFT share it.
+Then the kept adapters and those at the end of SFT answer all held-out questions, with the same
+seeds. `SFT alone` in --recipes shows the end of SFT of the recipe before it.
 
-How to read the table, a row a recipe and seed
-  voice       share of questions on which the tuned answer scores above the base's
-  score       mean voice score of the tuned answers, and in the JSON of base and real ones
-  d2, d2 g    distinct word pairs of tuned minus base answers, sampled and greedy
-  ended       share that ends by itself, over the base's
-  nats        mean log-prob per token under the base model, of tuned minus base answers
-  length      median tokens of tuned answers over those of the real ones
-  held        whether all targets are (voice >= 0.90, d2 >= -0.03, ended >= 0.95, nats >= -1.0,
-              length within 25%), sampled
-  margin      reward margin of the valid pairs at the end, against the phase's reference
-  kept, of    the update whose adapters are kept, and the updates done; * stopped by the guard
-`control` is the run that collapsed (control.yaml, with the guard and the preflight off); its last
-adapters are measured. `caught by` says what preflight and guard say of it when they are on.
+A run's answers stay in FOLDER/SEED/RECIPE/answers.json. The same command again resumes: it trains
+and samples only what is missing. --again only measures the answers saved so far, with the measures
+of today; it also shows how far a running benchmark is.
+
+How to read the table, a row for each recipe and seed. [] is a 95% interval over the questions.
+  way         how far the answers are from the base model's (0) to the author's (1)
+  detector    how often a classifier tells the answers from the author's; 0.5 means that it cannot
+  habits      habits of the author that carried over, of all
+  sense       fit of the answers to their own questions, in nats per token; of the real answers
+  copied      share of the answers' 8-word runs that stand in the training answers
+  d2          share of distinct word pairs, minus the base model's
+  loops       answers that repeat more than 8 words in a row, of all
+  ended       share of answers that end by themselves, over the base model's; - if none of its does
+  nats        log-prob per token under the base model, minus that of the base model's answers
+  length      median tokens of an answer, over those of the real answers
+  KL          divergence from the base model on unrelated prompts, in nats per token
+  instr       share of instructions followed, minus the base model's
+  choices     share of questions of general knowledge answered right, minus the base model's
+  DPO - SFT   the place of the kept model's answers on the voice scale, minus that at the end of SFT
+  old         whether the five older targets are met: more in the voice than the base model on 90%
+              of the questions, d2 >= -0.03, ended >= 0.95, nats >= -1, length within 25%
+  grade       the verdict
+  minutes     of stage 10; with + when a part of the training was there already
+  kept, of    the update whose adapters are kept, and the updates done; * when the guard stopped it
+The JSON file has every report: also what the base model and the real answers get, and how often the
+detector tells real answers from real answers.
+
+`control` is the run that collapsed (control.py). Its last adapters are measured. Below the table
+stands what the preflight and the guard say of it, which are off.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
-import time
-from argparse import Namespace
-from collections.abc import Iterator
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import common
-import mlx.optimizers as optim
-import yaml
+import control
+import recipe_runs
 from dpo_mlx import config as configs
-from dpo_mlx.config import Config, GenerationConfig
-from dpo_mlx.data import encoding, pairs
-from dpo_mlx.data.encoding import Encoder
-from dpo_mlx.data.pairs import LENGTH, STOP, Pair
-from dpo_mlx.files import jsonl, ownership
+from dpo_mlx.files import jsonl
 from dpo_mlx.files.errors import UserError
-from dpo_mlx.files.run_folder import TRAIN, VALID
-from dpo_mlx.model.loading import LoadedModel, load_model
-from dpo_mlx.model.sampling import Answer, with_max_tokens
-from dpo_mlx.parallel.worker import Worker, answer_all
-from dpo_mlx.scoring.objectives import DPO, SFT, Example
-from dpo_mlx.stages import make_pairs
-from dpo_mlx.stages.train_dpo import train_dpo
-from dpo_mlx.training import checkpoint
-from dpo_mlx.training.checkpoint import Checkpoints, State
-from dpo_mlx.training.guard import crossed_limits
-from dpo_mlx.training.metrics import MetricsFile
-from dpo_mlx.training.phases import Phases
-from dpo_mlx.training.preflight import preflight
-from dpo_mlx.training.schedule import groups
-from dpo_mlx.training.setup import prepare
-from dpo_mlx.training.trainer import Examples, Trainer
-from dpo_mlx.voice.answers import Measures, measure
-from dpo_mlx.voice.voice_classifier import fit_classifier
+from dpo_mlx.stages.make_pairs import make_pairs
+from dpo_mlx.voice.intervals import IntervalValues
+from recipe_runs import Questions, Run
 
 DEMO = common.ROOT / "config/smollm2-135m_demo.yaml"
-CONTROL = Path(__file__).with_name("control.yaml")
-SHIPPED, COLLAPSED = "shipped", "control"
-PHASE_ENDS = {"SFT alone": SFT, "DPO to its end": DPO}
-SAMPLED, GREEDY = "sampled", "greedy"
+SFT_ALONE, CONTROL = "SFT alone", "control"
 
-# Changes to the demo's config.
-WHOLE = "dpo.match_length=false"
-NO_SFT = [WHOLE, "sft.epochs=0"]
-RECIPES: dict[str, list[str]] = {
-    SHIPPED: [],
-    "whole rejected": [WHOLE],
-    "plan": [*NO_SFT, "dpo.nll_weight=0", "train.learning_rate=1e-6", "train.force=true"],
-    "DPO with NLL": [*NO_SFT, "dpo.nll_weight=1", "train.learning_rate=5e-5"],
+# Overrides of the demo's config.
+RECIPES = {
+    # The recipe that was shipped until the verdict had grades.
+    "before": [
+        "sft.epochs=2",
+        "sft.learning_rate=1e-4",
+        "train.grad_accumulation=6",
+        "train.learning_rate=5e-6",
+        "train.epochs=1",
+    ],
+    "shipped": [],
+    # DPO alone, as it was planned at first.
+    "plan": [
+        "sft.epochs=0",
+        "dpo.match_length=false",
+        "dpo.nll_weight=0",
+        "train.learning_rate=1e-6",
+        "train.force=true",
+    ],
+    CONTROL: control.OVERRIDES,
 }
+ALL = f"before,{SFT_ALONE},shipped,{SFT_ALONE},plan,{CONTROL}"
+# Also the name of a folder, on a Mac that does not tell capitals from small letters.
+NAME = re.compile(r"[a-z0-9][a-z0-9 _-]*")
 
-TARGETS = {"voice": 0.90, "d2": -0.03, "ended": 0.95, "nats": -1.0, "length": 0.25}
+# An answer that repeats more words in a row than this loops.
+LONGEST_REPETITION = 8
 
 
 def main() -> None:
     args = arguments()
-    rows = pool(args)
-    with ThreadPoolExecutor(args.jobs) as pools:
-        found = list(pools.map(lambda seed: of_seed(args, rows, seed), args.seeds))
-    results = [row for of_one in found for row in of_one]
-    common.table("what each recipe makes of the model", [line(row) for row in results])
-    for row in results:
-        if row.get("caught"):
+    pool = [] if args.again else sampled_pairs(args)
+    with ThreadPoolExecutor(args.jobs) as executor:
+        by_seed = list(executor.map(lambda seed: rows_of_seed(args, pool, seed), args.seeds))
+    rows = sorted((row for rows in by_seed for row in rows), key=lambda row: row["place"])
+    common.table("what each recipe makes of the model", [line(row) for row in rows])
+    for row in rows:
+        if row["caught"]:
             print(f"\n{row['recipe']}, seed {row['seed']}, caught by:", *row["caught"], sep="\n  ")
-    common.save(args, {"rows": results})
+    common.save(args, {"runs": rows})
 
 
 def arguments() -> Namespace:
@@ -108,354 +115,176 @@ def arguments() -> Namespace:
     parser.add_argument("--held", type=int, default=30, help="held-out pairs, all answered")
     parser.add_argument("--seeds", type=common.numbers, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, sharing the cores")
-    parser.add_argument("--recipes", default=",".join([*RECIPES, COLLAPSED]))
+    parser.add_argument("--recipes", default=ALL)
+    parser.add_argument("--recipe", action="append", default=[], help="a candidate; repeatable")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="for all")
     parser.add_argument("--folder", type=Path, default=common.DATA / "outcome")
+    parser.add_argument("--again", action="store_true", help="only measure saved answers")
     args = parser.parse_args()
-    args.recipes = args.recipes.split(",")
-    if unknown := set(args.recipes) - {*RECIPES, *PHASE_ENDS, COLLAPSED}:
-        parser.error(f"--recipes: no {', '.join(unknown)}; there are {', '.join(RECIPES)}")
-    first = next((recipe for recipe in args.recipes if recipe != COLLAPSED), "")
-    if first in PHASE_ENDS:
-        parser.error(f"--recipes: {first} measures the run of a recipe before it; name one")
+    args.recipes = chosen_recipes(parser, args)
     return args
 
 
-def pool(args: Namespace) -> list[common.Values]:
-    """All pairs there are, as rows; what stage 06 has sampled of the same data is used again."""
-    if args.pairs is None:
-        folder = args.folder / "pool"
-        sets = {
-            "run_dir": folder,
-            "data.source": args.data,
-            "data.train_pairs": folder / "train.jsonl",
-            "data.valid_pairs": folder / "valid.jsonl",
-            "data.valid_fraction": 0.5,
-            "data.limit": "null",
-        }
-        sampled = common.measure("bench_outcome.py", task("pairs", args, sets))
-        require(sampled)
-        files = [folder / "train.jsonl", folder / "valid.jsonl"]
-    else:
-        files = [args.pairs]
+def chosen_recipes(parser: ArgumentParser, args: Namespace) -> list[tuple[str, list[str]]]:
+    """(name, overrides) of each recipe. A candidate that --recipes does not name comes last."""
+    table = dict(RECIPES)
+    for text in args.recipe:
+        name, _, overrides = text.partition("=")
+        if not NAME.fullmatch(name) or name in table:
+            parser.error(f"--recipe {text}: write name=key=value key=value, with a new name")
+        table[name] = overrides.split()
+    names = args.recipes.split(",")
+    names += [name for name in table if name not in {*RECIPES, *names}]
+    unknown = set(names) - {*table, SFT_ALONE}
+    if unknown and not args.again:  # saved answers need no overrides
+        parser.error(f"--recipes: no {', '.join(unknown)}; there are {', '.join(table)}")
+    if names[0] == SFT_ALONE:
+        parser.error(f"--recipes: {SFT_ALONE} shows the run of the recipe before it; name one")
+    recipes = [(name, table.get(name, [])) for name in names]
+    for name, overrides_of_recipe in recipes:
+        try:
+            configs.load(DEMO, [*overrides_of_recipe, *args.overrides])
+        except UserError as error:
+            parser.error(f"{name}: {error}")
+    return recipes
+
+
+def sampled_pairs(args: Namespace) -> list[common.Values]:
+    """All pairs, as rows. What stage 06 has sampled of the same data is used again."""
+    if args.pairs is not None:
+        return jsonl.read_whole_lines(args.pairs)
+    files = [args.folder / "pool/train.jsonl", args.folder / "pool/valid.jsonl"]
+    values = {
+        "run_dir": args.folder / "pool",
+        "data.source": args.data,
+        "data.train_pairs": files[0],
+        "data.valid_pairs": files[1],
+        "data.valid_fraction": 0.5,
+        "data.limit": "null",
+    }
+    in_process({"overrides": overrides(args, values)})
     return [row for file in files for row in jsonl.read_whole_lines(file)]
 
 
-def of_seed(args: Namespace, rows: list[common.Values], seed: int) -> list[common.Values]:
-    """The results of all recipes for a seed."""
+def rows_of_seed(args: Namespace, pool: list[common.Values], seed: int) -> list[common.Values]:
+    """The reports of all recipes for a seed."""
     folder = args.folder / f"{seed}"
-    shuffled = random.Random(seed).sample(rows, args.train + args.held)
-    train, valid = folder / "train.jsonl", folder / "valid.jsonl"
-    parts = {train: shuffled[: args.train], valid: shuffled[args.train :]}
-    if any(jsonl.read_whole_lines(file) != part for file, part in parts.items() if file.exists()):
-        shutil.rmtree(folder)  # runs on other pairs
-    for file, part in parts.items():
-        jsonl.write(file, part)
-    sets = {
+    files = [folder / "train.jsonl", folder / "valid.jsonl"]
+    if not args.again:
+        write_pairs(args, pool, seed, files)
+    values = {
         "run_dir": folder,
         "seed": seed,
-        "data.train_pairs": train,
-        "data.valid_pairs": valid,
+        "data.train_pairs": files[0],
+        "data.valid_pairs": files[1],
     }
-    asked = {**task("seed", args, sets), "recipes": args.recipes, "folder": str(folder)}
+    task = {
+        "overrides": overrides(args, values),
+        "recipes": args.recipes,
+        "again": args.again,
+    }
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    found = common.measure("bench_outcome.py", asked, threads=threads)
-    require(found)
-    return [{**row, "seed": seed} for row in found["rows"]]
+    return [{**row, "seed": seed} for row in in_process(task, threads)["rows"]]
 
 
-def task(kind: str, args: Namespace, sets: common.Values) -> common.Values:
-    changes = [*args.overrides, *(f"{key}={value}" for key, value in sets.items())]
-    return {"task": kind, "changes": changes}
+def write_pairs(
+    args: Namespace, pool: list[common.Values], seed: int, files: Sequence[Path]
+) -> None:
+    """Write a seed's train and valid pairs. Ends the program when its folder has other pairs."""
+    if len(pool) < args.train + args.held:
+        raise SystemExit(f"{len(pool)} pairs, but --train and --held need {args.train + args.held}")
+    shuffled = random.Random(seed).sample(pool, args.train + args.held)
+    for file, rows in zip(files, (shuffled[: args.train], shuffled[args.train :]), strict=True):
+        if file.exists() and jsonl.read_whole_lines(file) != rows:
+            raise SystemExit(f"{file.parent}: has runs on other pairs; give another --folder")
+        jsonl.write(file, rows)
 
 
-def require(found: common.Values) -> None:
-    if "failed" in found:
-        raise SystemExit(found["failed"])
+def overrides(args: Namespace, values: common.Values) -> list[str]:
+    return [*args.overrides, *(f"{key}={value}" for key, value in values.items())]
+
+
+def in_process(task: common.Values, threads: int | None = None) -> common.Values:
+    """What the worker returns for a task. Ends the program when it fails."""
+    values = common.measure("bench_outcome.py", task, threads=threads)
+    if "failed" in values:
+        raise SystemExit(values["failed"])
+    return values
 
 
 def worker(task: common.Values) -> common.Values:
-    if task["task"] == "pairs":
-        make_pairs.make_pairs(configs.load(DEMO, task["changes"]))
-        return {}
-    return {"rows": list(each_recipe(task))}
+    if "recipes" in task:
+        return {"rows": list(reports(task))}
+    make_pairs(configs.load(DEMO, task["overrides"]))
+    return {}
 
 
-def each_recipe(task: common.Values) -> Iterator[common.Values]:
-    """What each recipe made, one after the other; rows stand in rows.jsonl as soon as they are."""
-    folder = Path(task["folder"])
-    (folder / "rows.jsonl").unlink(missing_ok=True)
-    asked: Asked | None = None
-    previous: Path | None = None
-    whole: common.Values = {}
-    for recipe in task["recipes"]:
-        run = folder / recipe.replace(" ", "_")
-        changes = [*task["changes"], f"run_dir={run}"]
-        config = configs.load(DEMO, [*RECIPES.get(recipe, []), *changes])
-        asked = asked or Asked(config)
-        if recipe == COLLAPSED:
-            shutil.rmtree(run, ignore_errors=True)  # it goes on from nothing
-            row = collapse(changes, asked)
-        elif recipe in PHASE_ENDS:
-            row = at_end(PHASE_ENDS[recipe], previous, asked, whole)
+def reports(task: common.Values) -> Iterator[common.Values]:
+    """The report of each recipe that has answers, one after the other."""
+    config = configs.load(DEMO, task["overrides"])
+    questions, recipe = Questions(config), ""
+    run: Run | None = None
+    for place, (name, overrides_of_recipe) in enumerate(task["recipes"]):
+        if name == SFT_ALONE:
+            name, shown_run = f"{recipe}, {SFT_ALONE}", run and run.at_end_of_sft
         else:
-            if previous is not None and not run.exists():
-                copy_run(previous, run)
-            row = whole = by_recipe(config, asked)
-            previous = run
-        jsonl.append(folder / "rows.jsonl", [line({**row, "recipe": recipe, "seed": "-"})])
-        yield {"recipe": recipe, **row}
+            folder = config.run.path / name.replace(" ", "_")
+            changes = [*overrides_of_recipe, *task["overrides"], f"run_dir={folder}"]
+            if not task["again"]:
+                train = recipe_runs.run_control if name == CONTROL else recipe_runs.run_recipe
+                train(configs.load(DEMO, changes), questions)
+            recipe, shown_run = name, (run := recipe_runs.read(folder))
+        if shown_run is not None:
+            yield {"recipe": name, "place": place, **questions.report(shown_run)}
 
 
-def copy_run(previous: Path, run: Path) -> None:
-    """What is still valid of an earlier recipe's run is not computed again."""
-    with ownership.new_folder(run) as temporary:
-        shutil.copytree(previous, temporary, dirs_exist_ok=True)
-
-
-def by_recipe(config: Config, asked: Asked) -> common.Values:
-    """The whole of stage 10, and what the kept adapters write."""
-    started = time.perf_counter()
-    train_dpo(config)
-    minutes = (time.perf_counter() - started) / 60
-    outcome = jsonl.read_json(config.run.path / "outcome.json")
-    return {
-        "minutes": minutes,
-        **outcome,
-        **asked.outcome(config.run.path, config.run.path / "adapters"),
-    }
-
-
-def at_end(phase: str, run: Path | None, asked: Asked, whole: common.Values) -> common.Values:
-    """What a recipe's run, whose row is given, had at the end of a phase."""
-    path = run and Checkpoints(run / "checkpoints").newest(phase)
-    if not (run and path):
-        raise UserError(f"the end of {phase} of which recipe? name one before it that has {phase}")
-    update = checkpoint.read(path)[0].update
-    found = {"minutes": 0.0, "updates": update, "kept_update": update, "stopped": []}
-    measured = whole if update == whole["kept_update"] else asked.outcome(run, path)
-    no_margin = {"margin": None, "accuracy": None} if phase == SFT else {}
-    return {**measured, **found, **no_margin}
-
-
-# What is written ------------------------------------------------------------------------------
-
-
-def decodings(lengths: list[int]) -> dict[str, GenerationConfig]:
-    """How the held-out questions are answered, whose real answers have these lengths: as the
-    shipped config samples, and greedily.
-    """
-    sampled = with_max_tokens(configs.load(DEMO).generation, lengths)
-    return {SAMPLED: sampled, GREEDY: replace(sampled, temperature=0.0)}
-
-
-class Asked:
-    """The held-out questions of a seed, what the base model and the real answers say to them, and
-    how they are measured. By decoding and by who answers.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.pairs = {split: pairs.read(config.pairs.splits[split]) for split in (TRAIN, VALID)}
-        train, valid = self.pairs[TRAIN], self.pairs[VALID]
-        self.classifier = fit_classifier([p.chosen for p in train], [p.rejected for p in train])
-        self.loaded = load_model(config.model)
-        self.encoder = Encoder.of(self.loaded.tokenizer, config)
-        real = [self.as_sampled(pair.chosen, STOP) for pair in valid]
-        self.decodings = decodings(
-            encoding.chosen_lengths([*train, *valid], self.encoder, config.data.max_length)
-        )
-        base = {
-            SAMPLED: [self.as_sampled(p.rejected, p.rejected_finish) for p in valid],
-            GREEDY: self.answer(self.loaded, self.encoder, GREEDY),
-        }
-        self.answers = {how: {"base": base[how], "chosen": real} for how in self.decodings}
-        chosen = self.measures(real)
-        self.measured = {
-            how: {"base": self.measures(both["base"]), "chosen": chosen}
-            for how, both in self.answers.items()
-        }
-
-    def as_sampled(self, text: str, finish: str) -> Answer:
-        return Answer(text, finish, len(self.encoder.answer_ids(text, LENGTH)))
-
-    def answer(self, loaded: LoadedModel, encoder: Encoder, how: str) -> list[Answer]:
-        return answer(loaded, encoder, self.pairs[VALID], self.decodings[how], self.config.seed)
-
-    def measures(self, answers: list[Answer]) -> Measures:
-        """Those of answers, under the base model."""
-        log_probs = Worker(self.loaded.model).log_probs
-        return measure(answers, self.pairs[VALID], self.classifier, log_probs, self.encoder)
-
-    def outcome(self, run: Path, adapters: Path, encoder: Encoder | None = None) -> common.Values:
-        """What the model with `adapters` writes to prompts of `encoder`, measured beside the base
-        model's and the real answers, with the margin of the run's last evaluation.
-        """
-        loaded = load_model(self.config.model, adapters)
-        tuned = {how: self.answer(loaded, encoder or self.encoder, how) for how in self.answers}
-        texts = {
-            how: {
-                who: [a.text for a in given] for who, given in {**both, "tuned": tuned[how]}.items()
-            }
-            for how, both in self.answers.items()
-        }
-        scores = {who: self.classifier.log_odds(given) for who, given in texts[SAMPLED].items()}
-        rows = jsonl.read_whole_lines(run / "metrics.jsonl")
-        last = [row for row in rows if "eval_loss" in row][-1]
-        return {
-            "share": float((scores["tuned"] > scores["base"]).mean()),
-            "margin": last["eval_rewards/margins"],
-            "accuracy": last["eval_rewards/accuracies"],
-            "pairs": {split: len(found) for split, found in self.pairs.items()},
-            "measured": {
-                how: {**both, "tuned": self.measures(tuned[how])}
-                for how, both in self.measured.items()
-            },
-            "texts": texts,
-        }
-
-
-def answer(
-    loaded: LoadedModel,
-    encoder: Encoder,
-    asked: list[Pair],
-    settings: GenerationConfig,
-    seed: int,
-) -> list[Answer]:
-    prompts = [encoder.prompt_ids(pair.prompt) for pair in asked]
-    return answer_all(Worker(loaded.model, loaded.tokenizer), prompts, settings, seed)
+# The table -----------------------------------------------------------------------------------
 
 
 def line(row: common.Values) -> common.Values:
     """A row of the table."""
-    base, tuned, chosen = (row["measured"]["sampled"][w] for w in ("base", "tuned", "chosen"))
-    greedy = row["measured"]["greedy"]
-    values = {
-        "voice": row["share"],
-        "d2": tuned["distinct2"] - base["distinct2"],
-        "ended": tuned["self_ended"] / max(base["self_ended"], 1e-9),
-        "nats": tuned["base_logprob_per_token"] - base["base_logprob_per_token"],
-        "length": tuned["median_tokens"] / chosen["median_tokens"],
-    }
-    stopped = "*" if row["stopped"] else ""
+    voice, fluency, cost, habits = (row[name] for name in ("voice", "fluency", "cost", "habits"))
+    detection, loops = voice["detection"], row["longest_loops"]["tuned"]
+    d2, nats = (
+        fluency[name]["tuned"] - fluency[name]["base"]
+        for name in ("distinct2", "base_logprob_per_token")
+    )
+    ended_by_base = fluency["self_ended"]["base"]
+    ended = fluency["self_ended"]["tuned"] / ended_by_base if ended_by_base else None
+    length = fluency["median_tokens"]["tuned"] / fluency["median_tokens"]["chosen"]
+    meets_old_targets = (
+        row["above_base"] >= 0.9
+        and d2 >= -0.03
+        and (ended is None or ended >= 0.95)
+        and nats >= -1
+        and abs(length - 1) <= 0.25
+    )
     return {
         "recipe": row["recipe"],
         "seed": row["seed"],
-        "voice": values["voice"],
-        "score": tuned["voice"],
-        "d2": values["d2"],
-        "d2 g": greedy["tuned"]["distinct2"] - greedy["base"]["distinct2"],
-        "ended": values["ended"],
-        "nats": values["nats"],
-        "length": values["length"],
-        "held": "yes" if all(holds(name, value) for name, value in values.items()) else "no",
-        "margin": row["margin"],
-        "kept, of": f"{row['kept_update']}, {row['updates']}{stopped}",
-        "minutes": row["minutes"],
+        "way": interval(voice["way"]),
+        "detector": interval(detection and detection["tuned"]),
+        "habits": f"{sum(habit['carried'] for habit in habits)}/{len(habits)}",
+        "sense": "{tuned:.2f}/{chosen:.2f}".format(**fluency["sense"]),
+        "copied": fluency["copied"]["tuned"],
+        "d2": d2,
+        "loops": f"{sum(loop > LONGEST_REPETITION for loop in loops)}/{len(loops)}",
+        "ended": ended,
+        "nats": nats,
+        "length": length,
+        "KL": cost["divergence"]["value"],
+        "instr": cost["instructions"]["tuned"] - cost["instructions"]["base"],
+        "choices": cost["choices"]["tuned"] - cost["choices"]["base"],
+        "DPO - SFT": interval(row["dpo_added"]),
+        "old": "yes" if meets_old_targets else "no",
+        "grade": row["verdict"]["grade"],
+        "minutes": row["minutes"] and f"{row['minutes']:.1f}{'+' if row['is_partial'] else ''}",
+        "kept, of": f"{row['kept_update']}, {row['updates']}{'*' if row['stopped'] else ''}",
     }
 
 
-def holds(name: str, value: float) -> bool:
-    if name == "length":
-        return abs(value - 1) <= TARGETS[name]
-    return value >= TARGETS[name]
-
-
-# The run that collapsed ---------------------------------------------------------------------------
-
-
-class RawEncoder(Encoder):
-    """`Question: ... Answer:` without a chat template, and no end of turn."""
-
-    def rendered(self, question: str) -> str:
-        return f"Question: {question}\nAnswer:"
-
-    def answer_ids(self, text: str, finish: str = STOP) -> list[int]:
-        return super().answer_ids(" " + text, LENGTH)
-
-
-def collapse(changes: list[str], asked: Asked) -> common.Values:
-    """The recipe of the run that collapsed, one pair an update.
-
-    What no config can say is done here: raw prompts, no end of turn, AdamW without bias correction,
-    pairs in their order. What its last adapters write is measured, and what the preflight and the
-    guard would have said of it.
-    """
-    recipe = yaml.safe_load(CONTROL.read_text())
-    recipe["guard"] = {"enabled": False}
-    recipe["train"]["force"] = True
-    control = [
-        f"{part}.{key}={value}" for part, keys in recipe.items() for key, value in keys.items()
-    ]
-    config = configs.load(DEMO, [*control, *changes])
-    config = raw_pairs(config)
-    job = prepare(config)
-    encoder = RawEncoder(job.encoder.tokenizer)
-    encoded = {
-        split: encoding.encode_all(raw, encoder, config.data.max_length)[0]
-        for split, raw in job.raw.items()
-    }
-    job = replace(job, encoder=encoder, pairs=encoded)
-    caught = [f"preflight: {finding.text}" for finding in preflight(job)]
-    phases = Phases(job)
-    examples = {
-        split: [Example(*both) for both in zip(encoded[split], references, strict=True)]
-        for split, references in phases.references(only_read=False).items()
-    }
-    ordered, watched = list(examples[TRAIN]), examples[VALID][: config.train.eval_questions]
-    shuffle = [i for _, group in groups(config.train, len(ordered), config.seed) for i in group]
-    for example, index in zip(examples[TRAIN], shuffle, strict=True):  # undone
-        ordered[index] = example
-    training = Trainer(
-        job.worker,
-        config,
-        Examples(ordered, watched),
-        phases.evaluator,
-        MetricsFile(config.run.path / "metrics.jsonl"),
-        Checkpoints(config.run.path / "checkpoints"),
-        State(DPO, base=phases.base, measures=phases.base),
-    )
-    training.optimizer = optim.AdamW(config.train.learning_rate, weight_decay=0.0)
-    started = time.perf_counter()
-    training.run()
-    minutes = (time.perf_counter() - started) / 60
-    for row in jsonl.read_whole_lines(config.run.path / "metrics.jsonl"):
-        written = {k.removeprefix("eval_text/"): v for k, v in row.items() if "eval_text/" in k}
-        if written:
-            change = row["eval_logps/chosen_change_per_token"]
-            crossed = crossed_limits(config.guard, phases.base, written, change)
-            caught += [f"update {row['iteration']}: {text}" for text in crossed]
-    best = training.state.best
-    assert best is not None
-    return {
-        "minutes": minutes,
-        "updates": training.updates,
-        "kept_update": best.update,
-        "stopped": [],
-        "caught": caught,
-        **asked.outcome(config.run.path, training.checkpoints.path(DPO, training.updates), encoder),
-    }
-
-
-def raw_pairs(config: Config) -> Config:
-    """The config on pairs of its own: the same rows, their rejected answers sampled from the raw
-    prompts as the config says. Where the base model says nothing to those, the pool's is kept.
-    """
-    loaded = load_model(config.model)
-    encoder = RawEncoder(loaded.tokenizer)
-    files = {split: config.run.path / f"pairs/{split}.jsonl" for split in (TRAIN, VALID)}
-    for split, file in files.items():
-        rows = pairs.read(config.pairs.splits[split])
-        lengths = encoding.chosen_lengths(rows, encoder, config.data.max_length)
-        limits = with_max_tokens(config.generation, lengths)
-        answers = answer(loaded, encoder, rows, limits, config.seed)
-        made = [
-            {"prompt": row.prompt, "chosen": row.chosen, "rejected": a.text or row.rejected}
-            for row, a in zip(rows, answers, strict=True)
-        ]
-        jsonl.write(file, [{**row, "rejected_finish": LENGTH} for row in made])
-    data = replace(config.data, train_pairs=str(files[TRAIN]), valid_pairs=str(files[VALID]))
-    return replace(config, data=data)
+def interval(values: IntervalValues | None) -> str | None:
+    return values and "{value:.2f} [{low:.2f}..{high:.2f}]".format(**values)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,16 @@ from dpo_mlx.model.adapters import LORA_LAYERS, attach_lora
 from dpo_mlx.model.sampling import with_max_tokens
 from dpo_mlx.scoring import memory
 from dpo_mlx.scoring.objectives import Dpo, Sft
-from dpo_mlx.stages.check_run import FUSE, MAKE_PAIRS, SMOKE, TRAIN_DPO, Cost, Workload, minutes_of
+from dpo_mlx.stages.check_run import (
+    FUSE,
+    MAKE_PAIRS,
+    SMOKE,
+    TRAIN_DPO,
+    Cost,
+    Workload,
+    evaluations,
+    minutes_of,
+)
 from dpo_mlx.training import checkpoint
 from dpo_mlx.training.checkpoint import SaveClock
 from dpo_mlx.training.schedule import count_updates
@@ -246,16 +255,10 @@ def checkpoints_table(config: configs.Config, model: Model, works: dict[int, Wor
         phases = (Sft(config), Dpo(config))
         updates = sum(count_updates(phase.settings, len(work.train)) for phase in phases)
         # One before each evaluation and one after it; a phase's first has no update before it.
-        at_evaluations = (2 * evaluations(config, work) - len(phases)) * size
+        at_evaluations = (2 * evaluations(config, len(work.train)) - len(phases)) * size
         every = gigabytes(updates * size)
         lines.append(table_line([rows, updates, gigabytes(at_evaluations), by_clock, every]))
     return "\n".join(lines)
-
-
-def evaluations(config: configs.Config, work: Workload) -> int:
-    """Those after which a checkpoint is written: minutes_of counts one more, of the base model."""
-    alone = Cost(model=0, prompts=1, step=0, scored_token=0, gradient_token=0, layer=0)
-    return round(60 * minutes_of(config, work, alone)[TRAIN_DPO] / 2) - 1
 
 
 def saves(seconds: float, size: int, update: float = UPDATE) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import tiny
 from dpo_mlx.config import Config, DataConfig, DpoConfig, GuardConfig, LoraConfig, TrainConfig
 from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair
+from dpo_mlx.files.results import Measures
 from dpo_mlx.model import scan, tiny_granite
 from dpo_mlx.model.adapters import attach_lora
 from dpo_mlx.model.gradient_checkpointing import gradient_checkpointing
@@ -41,7 +42,7 @@ PROMPT = 32  # tokens of a random pair's prompt
 SCAN_CHUNK = TrainConfig(learning_rate=0.0).scan_chunk
 LORA = LoraConfig(rank=common.LORA_RANK, scale=common.LORA_SCALE)
 # Answers are not sampled while training is measured.
-SILENT = dict.fromkeys(NAMES, 1.0)
+SILENT = Measures([1.0], dict.fromkeys(NAMES, 1.0))
 OFF = GuardConfig(enabled=False)
 
 

@@ -96,7 +96,6 @@ TABLE = {
             "generation.*",
             "smoke.*",
             "dpo.*",
-            "fuse.min_margin_kept",
         ),
         ("generation.restart",),
     ),

@@ -18,7 +18,7 @@ USE_OWN_FOLDER = "set it to a folder of its own, like data/runs/NAME"
 # Folders of this repository that a run must not use.
 REPOSITORY_FOLDERS = [
     Path(__file__).resolve().parents[3] / name
-    for name in ("config", "scripts", "tests", "data/sample")
+    for name in ("config", "scripts", "tests", "data/sample", "data/cost", "data/replay")
 ]
 
 

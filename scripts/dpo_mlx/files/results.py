@@ -12,7 +12,7 @@ from . import digest, jsonl, ownership, records, schema
 from .errors import UserError
 from .model_files import ADAPTER_CONFIG, ADAPTERS
 from .run_folder import PairFiles, RunFolder
-from .schema import Count, Finite, Share
+from .schema import Count, Finite
 
 # The percentiles of answer lengths in the pairs' report.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
@@ -53,20 +53,57 @@ def read_pairs_report(files: PairFiles) -> PairsReport | None:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What an evaluation measures of a model's answers to the held-out questions.
+
+    `voice` is each answer's place on the voice scale, `means` the mean of each measure by name.
+    """
+
+    voice: list[float]
+    means: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measures of the model after an update."""
+
+    update: Count
+    measures: Measures
+
+    @property
+    def voice(self) -> float:
+        """The mean place of the answers on the voice scale."""
+        return self.measures.means["voice"]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How training ended, after `updates` of both phases.
 
-    `sft_updates` is the length of SFT, 0 when it was left out. `voice` is the score of the best
-    adapters' answers, `adapters` the SHA-256 of their tensors. `stopped` says why training stopped
-    before its end.
+    `sft_updates` is the length of SFT, 0 when it was left out, and `end_of_sft` its evaluation.
+    `last` is the last evaluation of the run, `kept` that of the best adapters, `adapters` the
+    SHA-256 of their tensors. `stopped` says why training stopped before its end, `notes` what the
+    preflight found wrong.
     """
 
     updates: Count
     sft_updates: Count
-    kept_update: Count
-    voice: Share
+    end_of_sft: Evaluation | None
+    last: Evaluation
+    kept: Evaluation
     stopped: list[str]
+    notes: list[str]
     adapters: str
+
+    @property
+    def kept_update(self) -> int:
+        return self.kept.update
+
+    @property
+    def of_dpo(self) -> Evaluation | None:
+        """The kept evaluation if it is DPO's, otherwise DPO's last. None if DPO has none."""
+        of_dpo = [e for e in (self.kept, self.last) if e.update > self.sft_updates]
+        return of_dpo[0] if of_dpo else None
 
 
 def write_outcome(run: RunFolder, outcome: Outcome) -> None:
@@ -81,7 +118,7 @@ def read_outcome(run: RunFolder) -> Outcome:
     outcome: Outcome = records.read(path, Outcome)
     if outcome.kept_update > outcome.updates:
         raise UserError(
-            f"{path}: kept_update {outcome.kept_update} is above updates {outcome.updates}; "
+            f"{path}: kept.update {outcome.kept_update} is above updates {outcome.updates}; "
             f"{records.RUN_AGAIN}"
         )
     return outcome

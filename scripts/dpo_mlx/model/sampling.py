@@ -54,8 +54,17 @@ def sample_batch(
 ) -> list[Answer]:
     """Sample one answer per prompt, all at once. The same batch gives the same answers.
 
-    `settings.max_tokens` must be a number; see `with_max_tokens`. mlx-lm's `batch_generate` does
-    not return why an answer stopped, so this runs its generator.
+    `settings.max_tokens` must be a number; see `with_max_tokens`.
+    """
+    return [_answer(tokenizer, ids) for ids in sample_ids(model, tokenizer, batch, settings)]
+
+
+def sample_ids(
+    model: nn.Module, tokenizer: Any, batch: Batch, settings: GenerationConfig
+) -> list[list[int]]:
+    """The same answers as token ids. An answer that ended by itself has its stop token at the end.
+
+    mlx-lm's `batch_generate` does not return why an answer stopped, so this runs its generator.
     """
     assert settings.max_tokens is not None
     mx.random.seed(batch.seed)
@@ -69,17 +78,13 @@ def sample_batch(
     )
     choose = sampler(0.0 if batch.greedy else settings.temperature, settings.top_p)
     uids = generator.insert(prompts, samplers=[choose] * len(prompts))
-    tokens: dict[int, list[int]] = {uid: [] for uid in uids}
-    finish = dict.fromkeys(uids, LENGTH)
+    ids: dict[int, list[int]] = {uid: [] for uid in uids}
     while responses := generator.next_generated():
         for response in responses:
-            if response.finish_reason == "stop":
-                finish[response.uid] = STOP
-            else:
-                tokens[response.uid].append(response.token)
+            ids[response.uid].append(response.token)
     mx.synchronize(generator.stream)  # raises here if a GPU command failed
     generator.close()
-    return [_answer(tokenizer, tokens[uid], finish[uid]) for uid in uids]
+    return [ids[uid] for uid in uids]
 
 
 def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
@@ -113,7 +118,9 @@ def _mass_above(probs: mx.array, token: mx.array) -> mx.array:
     return mx.where(probs > token_probs, probs, 0).sum(axis=-1)
 
 
-def _answer(tokenizer: Any, tokens: list[int], finish: str) -> Answer:
+def _answer(tokenizer: Any, ids: list[int]) -> Answer:
+    finish = STOP if ids[-1] in tokenizer.eos_token_ids else LENGTH
+    tokens = ids[:-1] if finish == STOP else ids
     # An answer cut within the bytes of a character ends with U+FFFD.
     text = tokenizer.decode(tokens).rstrip("\ufffd").strip()
     return Answer(text, finish, len(tokens))

@@ -17,7 +17,7 @@ from ..config import GenerationConfig
 from ..data.encoding import EncodedAnswer, EncodedPair
 from ..model.adapters import adapters_off
 from ..model.gradient_checkpointing import gradient_checkpointing
-from ..model.sampling import Answer, Batch, batch_seed, batches, sample_batch
+from ..model.sampling import Answer, Batch, batch_seed, batches, sample_batch, sample_ids
 from ..process import signals
 from ..scoring.losses import Sides
 from ..scoring.objectives import Example, Objective
@@ -82,6 +82,28 @@ class Worker:
             return [
                 sample_batch(self.model, self.tokenizer, batch, settings)
                 for batch in self._each(batches)
+            ]
+
+    def sequences(
+        self,
+        batches: list[Batch],
+        settings: GenerationConfig,
+        without_adapters: bool = False,
+    ) -> list[EncodedAnswer]:
+        """The same answers as the sampled token ids after their prompts, in one list.
+
+        No other process shares this work, which stage 10 does only when it starts.
+        """
+        self.model.eval()
+        with self._adapters(without_adapters):
+            return [
+                EncodedAnswer((*prompt, *ids), len(prompt))
+                for batch in self._each(batches)
+                for prompt, ids in zip(
+                    batch.prompts,
+                    sample_ids(self.model, self.tokenizer, batch, settings),
+                    strict=True,
+                )
             ]
 
     def _each(self, items: Iterable[Item]) -> Iterator[Item]:

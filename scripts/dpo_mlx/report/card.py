@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, Scalar
-from ..files import jsonl
+from ..files import jsonl, schema
 from ..files.model_files import CARD
 from ..files.results import Outcome, read_pairs_report
 from ..training.outcome import comparison, place
@@ -24,14 +24,14 @@ def write(config: Config, folder: Path, report: Mapping[str, Any]) -> None:
     """Write the card into a model folder.
 
     `report` holds `training` (an Outcome), `fuse` (stage 11's measurements), and
-    after stage 12 also `voice` and `fluency`.
+    after stage 12 also `verdict`, `fluency` and `cost`.
     """
     jsonl.write_text(folder / CARD, render(config, report))
 
 
 def render(config: Config, report: Mapping[str, Any]) -> str:
     """The text of the card. For `report` see `write`."""
-    outcome = Outcome(**report["training"])
+    outcome: Outcome = schema.parse(report["training"], Outcome)
     return templates.render(
         TEMPLATE,
         config=config,
@@ -43,8 +43,9 @@ def render(config: Config, report: Mapping[str, Any]) -> str:
         kept_place=place(outcome),
         comparison=comparison(outcome),
         fuse=report["fuse"],
-        voice=report.get("voice"),
+        verdict=report.get("verdict"),
         fluency=report.get("fluency"),
+        cost=report.get("cost"),
     )
 
 

@@ -38,7 +38,7 @@ CURVES = {
     ),
 }
 
-# These charts always span 0 to 1, so that a small change looks small.
+# These charts span at least 0 to 1, so that a small change looks small.
 SHARES = {"voice", "fluency"}
 # These metrics are relative to the start of a phase, so SFT's values do not continue in DPO.
 ONLY_DPO = {"loss", "margin"}
@@ -101,7 +101,7 @@ def chart(rows: Sequence[Row], name: str, kept_update: int | None) -> Chart:
     points_by_key = {key: series(chart_rows, key) for key, _, _ in CURVES[name]}
     values = [value for points in points_by_key.values() for _, value in points]
     x = Scale(0, max(1, last_update(rows)), FRAME["left"], FRAME["right"])
-    low, high = (0, 1) if name in SHARES else padded(values)
+    low, high = (min([0, *values]), max([1, *values])) if name in SHARES else padded(values)
     # SVG counts y downwards, so the lowest value is at the bottom.
     y = Scale(low, high, FRAME["bottom"], FRAME["top"])
     curves = []

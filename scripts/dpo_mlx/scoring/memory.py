@@ -244,15 +244,19 @@ def stage_11(model: nn.Module, config: Config, longest: EncodedAnswer) -> list[N
     ]
 
 
+# A question of general knowledge has one cache, and each of its four options a copy.
+CHOICE_CACHES = 5
+
+
 def stage_12(
     model: nn.Module, config: Config, lengths: LargestSizes, other_weights: int = 0
 ) -> list[Need]:
-    """The needs of stage 12: answering the held-out questions, and scoring pairs and answers.
+    """The needs of stage 12: answering questions and unrelated prompts, and scoring answers.
 
     The base model and the fused model take turns in memory. `other_weights` is the size of the
     other model's weights in bytes.
     """
-    batch = min(config.generation.batch_size, config.smoke.questions, lengths.questions)
+    batch = max(min(config.generation.batch_size, lengths.questions), CHOICE_CACHES)
     key = "generation.batch_size"
     needs = [
         sampling(model, batch, lengths.prompt, lengths.answer, key),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +33,8 @@ class Sft:
     name = SFT
 
     def __init__(self, config: Config) -> None:
-        self.settings = replace(config.train, **asdict(config.sft))
+        sft = config.sft
+        self.settings = replace(config.train, epochs=sft.epochs, learning_rate=sft.learning_rate)
 
     def gradient(self, scorer: Scorer, example: Example) -> tuple[float, Any]:
         """(score, gradient in the trainable parameters) of an example."""

@@ -36,11 +36,14 @@ from ..model.sampling import EVALUATED_AT_ONCE, Batch, sample_batch
 from ..parallel.worker import Worker
 from ..process import signals
 from ..process.supervisor import LAUNCH, has_cpu_for_two
+from ..report.sections import OTHER_SYSTEM_QUESTIONS
 from ..scoring import memory
 from ..scoring.objectives import Dpo, Sft
-from ..training import checkpoint
+from ..training import checkpoint, replay
+from ..training.phases import PROMPTS
 from ..training.schedule import count_updates
 from ..training.trainer import updates_between_evaluations
+from ..voice import cost as tasks
 from .make_pairs import generation_settings, usable_rows
 
 T = TypeVar("T")
@@ -207,8 +210,17 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     def scoring(tokens: float) -> float:
         return tokens * cost.scored_token
 
+    def answering_tasks(count: int, batch: int) -> float:
+        return math.ceil(count / batch) * (cost.prompts + tasks.MAX_TOKENS * cost.step)
+
     eval_count = min(config.train.eval_questions, len(work.valid))
-    evaluation = answering(eval_count, EVALUATED_AT_ONCE) + scoring(4 * eval_count * sequence)
+    evaluation = answering(eval_count, EVALUATED_AT_ONCE) + scoring(
+        4 * eval_count * sequence + PROMPTS * tasks.USUAL_TOKENS
+    )
+    repeated = config.sft.replay * count_updates(Sft(config).settings, len(work.train))
+    replay_prompts = min(repeated, len(tasks.read_prompts(replay.FILE)))
+    unrelated = tasks.load(config.smoke.unrelated_tasks)
+    batch = config.generation.batch_size
     smoke_questions = min(config.smoke.questions, len(work.valid))
     fuse_tokens = 2 * sequence * min(config.fuse.check_pairs, len(work.valid))
     roundings = 1 if config.fuse.dtype == "float32" else 2
@@ -216,16 +228,23 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         MAKE_PAIRS: cost.model + answering(len(work.rows), config.generation.batch_size),
         TRAIN_DPO: cost.model
         + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
+        + repeated * tasks.USUAL_TOKENS * cost.gradient_token
+        + answering_tasks(PROMPTS, EVALUATED_AT_ONCE)
+        + answering_tasks(replay_prompts, EVALUATED_AT_ONCE)
         + config.train.epochs * 2 * chosen * cost.gradient_token
         + scoring(2 * chosen + 2 * held_out)
-        + (1 + _evaluations(config, len(work.train))) * evaluation,
+        + (1 + evaluations(config, len(work.train))) * evaluation,
         FUSE: (2 + roundings) * cost.model
         + (3 + roundings) * scoring(fuse_tokens)
         + roundings * work.layers * cost.layer
         + WRITE_OVER_READ * cost.model,
-        SMOKE: 2 * cost.model
-        + 2 * answering(smoke_questions, config.generation.batch_size)
-        + scoring(4 * held_out + 6 * smoke_questions * sequence),
+        SMOKE: 3 * cost.model
+        + 2 * answering(smoke_questions, batch)
+        + answering(min(OTHER_SYSTEM_QUESTIONS, smoke_questions), batch)
+        + answering_tasks(len(unrelated.prompts), batch)
+        + 2 * answering_tasks(len(unrelated.instructions), batch)
+        + scoring(4 * held_out + 6 * smoke_questions * sequence)
+        + 2 * scoring((len(unrelated.prompts) + len(unrelated.choices)) * tasks.USUAL_TOKENS),
     }
     return {script: value / 60 for script, value in seconds.items()}
 
@@ -234,7 +253,7 @@ def _tokens(sequences: list[EncodedAnswer]) -> int:
     return sum(len(sequence.ids) for sequence in sequences)
 
 
-def _evaluations(config: Config, pairs: int) -> int:
+def evaluations(config: Config, pairs: int) -> int:
     """The number of evaluations in both phases: at the start, at the end, and at even distances."""
     count = 0
     for phase in (Sft(config), Dpo(config)):

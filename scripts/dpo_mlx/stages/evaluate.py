@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict
 
-from ..config import Config, FuseConfig, GenerationConfig, SmokeConfig
+from ..config import Config
 from ..data import encoding, pairs
-from ..data.encoding import EncodedPair, Encoder
+from ..data.encoding import EncodedAnswer, EncodedPair, Encoder
 from ..data.pairs import LENGTH, STOP, Pair
 from ..files import atomic, fingerprint, jsonl, model_files, ownership, records, results
 from ..files.errors import UserError
 from ..files.fingerprint import SMOKE_TEST, Fingerprint
 from ..files.ownership import Status
-from ..files.results import FuseReport, read_metrics
+from ..files.results import FuseReport, Outcome, read_metrics
 from ..files.run_folder import BASE, TRAIN, VALID
 from ..model.loading import LoadedModel, load_model
 from ..model.sampling import Answer
 from ..parallel.worker import Worker, answer_all, log_probs
-from ..report import card
+from ..report import card, sections
 from ..report.html_report import write_html
+from ..report.sections import (
+    OTHER_SYSTEM_MESSAGE,
+    OTHER_SYSTEM_QUESTIONS,
+    DpoAdded,
+    Voice,
+)
+from ..report.verdict import Verdict, habit_text, verdict
 from ..scoring import memory, reference
 from ..scoring.losses import Sides
 from ..scoring.scorer import score_against, summarise
-from ..training.setup import answer_settings, reference_fingerprint
-from ..voice.answers import measure
-from ..voice.copying import copied_share, runs
-from ..voice.habits import HabitResult, find_habits, measure_habits
-from ..voice.voice_classifier import MIN_ACCURACY, fit_classifier
+from ..training.outcome import comparison
+from ..training.setup import answer_settings, encode_splits, reference_fingerprint
+from ..voice import cost
+from ..voice.answers import Author, measure
+from ..voice.cost import Cost
+from ..voice.habits import HabitResult
 
 Report = dict[str, Any]
 
@@ -37,7 +44,6 @@ MAX_PRINTED_HABITS = 3
 
 # The measures of answers, as the console names them.
 LABELS = {
-    "voice": "voice score, 0 to 1",
     "distinct2": "share of word pairs that are distinct",
     "longest_loop": "longest loop, in words",
     "self_ended": "share of answers that end by themselves",
@@ -46,15 +52,7 @@ LABELS = {
     "median_tokens": "median length, in tokens",
     "copied": "share copied from your training answers, 8 words in a row or more",
 }
-
-
-class Verdict(TypedDict):
-    """Whether the tuned model stays within the config's limits."""
-
-    passed: bool
-    outcome: str
-    summary: str
-    crossed: list[str]
+COST_LABELS = {"instructions": "instructions followed", "choices": "general knowledge"}
 
 
 class Answers(TypedDict):
@@ -70,9 +68,11 @@ class SmokeReport(TypedDict):
     """The contents of report.json."""
 
     verdict: Verdict
-    voice: dict[str, float]
+    voice: Voice
     fluency: dict[str, dict[str, float]]
     habits: list[HabitResult]
+    cost: Cost
+    dpo_added: DpoAdded | None
     preference: dict[str, float]
     fuse: FuseReport
     training: dict[str, Any]
@@ -81,27 +81,72 @@ class SmokeReport(TypedDict):
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """The fused model's answers to the held-out questions and its log-probs of all valid pairs, in
-    nats; those pairs as token ids; the sampling settings.
+class Task:
+    """What both models do: answer the held-out questions, and unrelated prompts.
+
+    `encoded` are all valid pairs as token ids. `config` has the number of `generation.max_tokens`.
+    """
+
+    config: Config
+    encoder: Encoder
+    pairs: dict[str, list[Pair]]
+    encoded: list[EncodedPair]
+    unrelated: cost.Tasks
+
+    @property
+    def questions(self) -> list[Pair]:
+        """The last held-out ones. The guard asks the first ones and chooses the checkpoint by
+        them, so if there are enough, the two have none in common.
+        """
+        return self.pairs[VALID][-self.config.smoke.questions :]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that a model answers."""
+        return [
+            *(pair.prompt for pair in self.questions),
+            *self.unrelated.prompts,
+            *(instruction.prompt for instruction in self.unrelated.instructions),
+        ]
+
+    def unrelated_results(self, worker: Worker, answers: list[EncodedAnswer]) -> cost.ModelResults:
+        batch_size = self.config.generation.batch_size
+        return cost.measure(worker, self.encoder, self.unrelated, answers, batch_size)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model's answers to the held-out questions and to unrelated prompts, and its results
+    on unrelated tasks.
     """
 
     answers: list[Answer]
+    unrelated_answers: list[EncodedAnswer]
+    unrelated: cost.ModelResults
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """The fused model's answers to the held-out questions, also under another system message (None
+    when the chat template has none), its log-probs of all valid pairs in nats, and its results on
+    unrelated tasks.
+    """
+
+    answers: list[Answer]
+    other_answers: list[Answer] | None
     log_probs: list[Sides[float]]
-    encoder: Encoder
-    encoded: list[EncodedPair]
-    generation: GenerationConfig
+    unrelated: cost.ModelResults
 
 
 def evaluate(config: Config) -> bool:
-    """Write `run_dir/report.json` and `report.html`. Returns whether no limit was crossed.
+    """Write `run_dir/report.json` and `report.html`. Returns whether the grade passes.
 
     Raises UserError when there is no fused model.
     """
     run, fused, report_path = config.run, config.run.fused, config.run.report
     if not (fused.is_dir() and run.fuse_report.is_file()):
         raise UserError(f"{fused}: no fused model there; run 11_fuse_adapters.py first")
-    results.read_outcome(run)
+    outcome = results.read_outcome(run)
     stamp, current = run.stamp(SMOKE_TEST), fingerprint.of(SMOKE_TEST, config.flat)
     if fingerprint.is_current(stamp, current, [report_path]):
         print(f"12: {report_path} is up to date, skipped")
@@ -117,95 +162,127 @@ def evaluate(config: Config) -> bool:
         print(f"12: you edited {fused / model_files.CARD}; it stays as it is")
     else:
         card.write(config, fused, report)
-    _print(report, config)
+    _print(report, outcome)
+    print(f"12: the report:\n{run.page}")
     return report["verdict"]["passed"]
 
 
 def _report(config: Config, digests: Fingerprint) -> Report:
-    """The contents of report.json. Only one model is in memory at a time."""
-    pairs_by_split = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
-    return _compare(config, pairs_by_split, _tuned(config, pairs_by_split), digests)
+    """The contents of report.json. Only one model is in memory at a time, so the base model is
+    loaded twice: the tuned model scores its answers, and it scores the tuned model's.
+    """
+    task, base = _of_base(config)
+    return _compare(task, base, _of_tuned(task, base), digests)
 
 
-def _tuned(config: Config, pairs_by_split: dict[str, list[Pair]]) -> Tuned:
-    """Everything that needs the fused model in memory."""
-    loaded = load_model(str(config.run.fused), lazy=True, scan_chunk=config.train.scan_chunk)
+def _of_base(config: Config) -> tuple[Task, BaseModel]:
+    """The task of both models, and everything that needs only the base model."""
+    raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
+    loaded = _load(config.model, config)
     encoder = Encoder.of(loaded.tokenizer, config)
-    valid = pairs_by_split[VALID]
-    encoded, _ = encoding.encode_all(valid, encoder, config.data.max_length)
+    pairs_by_split, by_split = encode_splits(raw, encoder, config.data.max_length)
+    encoded = by_split[VALID]
     encoding.require_pairs(config.pairs.valid, encoded)
     generation = answer_settings(config, pairs_by_split, encoder)
     config = replace(config, generation=generation)
-    questions = valid[: config.smoke.questions]
-    _require_memory(config, loaded, encoder, encoded, questions)
+    task = Task(config, encoder, pairs_by_split, encoded, cost.load(config.smoke.unrelated_tasks))
+    _require_memory(task, loaded)
     worker = Worker(loaded.model, loaded.tokenizer)
-    answers = sample_answers(worker, questions, encoder, config)
-    return Tuned(answers, log_probs(worker, encoded), encoder, encoded, generation)
+    answers = sample_answers(worker, task.questions, encoder, config)
+    unrelated_answers = cost.base_answers(
+        worker, encoder, task.unrelated.prompts, generation.batch_size, config.seed
+    )
+    unrelated = task.unrelated_results(worker, unrelated_answers)
+    return task, BaseModel(answers, unrelated_answers, unrelated)
 
 
-def _require_memory(
-    config: Config,
-    loaded: LoadedModel,
-    encoder: Encoder,
-    encoded: list[EncodedPair],
-    questions: list[Pair],
-) -> None:
+def _of_tuned(task: Task, base: BaseModel) -> TunedModel:
+    """Everything that needs the fused model in memory."""
+    config, encoder = task.config, task.encoder
+    loaded = _load(str(config.run.fused), config)
+    worker = Worker(loaded.model, loaded.tokenizer)
+    other_encoder = Encoder.of(
+        loaded.tokenizer, replace(config, system_prompt=OTHER_SYSTEM_MESSAGE)
+    )
+    other_answers = None
+    if other_encoder.template.system_message() == OTHER_SYSTEM_MESSAGE:
+        questions = task.questions[:OTHER_SYSTEM_QUESTIONS]
+        other_answers = sample_answers(worker, questions, other_encoder, config)
+    return TunedModel(
+        sample_answers(worker, task.questions, encoder, config),
+        other_answers,
+        log_probs(worker, task.encoded),
+        task.unrelated_results(worker, base.unrelated_answers),
+    )
+
+
+def _load(model: str, config: Config) -> LoadedModel:
+    return load_model(model, lazy=True, scan_chunk=config.train.scan_chunk)
+
+
+def _require_memory(task: Task, loaded: LoadedModel) -> None:
     """Raises UserError when the machine has too little memory for this stage."""
+    config = task.config
     lengths = memory.LargestSizes(
-        questions=len(questions),
-        prompt=max(len(encoder.prompt_ids(pair.prompt)) for pair in questions),
-        answer=config.generation.max_tokens or 0,
-        longest=max(encoding.sequences(encoded), key=lambda sequence: len(sequence.ids)),
+        questions=max(len(task.questions), len(task.unrelated.prompts)),
+        prompt=max(len(task.encoder.prompt_ids(prompt)) for prompt in task.prompts),
+        answer=max(config.generation.max_tokens or 0, cost.MAX_TOKENS),
+        longest=max(encoding.sequences(task.encoded), key=lambda sequence: len(sequence.ids)),
     )
-    need = memory.require(
-        memory.stage_12(loaded.model, config, lengths, model_files.weight_bytes(config.model)),
-        config.model,
-    )
+    weights = max(map(model_files.weight_bytes, (config.model, str(config.run.fused))))
+    need = memory.require(memory.stage_12(loaded.model, config, lengths, weights), config.model)
     print(f"12: {memory.describe(need)}")
 
 
-def _compare(
-    config: Config, pairs_by_split: dict[str, list[Pair]], tuned: Tuned, digests: Fingerprint
-) -> Report:
-    """Sample the base model's answers, and compare both models."""
-    config = replace(config, generation=tuned.generation)
-    questions = pairs_by_split[VALID][: config.smoke.questions]
-    loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
+def _compare(task: Task, base: BaseModel, tuned: TunedModel, digests: Fingerprint) -> Report:
+    """Compare both models' answers with the base model in memory."""
+    config, encoder, questions = task.config, task.encoder, task.questions
+    loaded = _load(config.model, config)
     worker = Worker(loaded.model, loaded.tokenizer)
-    preference = _preference(config, tuned, worker, digests)
+    author = Author.of(task.pairs[TRAIN], task.pairs[VALID])
+    outcome = results.read_outcome(config.run)
     answers = {
-        "base": sample_answers(worker, questions, tuned.encoder, config),
-        "tuned": tuned.answers,
-        "chosen": _your_answers(questions, tuned.encoder),
+        sections.BASE: base.answers,
+        sections.TUNED: tuned.answers,
+        sections.CHOSEN: _your_answers(questions, encoder),
     }
+    measures = {
+        who: measure(side, questions, author, worker.log_probs, encoder)
+        for who, side in answers.items()
+    }
+    train = task.pairs[TRAIN]
     report = {
-        **_measure_answers(pairs_by_split, questions, answers, tuned.encoder, worker),
-        "habits": _habits(pairs_by_split[TRAIN], questions, answers),
-        "preference": preference,
+        "voice": sections.voice(author, train, answers, tuned.other_answers),
+        "fluency": sections.fluency(measures, train, answers),
+        "habits": sections.habits(author, answers),
+        "cost": cost.compare(base.unrelated_answers, base.unrelated, tuned.unrelated),
+        "dpo_added": sections.dpo_added(outcome),
+        "preference": _preference(task, tuned, worker, digests),
         "fuse": results.read_fuse_report(config.run),
-        "training": asdict(results.read_outcome(config.run)),
+        "training": asdict(outcome),
         "run": {"config": asdict(config), "pairs": results.read_pairs_report(config.pairs)},
         "answers": [
             {"question": pair.prompt, "base": b.text, "tuned": t.text, "chosen": pair.chosen}
-            for pair, b, t in zip(questions, answers["base"], answers["tuned"], strict=True)
+            for pair, b, t in zip(questions, base.answers, tuned.answers, strict=True)
         ],
     }
-    return {"verdict": verdict(report, config.smoke, config.fuse), **report}
+    return {"verdict": verdict(report, config.smoke), **report}
 
 
 def _preference(
-    config: Config, tuned: Tuned, worker: Worker, digests: Fingerprint
+    task: Task, tuned: TunedModel, worker: Worker, digests: Fingerprint
 ) -> dict[str, float]:
     """How clearly the tuned model prefers chosen answers, over all valid pairs."""
+    config, encoded = task.config, task.encoded
     references = reference.load_or_compute(
         config.run.reference_files(BASE, VALID),
-        tuned.encoded,
-        reference_fingerprint(config, VALID, tuned.encoded, digests),
+        encoded,
+        reference_fingerprint(config, VALID, encoded, digests),
         worker.log_probs,
     )
     scores = [
         score_against(pi, pair, ref, config.dpo)
-        for pi, pair, ref in zip(tuned.log_probs, tuned.encoded, references, strict=True)
+        for pi, pair, ref in zip(tuned.log_probs, encoded, references, strict=True)
     ]
     summary = summarise(scores, config.dpo.beta)
     return {
@@ -224,162 +301,12 @@ def sample_answers(
     return answer_all(worker, prompts, config.generation, config.seed)
 
 
-def _measure_answers(
-    pairs_by_split: dict[str, list[Pair]],
-    questions: list[Pair],
-    answers: dict[str, list[Answer]],
-    encoder: Encoder,
-    worker: Worker,
-) -> Report:
-    """`voice` and `fluency` of both models' answers and of yours."""
-    train, valid = pairs_by_split[TRAIN], pairs_by_split[VALID]
-    classifier = fit_classifier([pair.chosen for pair in train], [pair.rejected for pair in train])
-    measures = {
-        who: measure(texts, questions, classifier, worker.log_probs, encoder)
-        for who, texts in answers.items()
-    }
-    base, tuned = (
-        classifier.log_odds([answer.text for answer in answers[who]]) for who in ("base", "tuned")
-    )
-    by_name = {
-        name: {who: values[name] for who, values in measures.items()} for name in measures["base"]
-    }
-    training_runs = set(runs(pair.chosen for pair in train))
-    by_name["copied"] = {
-        who: copied_share((answer.text for answer in texts), training_runs)
-        for who, texts in answers.items()
-    }
-    return {
-        "voice": {
-            "share": float((tuned > base).mean()),
-            **by_name.pop("voice"),
-            "classifier_accuracy": classifier.accuracy(
-                [pair.chosen for pair in valid], [pair.rejected for pair in valid]
-            ),
-        },
-        "fluency": by_name,
-    }
-
-
-def _habits(
-    train: list[Pair], questions: list[Pair], answers: dict[str, list[Answer]]
-) -> list[HabitResult]:
-    """Your habits, found in the train pairs and counted in the answers to held-out questions."""
-    habits = find_habits(
-        [pair.chosen for pair in train],
-        [pair.rejected for pair in train],
-        [pair.rejected_finish == STOP for pair in train],
-    )
-    base, tuned = ([answer.text for answer in answers[who]] for who in ("base", "tuned"))
-    return measure_habits(habits, [pair.chosen for pair in questions], base, tuned)
-
-
 def _your_answers(questions: list[Pair], encoder: Encoder) -> list[Answer]:
     """Your answers in the form of sampled ones."""
     return [
         Answer(pair.chosen, STOP, len(encoder.answer_ids(pair.chosen, LENGTH)))
         for pair in questions
     ]
-
-
-def verdict(report: Report, limits: SmokeConfig, fuse: FuseConfig) -> Report:
-    """Which of the config's limits were crossed, and what that means in a few words."""
-    voice = report["voice"]
-    degenerated = _degenerated(report["fluency"], limits)
-    unmoved = [
-        *_at_least("smoke.min_voice_share", voice["share"], limits.min_voice_share),
-        *_at_least("smoke.min_voice_gain", voice_gain(voice), limits.min_voice_gain),
-    ]
-    margin_share = report["fuse"]["margin_kept"]
-    lost = _at_least(
-        "fuse.min_margin_kept", 1.0 if margin_share is None else margin_share, fuse.min_margin_kept
-    )
-    if degenerated:
-        outcome = "degenerated"
-        summary = "The tuned model has degenerated: its answers are no longer fluent."
-    elif unmoved:
-        outcome = "unmoved"
-        summary = "The tuned model did not learn the voice: it answers much like the base model."
-    elif lost:
-        outcome = "lost in fusing"
-        summary = "The adapters learned the voice, but fusing lost much of it."
-    elif missing := _missing_habits(report["habits"]):
-        outcome = "on the way"
-        summary = f"The tuned model is on the way to your voice: {missing}."
-    else:
-        outcome = "learned"
-        summary = "The tuned model has learned the voice and is still fluent."
-    if voice["classifier_accuracy"] < MIN_ACCURACY:
-        summary += (
-            " (The voice cannot be measured on these pairs: the voice classifier cannot tell your "
-            "answers from the base model's.)"
-        )
-    crossed = degenerated + unmoved + lost
-    return {"passed": not crossed, "outcome": outcome, "summary": summary, "crossed": crossed}
-
-
-def _missing_habits(habits: list[HabitResult]) -> str | None:
-    """How many habits carried over and the strongest that did not; None if at least half did."""
-    missing = [habit for habit in habits if not habit["carried"]]
-    if 2 * len(missing) <= len(habits):
-        return None
-    carried = len(habits) - len(missing)
-    return (
-        f"{carried} of {len(habits)} of your habits carried over. Missing first of all: "
-        f"{_habit_text(missing[0])}"
-    )
-
-
-def _habit_text(habit: HabitResult) -> str:
-    spec = ".0%" if habit["is_share"] else ".3g"
-    yours, tuned = format(habit["yours"], spec), format(habit["tuned"], spec)
-    return f"{habit['name']} (you {yours}, tuned model {tuned})"
-
-
-def _degenerated(fluency: Report, limits: SmokeConfig) -> list[str]:
-    """A line for each limit of fluency that the tuned answers crossed."""
-    distinct, log_prob, ended, length = (
-        fluency[name]
-        for name in ("distinct2", "base_logprob_per_token", "self_ended", "median_tokens")
-    )
-    ratio = max(length["tuned"], 1.0) / length["chosen"]
-    # Your answers are unlikely under the base model, so a model that learned the voice may go as
-    # far as they do.
-    largest_drop = max(limits.max_base_logprob_drop, log_prob["base"] - log_prob["chosen"])
-    return [
-        *_at_most(
-            "smoke.max_distinct2_drop",
-            distinct["base"] - distinct["tuned"],
-            limits.max_distinct2_drop,
-        ),
-        *_at_most(
-            "smoke.max_base_logprob_drop", log_prob["base"] - log_prob["tuned"], largest_drop
-        ),
-        *_at_most("smoke.max_length_ratio", max(ratio, 1 / ratio), limits.max_length_ratio),
-        *_at_least(
-            "smoke.min_self_ended_ratio",
-            ended["tuned"] / ended["base"] if ended["base"] else math.inf,
-            limits.min_self_ended_ratio,
-        ),
-    ]
-
-
-def _at_most(key: str, value: float, limit: float) -> list[str]:
-    """A line when the value is above the limit, or is NaN."""
-    return [] if value <= limit else [f"{key}: {value:.3g}, but at most {limit:.3g} is allowed"]
-
-
-def _at_least(key: str, value: float, limit: float) -> list[str]:
-    """A line when the value is below the limit, or is NaN."""
-    return [] if value >= limit else [f"{key}: {value:.3g}, but at least {limit:.3g} is required"]
-
-
-def voice_gain(scores: Report) -> float:
-    """How far training moved the mean voice score from the base model's towards your answers': 0 is
-    no change, 1 is all the way.
-    """
-    gap = scores["chosen"] - scores["base"]
-    return (scores["tuned"] - scores["base"]) / gap if gap > 0 else 0.0
 
 
 def _print_habits(habits: list[HabitResult]) -> None:
@@ -389,26 +316,38 @@ def _print_habits(habits: list[HabitResult]) -> None:
     missing = [habit for habit in habits if not habit["carried"]]
     print(f"    habits of yours that carried over: {len(habits) - len(missing)} of {len(habits)}")
     for habit in missing[:MAX_PRINTED_HABITS]:
-        print(f"        not yet: {_habit_text(habit)}")
+        print(f"        not yet: {habit_text(habit)}")
 
 
-def _print(report: Report, config: Config) -> None:
-    print(f"12: {report['verdict']['summary']}")
-    for line in report["verdict"]["crossed"]:
-        print(f"    limit crossed: {line}")
-    voice = report["voice"]
-    print(
-        f"    on {voice['share']:.0%} of the questions the tuned answer sounds more like yours "
-        "than the base model's"
-    )
-    print(
-        f"    the voice classifier is right on {voice['classifier_accuracy']:.0%} of held-out "
-        "answers"
-    )
-    _print_habits(report["habits"])
-    for name, values in {"voice": voice, **report["fluency"]}.items():
+def _print_voice(voice: Voice) -> None:
+    if detection := voice["detection"]:
+        base, tuned = detection["base"]["value"], detection["tuned"]["value"]
         print(
-            f"    {LABELS.get(name, name)}: base model {values['base']:.3g}, tuned model "
+            f"    told from your answers (50% is not at all): base model {base:.0%}, tuned model "
+            f"{tuned:.0%}"
+        )
+    if other := voice["other_system_message"]:
+        print(f"    under another system message: {other['value']:.0%} of the way to your voice")
+
+
+def _print_cost(values: Cost) -> None:
+    for name in ("instructions", "choices"):
+        base, tuned = values[name]["base"], values[name]["tuned"]
+        print(f"    {COST_LABELS[name]}: base model {base:.0%}, tuned model {tuned:.0%}")
+    print(f"    distance from the base model: {values['divergence']['value']:.2f} nats per token")
+
+
+def _print(report: Report, outcome: Outcome) -> None:
+    """Print the measures, then what DPO added, and then the grade."""
+    for name, values in report["fluency"].items():
+        print(
+            f"    {LABELS[name]}: base model {values['base']:.3g}, tuned model "
             f"{values['tuned']:.3g}, your answers {values['chosen']:.3g}"
         )
-    print(f"12: the report:\n{config.run.page}")
+    _print_habits(report["habits"])
+    _print_voice(report["voice"])
+    _print_cost(report["cost"])
+    for line in report["verdict"]["reasons"]:
+        print(f"    limit crossed: {line}")
+    print(f"12: {comparison(outcome)}")
+    print(f"12: {report['verdict']['grade']}. {report['verdict']['summary']}")

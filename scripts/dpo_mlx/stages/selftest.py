@@ -160,7 +160,7 @@ def make_run(folder: Path) -> Config:
             "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "save_every": 3},
             # A random model has no voice and no fluency to lose.
             "guard": {"enabled": False},
-            "smoke": {"questions": 4},
+            "smoke": {"questions": 4, "unrelated_tasks": 4},
         }
     )
 

@@ -47,9 +47,11 @@ RESULTS, PAGE, TEMPLATE = "sweep.json", "sweep.html", "sweep.html.j2"
 # The metrics of an evaluation in the table: (column, metric, number format).
 COLUMNS = (
     ("voice", "eval_text/voice", ".2f"),
+    ("habits", "eval_text/habits", ".2f"),
     ("distinct word pairs", "eval_text/distinct2", ".3f"),
     ("ended", "eval_text/self_ended", ".2f"),
-    ("base log-prob", "eval_text/base_logprob_per_token", ".2f"),
+    ("sense", "eval_text/sense", ".2f"),
+    ("divergence", "eval_text/divergence", ".2f"),
     ("tokens", "eval_text/median_tokens", ".0f"),
     ("margin", "eval_rewards/margins", ".2f"),
 )
@@ -181,7 +183,7 @@ def _run(config: Config, others: list[RunFolder]) -> tuple[float | None, str | N
     with lock.hold_run(config.run):
         finished = config.run.outcome.is_file()
         if not finished:
-            _copy_common_parts(config, others)
+            copy_common_parts(config, others)
         started = time.perf_counter()
         try:
             train_dpo(config)
@@ -190,7 +192,7 @@ def _run(config: Config, others: list[RunFolder]) -> tuple[float | None, str | N
         return None if finished else (time.perf_counter() - started) / 60, None
 
 
-def _copy_common_parts(config: Config, others: list[RunFolder]) -> None:
+def copy_common_parts(config: Config, others: list[RunFolder]) -> None:
     """Copy SFT with both references from another run, or at least the base model's reference.
 
     A reference is stored with its fingerprint, so training notices one that does not fit.
@@ -260,9 +262,9 @@ def _row(run: Combination, minutes: float | None, refused: str | None) -> Row:
 
 
 def _rank(row: Row) -> tuple[bool, float]:
-    """The sort key: runs that reached their end come first, then the higher voice score."""
+    """The sort key: runs that reached their end come first, then the nearest to the voice."""
     voice = row["evaluation"].get("eval_text/voice", -math.inf)
-    return not _reached_end(row), -voice
+    return not _reached_end(row), -min(voice, 1.0)
 
 
 def _reached_end(row: Row) -> bool:

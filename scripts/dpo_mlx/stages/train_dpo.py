@@ -35,8 +35,8 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
     setup = prepare(config, current)
     _require_space(setup)
     phases = Phases(setup)
-    preflight(setup, only_read=only == ONLY_DPO)
-    outcome = _train(phases, only)
+    findings = preflight(setup, only_read=only == ONLY_DPO)
+    outcome = _train(phases, only, [*setup.notes, *(finding.text for finding in findings)])
     if outcome is None:
         return True
     results.write_outcome(run, outcome)
@@ -46,7 +46,7 @@ def train_dpo(config: Config, only: str | None = None) -> bool:
     return _print(outcome)
 
 
-def _train(phases: Phases, only: str | None) -> Outcome | None:
+def _train(phases: Phases, only: str | None, notes: list[str]) -> Outcome | None:
     """Run SFT and DPO. None for ONLY_REFERENCE, which stops before DPO."""
     only_read = only == ONLY_DPO
     stopped: list[str] = []
@@ -60,7 +60,7 @@ def _train(phases: Phases, only: str | None) -> Outcome | None:
         phases.run_dpo(references)
     except Stopped as stop:
         stopped = stop.reasons
-    return phases.keep_best(stopped)
+    return phases.keep_best(stopped, notes)
 
 
 def _require_space(setup: Setup) -> None:

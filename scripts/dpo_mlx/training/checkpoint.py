@@ -25,15 +25,15 @@ from ..files import jsonl, ownership, records
 from ..files.errors import UserError, doing
 from ..files.fingerprint import Fingerprint
 from ..files.model_files import ADAPTERS
+from ..files.results import Evaluation, Measures
 from ..files.schema import Count
 from ..model.adapters import adapter_bytes, load_adapters, save_adapters
 from ..model.tensors import load_tensors, save_tensors
 from ..scoring.objectives import PHASES, SFT
-from ..voice.answers import NAMES, Measures
-from .guard import Evaluation
+from ..voice.answers import NAMES
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-VERSION = 3  # of the contents of STATE
+VERSION = 4  # of the contents of STATE
 
 NEWEST = 2  # checkpoints to keep
 # The most on the disk at a time: the newest two, the one being saved, the end of SFT, up to three
@@ -51,8 +51,9 @@ class State:
 
     `update` counts the updates of all phases, `phase_start` those before this phase. `rows` counts
     the rows of metrics.jsonl. `evaluated` says whether this update has been evaluated. `measures`
-    are the measures of the current model's answers, empty before the evaluation; `base` are the
-    base model's measures. `best` is the best evaluation of the run. `skipped` counts the updates
+    are the measures of the current model's answers, None before the evaluation; `base` are the
+    base model's measures. `best` is the best evaluation of the run, `end_of_sft` the last one of
+    SFT, `last` the last one of all. `skipped` counts the updates
     that gave NaN or an infinity, `skipped_in_a_row` how many of them came last in a row. `stopped`
     says why the run must not go on.
     """
@@ -62,9 +63,11 @@ class State:
     update: Count = 0
     rows: Count = 0
     evaluated: bool = False
-    measures: Measures = field(default_factory=dict)
-    base: Measures = field(default_factory=dict)
+    measures: Measures | None = None
+    base: Measures | None = None
     best: Evaluation | None = None
+    end_of_sft: Evaluation | None = None
+    last: Evaluation | None = None
     skipped: Count = 0
     skipped_in_a_row: Count = 0
     stopped: list[str] = field(default_factory=list)
@@ -83,6 +86,8 @@ class State:
             measures=self.measures,
             base=self.base,
             best=self.best,
+            end_of_sft=self.end_of_sft,
+            last=self.last,
         )
 
 
@@ -129,18 +134,29 @@ class Contents:
 
     def __post_init__(self) -> None:
         state = self.state
+        for key in ("base", "best", "last"):
+            if getattr(state, key) is None:
+                raise ValueError(f'"state.{key}" is null, but an evaluation has filled it')
+        assert state.base is not None
         self._require_measures("base", state.base)
+        for key, evaluation in self._evaluations():
+            self._require_measures(f"{key}.measures", evaluation.measures)
         if state.measures:
             self._require_measures("measures", state.measures)
-        if state.best is None:
-            raise ValueError('"state.best" is null, but an evaluation has chosen one')
         if state.phase_start > state.update:
             raise ValueError('"state.phase_start" is greater than "state.update"')
 
+    def _evaluations(self) -> Iterator[tuple[str, Evaluation]]:
+        for key in ("best", "last", "end_of_sft"):
+            if (evaluation := getattr(self.state, key)) is not None:
+                yield key, evaluation
+
     def _require_measures(self, key: str, measures: Measures) -> None:
         for name in NAMES:
-            if name not in measures:
-                raise ValueError(f'lacks "state.{key}.{name}"; another version may have written it')
+            if name not in measures.means:
+                raise ValueError(
+                    f'lacks "state.{key}.means.{name}"; another version may have written it'
+                )
 
 
 def size(model: nn.Module) -> int:

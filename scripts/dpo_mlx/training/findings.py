@@ -201,7 +201,7 @@ def _data_findings(facts: Facts, config: Config) -> Iterator[Finding]:
         yield Finding(
             f"your answers are {gap:.1f} nats per token less likely under the base model than its "
             f"own ({facts.chosen_per_token:.2f} against {facts.rejected_per_token:.2f}). DPO alone "
-            "would make both kinds unlikely before it learned yours; set sft.epochs: 2"
+            "would make both kinds unlikely before it learned yours; set sft.epochs: 3"
         )
 
 
@@ -225,9 +225,9 @@ def _length_findings(facts: Facts) -> Iterator[Finding]:
 def _classifier_findings(facts: Facts) -> Iterator[Finding]:
     if facts.classifier_accuracy < MIN_ACCURACY:
         yield Finding(
-            f"the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out "
-            f"answers, under {MIN_ACCURACY:.0%}: it cannot measure the voice on these pairs; judge "
-            "the answers in the report yourself"
+            f"a classifier tells your held-out answers from the base model's on only "
+            f"{facts.classifier_accuracy:.0%}: there is little voice to learn, or too little to "
+            "measure; judge the answers in the report yourself"
         )
 
 

@@ -77,9 +77,10 @@ class ProgressBar(TrainingCallback):
 
     def on_train_loss_report(self, train_info: Metrics) -> None:
         if "skipped_lines" in train_info:
+            lines = train_info["skipped_lines"]
+            cause = f"the pairs on lines {lines}" if lines else "the base model's own answers"
             self._bar.write(
-                f"   skipped update {train_info['iteration']}: the pairs on lines "
-                f"{train_info['skipped_lines']} gave NaN or an infinity"
+                f"   skipped update {train_info['iteration']}: {cause} gave NaN or an infinity"
             )
         elif "loss" in train_info:
             loss, margin = train_info["loss"], train_info["rewards/margins"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..files.results import Outcome
+from ..voice import intervals
 
 
 def describe(outcome: Outcome) -> Iterator[str]:
@@ -18,8 +19,10 @@ def describe(outcome: Outcome) -> Iterator[str]:
         )
     yield (
         f"kept update {outcome.kept_update} of {outcome.updates} ({place(outcome)}): voice "
-        f"{outcome.voice:.2f}. {comparison(outcome)}"
+        f"{outcome.kept.voice:.2f}. {comparison(outcome)}"
     )
+    if hint := advice(outcome):
+        yield hint
 
 
 def place(outcome: Outcome) -> str:
@@ -40,7 +43,7 @@ def comparison(outcome: Outcome) -> str:
     """Whether the later phases improved on the kept update, or DPO on what came before it."""
     kept_update, sft_updates = outcome.kept_update, outcome.sft_updates
     if kept_update > sft_updates:
-        return f"DPO improved on {'SFT' if sft_updates else 'the base model'}."
+        return _gain(outcome)
     if kept_update == 0:
         return (
             "Training stopped before it improved on the base model."
@@ -53,4 +56,25 @@ def comparison(outcome: Outcome) -> str:
         return "Training stopped before DPO improved on it."
     if kept_update < sft_updates:
         return "Neither the rest of SFT nor DPO improved on it."
-    return "DPO did not improve on it."
+    return "This is the supervised model: DPO did not improve on it."
+
+
+def _gain(outcome: Outcome) -> str:
+    """By how much DPO improved, and whether chance may explain it."""
+    if outcome.end_of_sft is None:
+        return "DPO improved on the base model."
+    kept, before = outcome.kept.measures.voice, outcome.end_of_sft.measures.voice
+    gain = intervals.difference(kept, before)
+    if gain.low > 0:
+        return "DPO improved on SFT."
+    return (
+        f"DPO's answers are {gain.value:.2f} of the way nearer to your voice than SFT's, which may "
+        "be chance."
+    )
+
+
+def advice(outcome: Outcome) -> str | None:
+    """What to try when DPO ran to its end and the supervised model is still the best one."""
+    if outcome.stopped or outcome.kept_update != outcome.sft_updates or not outcome.kept_update:
+        return None
+    return "To give DPO more to work with, add pairs, or raise train.learning_rate or train.epochs."

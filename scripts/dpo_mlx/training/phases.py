@@ -12,17 +12,23 @@ from ..files import digest, fingerprint, jsonl, ownership
 from ..files.errors import UserError
 from ..files.fingerprint import BEST_CHECKPOINT, DPO_ADAPTERS, SFT_ADAPTERS, TRAINING
 from ..files.model_files import ADAPTERS
-from ..files.results import Outcome
+from ..files.results import Measures, Outcome
 from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
 from ..model.adapters import copy_adapters, load_adapters
+from ..model.sampling import EVALUATED_AT_ONCE
 from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
-from ..voice.answers import AnswerEvaluator, Measures
-from . import checkpoint, metrics
+from ..voice import cost
+from ..voice.answers import AnswerEvaluator
+from . import checkpoint, metrics, replay
 from .checkpoint import CheckpointFingerprints, Checkpoints, State
 from .schedule import count_updates
 from .setup import Setup, load_reference
 from .trainer import Examples, Trainer
+
+# Unrelated prompts on which an evaluation measures how far the model is from the base model: they
+# take about as long as scoring the answers to the questions.
+PROMPTS = 16
 
 PHASE_ADAPTERS = {SFT: SFT_ADAPTERS, DPO: DPO_ADAPTERS}
 
@@ -39,7 +45,13 @@ class Phases:
         self.setup = setup
         questions = setup.raw[VALID][: config.train.eval_questions]
         self.evaluator = AnswerEvaluator(
-            setup.worker, setup.encoder, setup.classifier, questions, setup.generation, config.seed
+            setup.worker,
+            setup.encoder,
+            setup.author,
+            questions,
+            cost.load(PROMPTS).prompts,
+            setup.generation,
+            config.seed,
         )
         pairs = len(setup.pairs[TRAIN])
         self.sft_updates = count_updates(Sft(config).settings, pairs)
@@ -74,7 +86,17 @@ class Phases:
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
         train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
         valid = _examples(self.setup.evaluated_pairs, load_reference(self.setup, BASE, VALID))
-        self._train(SFT, Examples(train, valid))
+        self._train(SFT, Examples(train, valid, self._replay_examples()))
+
+    def _replay_examples(self) -> list[Example]:
+        """The base model's own answers that SFT repeats."""
+        setup, config = self.setup, self.setup.config
+        count = self.sft_updates * config.sft.replay
+        if not count:
+            return []
+        print("10: the base model answers the prompts that SFT repeats")
+        batch_size = min(EVALUATED_AT_ONCE, len(setup.evaluated_pairs))
+        return replay.base_examples(setup.worker, setup.encoder, count, batch_size, config.seed)
 
     def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
         """DPO's reference for both splits: the model after SFT, or the base model without SFT."""
@@ -88,21 +110,23 @@ class Phases:
         valid = _examples(self.setup.evaluated_pairs, references[VALID])
         self._train(DPO, Examples(train, valid))
 
-    def keep_best(self, stopped: list[str]) -> Outcome:
+    def keep_best(self, stopped: list[str], notes: list[str]) -> Outcome:
         """Copy the best checkpoint's adapters to the run's folder. `stopped` says why training
-        stopped early; it is empty otherwise.
+        stopped early; it is empty otherwise. `notes` are the preflight's.
         """
-        best, folder = self.state.best, self.setup.config.run.adapters
-        assert best is not None  # every phase begins with an evaluation
+        best, last, folder = self.state.best, self.state.last, self.setup.config.run.adapters
+        assert best is not None and last is not None  # every phase begins with an evaluation
         path = self.checkpoints.best(best.update)
         checkpoint.require_unchanged(path)
         copy_adapters(path, folder)
         return Outcome(
             updates=self.state.update,
             sft_updates=self.sft_updates,
-            kept_update=best.update,
-            voice=best.voice,
+            end_of_sft=self.state.end_of_sft if self.sft_updates else None,
+            last=last,
+            kept=best,
             stopped=stopped,
+            notes=notes,
             adapters=digest.of_file(folder / ADAPTERS),
         )
 

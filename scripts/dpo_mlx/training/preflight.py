@@ -9,8 +9,10 @@ from ..files.errors import UserError
 from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
 from ..model.gradient_checkpointing import gradient_checkpointing
 from ..scoring import memory
+from ..scoring.objectives import Sft
+from ..voice import cost
 from . import findings
-from .schedule import pairs_per_update
+from .schedule import count_updates, pairs_per_update
 from .setup import Setup, load_reference
 
 
@@ -55,9 +57,7 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
         f"rejected {facts.rejected_per_token:.2f} nats; median lengths {facts.chosen_tokens:.0f} "
         f"and {facts.rejected_tokens:.0f} tokens"
     )
-    print(
-        f"10: the voice classifier is right on {facts.classifier_accuracy:.0%} of held-out answers"
-    )
+    print(f"10: a classifier tells {facts.classifier_accuracy:.0%} of the held-out answers right")
     _describe_phases(setup.config, facts)
     minutes = _seconds(setup, probe) / 60
     print(f"10: about {minutes:.0f} minutes of training, plus the answers of each evaluation")
@@ -88,5 +88,6 @@ def _seconds(setup: Setup, probe: findings.Probe) -> float:
     config, train = setup.config, setup.dpo_pairs[TRAIN]
     chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
     pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
+    repeated = config.sft.replay * count_updates(Sft(config).settings, len(train))
     tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
-    return tokens * probe.seconds
+    return (tokens + repeated * cost.USUAL_TOKENS) * probe.seconds

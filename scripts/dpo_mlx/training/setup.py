@@ -26,6 +26,8 @@ from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory, reference
 from ..scoring.losses import Sides
+from ..voice import cost
+from ..voice.answers import Author
 from ..voice.voice_classifier import VoiceClassifier, fit_classifier
 from .schedule import pairs_per_update
 
@@ -35,7 +37,8 @@ class Setup:
     """Everything that stage 10 works on.
 
     `worker` holds the model with fresh adapters. `raw` and `pairs` are the pairs by split, as text
-    and as token ids. `need` is the peak memory. `fingerprint` is what the training depends on.
+    and as token ids. `notes` says what is wrong with the pairs. `need` is the peak memory.
+    `fingerprint` is what the training depends on.
     """
 
     config: Config
@@ -44,6 +47,8 @@ class Setup:
     raw: dict[str, list[Pair]]
     pairs: dict[str, list[EncodedPair]]
     classifier: VoiceClassifier
+    author: Author
+    notes: list[str]
     need: memory.Need
     fingerprint: Fingerprint
 
@@ -79,7 +84,8 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     """
     current = current or fingerprint.of(TRAINING, config.flat)
     raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
-    for note in check_pairs.check(raw[TRAIN], raw[VALID], config):
+    notes = check_pairs.check(raw[TRAIN], raw[VALID], config)
+    for note in notes:
         print(f"10: note: {note}")
     loaded, worker = distributed.load(config, train=True)
     if current["model files"] is None:  # the model was downloaded only now
@@ -87,15 +93,18 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     encoder = Encoder.of(loaded.tokenizer, config)
     for note in encoder.template.notes():
         print(f"10: note: {note}")
-    raw, encoded = _encode(raw, encoder, config.data.max_length)
+    short, encoded = encode_splits(raw, encoder, config.data.max_length)
+    _print_dropped(raw, short, config.data.max_length)
+    raw = short
     _require_pairs(config, encoded)
     need = _require_memory(config, worker, encoder, raw, encoded)
     chosen, rejected = ([getattr(p, side) for p in raw[TRAIN]] for side in ("chosen", "rejected"))
     classifier = fit_classifier(chosen, rejected)
-    return Setup(config, worker, encoder, raw, encoded, classifier, need, current)
+    author = Author.of(raw[TRAIN], raw[VALID])
+    return Setup(config, worker, encoder, raw, encoded, classifier, author, notes, need, current)
 
 
-def _encode(
+def encode_splits(
     raw: dict[str, list[Pair]], encoder: Encoder, max_length: int
 ) -> tuple[dict[str, list[Pair]], dict[str, list[EncodedPair]]]:
     """(pairs, encoded pairs) by split, without the pairs that are too long."""
@@ -103,12 +112,20 @@ def _encode(
     for split in SPLITS:
         encoded[split], long_lines = encoding.encode_all(raw[split], encoder, max_length)
         short[split] = [pair for pair in raw[split] if pair.line not in {*long_lines}]
+    return short, encoded
+
+
+def _print_dropped(
+    raw: dict[str, list[Pair]], short: dict[str, list[Pair]], max_length: int
+) -> None:
+    for split in SPLITS:
+        short_lines = {pair.line for pair in short[split]}
+        long_lines = [pair.line for pair in raw[split] if pair.line not in short_lines]
         if long_lines:
             print(
                 f"10: dropped {len(long_lines)} {split} pairs that are longer than "
                 f"data.max_length = {max_length} tokens (lines {list_lines(long_lines)})"
             )
-    return short, encoded
 
 
 def _require_pairs(config: Config, encoded: dict[str, list[EncodedPair]]) -> None:
@@ -134,7 +151,7 @@ def _require_memory(
     lengths = memory.LargestSizes(
         questions=len(encoded[VALID]),
         prompt=max(sequence.prompt_length for sequence in everything),
-        answer=answer_settings(config, raw, encoder).max_tokens or 0,
+        answer=max(answer_settings(config, raw, encoder).max_tokens or 0, cost.MAX_TOKENS),
         longest=max(everything, key=lambda sequence: len(sequence.ids)),
     )
     needs = memory.stage_10(worker.model, config, lengths, worker.local_processes)

@@ -6,16 +6,18 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_map
 
 from ..config import Config
 from ..data.encoding import EncodedAnswer, EncodedPair
 from ..files.errors import UserError
+from ..files.results import Evaluation, Measures
 from ..model import device
 from ..model.fusing import dtype_of
 from ..model.sampling import batch_seed
@@ -24,10 +26,9 @@ from ..process import signals
 from ..scoring import objectives
 from ..scoring.objectives import Example
 from ..scoring.scorer import MIN_DIFFERENCE, PairScore, rounding_limit, score_against, summarise
-from ..voice.answers import Measures
-from . import checkpoint
+from . import checkpoint, replay
 from .checkpoint import Checkpoints, SaveClock, State
-from .guard import Evaluation, better, crossed_limits
+from .guard import better, crossed_limits
 from .metrics import MetricsFile
 from .schedule import count_updates, groups, learning_rate
 
@@ -54,10 +55,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Examples:
-    """What a phase trains on, and what its evaluations score."""
+    """What a phase trains on, what its evaluations score, and what SFT repeats (see `replay`)."""
 
     train: list[Example]
     valid: list[Example]
+    replay: list[Example] = field(default_factory=list)
 
 
 class Trainer:
@@ -129,14 +131,17 @@ class Trainer:
         mx.reset_peak_memory()
         # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
-        scores, gradient, broken_lines = self.worker.gradient(self.objective, examples, seed)
+        replay_examples = self._replay_examples(update)
+        scores, gradient, broken_lines = self._gradient(examples, replay_examples, seed)
         if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
             self._check_start(examples, scores)  # the reference has no dropout
         gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
         phase = self.state.phase
         row = {"iteration": update, "phase": phase, "epoch": epoch + 1, "pairs": len(examples)}
-        if broken_lines or not math.isfinite(float(norm)):
-            self._skip(row, broken_lines or [example.pair.line for example in examples])
+        if broken_lines is None and not math.isfinite(float(norm)):
+            broken_lines = [example.pair.line for example in examples]
+        if broken_lines is not None:
+            self._skip(row, broken_lines)
             return
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
@@ -145,14 +150,38 @@ class Trainer:
             **self.objective.summary(scores),
             "grad_norm": float(norm),
             "learning_rate": float(self.optimizer.learning_rate),
-            "tokens_per_second": sum(map(self.objective.tokens, examples)) / seconds,
+            "tokens_per_second": self._tokens(examples + replay_examples) / seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
         self.state.skipped_in_a_row = 0
         self._end_update(row)
 
+    def _replay_examples(self, update: int) -> list[Example]:
+        """The base model's answers that an update repeats beside its own examples."""
+        if not self.examples.replay:
+            return []
+        size, seed = self.config.sft.replay, self.config.seed
+        return replay.of_update(self.examples.replay, update, size, seed)
+
+    def _gradient(
+        self, examples: list[Example], replay_examples: list[Example], seed: int
+    ) -> tuple[list[Any], Any, list[int] | None]:
+        """(scores of the examples, mean gradient of the examples plus that of the replay, lines of
+        the pairs that give NaN or an infinity). No line if it is the replay that does, None if
+        nothing does.
+        """
+        scores, gradient, lines = self.worker.gradient(self.objective, examples, seed)
+        if not replay_examples:
+            return scores, gradient, lines or None
+        _, of_replay, broken = self.worker.gradient(self.objective, replay_examples, seed)
+        return scores, tree_map(mx.add, gradient, of_replay), lines or ([] if broken else None)
+
+    def _tokens(self, examples: list[Example]) -> int:
+        return sum(map(self.objective.tokens, examples))
+
     def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
-        """End an update without touching the adapters, because of these lines of the train pairs.
+        """End an update without touching the adapters, because of these lines of the train pairs,
+        or because of the base model's own answers.
 
         Raises Stopped when it is one too many in a row.
         """
@@ -160,10 +189,14 @@ class Trainer:
         state.skipped += 1
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row == MAX_SKIPPED:
+            cause = (
+                f"the pairs on lines {lines}; look at these pairs, or lower train.learning_rate"
+                if lines
+                else "the base model's own answers; lower sft.learning_rate, or set sft.replay: 0"
+            )
             state.stopped = [
                 f"{self.config.data.train_pairs}: {MAX_SKIPPED} updates in a row gave NaN or an "
-                f"infinity, the last one from the pairs on lines {lines}; look at these pairs, or "
-                "lower train.learning_rate"
+                f"infinity, the last one from {cause}"
             ]
         self._end_update({**row, "skipped_updates": state.skipped, "skipped_lines": lines})
         self._raise_if_stopped()
@@ -172,7 +205,7 @@ class Trainer:
         """Report an update, and save a checkpoint when one is due."""
         self.metrics.on_train_loss_report(row)
         self.state.update += 1
-        self.state.evaluated, self.state.measures = False, {}
+        self.state.evaluated, self.state.measures = False, None
         if self._is_save_due() or self._is_evaluation_due() or self.state.stopped:
             self._save()
 
@@ -189,12 +222,16 @@ class Trainer:
                 "iteration": state.update,
                 "phase": state.phase,
                 **{f"eval_{name}": value for name, value in metrics.items()},
-                **{f"eval_text/{name}": value for name, value in measures.items()},
+                **{f"eval_text/{name}": value for name, value in measures.means.items()},
             }
         )
         change = metrics["logps/chosen_change_per_token"]
+        assert state.base is not None  # every phase begins with it
         crossed = crossed_limits(self.config.guard, state.base, measures, change)
-        state.best = better(state.best, Evaluation.of(state.update, measures), crossed)
+        evaluation = state.last = Evaluation(state.update, measures)
+        state.best = better(state.best, evaluation, crossed)
+        if state.phase == objectives.SFT or state.updates_of_phase == 0:
+            state.end_of_sft = evaluation
         state.evaluated = True
         if self.config.guard.enabled:
             state.stopped = crossed

@@ -41,7 +41,7 @@ LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s+\S", re.MULTILINE)
 HEADING = re.compile(r"^#{1,6}\s+\S", re.MULTILINE)
 BOLD = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
 QUOTE = re.compile(r'^["“„«「『>]')
-SENTENCE_END = re.compile(r"[.!?。！？](?=[\s\"'”»」』)*_]|$)|\n")
+SENTENCE_END = re.compile(r"[.!?](?=[\s\"'”»」』)*_]|$)|[。！？]|\n")
 CONTRACTION = re.compile(r"\b\w+['’](?:t|s|re|ve|ll|d|m)\b", re.IGNORECASE)
 
 

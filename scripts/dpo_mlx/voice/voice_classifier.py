@@ -1,4 +1,8 @@
-"""A classifier that tells chosen answers, which are in the voice, from rejected ones."""
+"""A classifier that tells chosen answers, which are in the voice, from rejected ones.
+
+It says whether the two can be told apart at all. It does not measure a voice: it takes all that the
+base model does not write for the author (see signature.py).
+"""
 
 from __future__ import annotations
 
@@ -29,10 +33,6 @@ class VoiceClassifier:
     def log_odds(self, texts: Sequence[str]) -> np.ndarray:
         """Log-odds that each text is in the voice of the chosen answers, [len(texts)]."""
         return features(texts) @ self.weight + self.bias
-
-    def probability(self, texts: Sequence[str]) -> np.ndarray:
-        """The same as a probability, 0 to 1."""
-        return _sigmoid(self.log_odds(texts))
 
     def accuracy(self, chosen: Sequence[str], rejected: Sequence[str]) -> float:
         """The balanced accuracy: the mean of both sides' shares of correct answers."""

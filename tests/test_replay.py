@@ -1,0 +1,82 @@
+"""Replay: SFT repeats the base model's own answers, so that it stays itself elsewhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair, Encoder
+from dpo_mlx.data.questions import words
+from dpo_mlx.model.loading import load_model
+from dpo_mlx.parallel.worker import Worker
+from dpo_mlx.scoring.losses import Sides
+from dpo_mlx.scoring.objectives import SFT, Example
+from dpo_mlx.scoring.scorer import Scorer
+from dpo_mlx.training import replay
+from dpo_mlx.voice import cost
+from mlx.utils import tree_flatten, tree_map
+
+
+def examples(count: int) -> list[Example]:
+    pairs = [
+        EncodedPair(EncodedAnswer((i, i), 1), EncodedAnswer((i, i), 1), i) for i in range(count)
+    ]
+    return [Example(pair, Sides(math.nan, math.nan)) for pair in pairs]
+
+
+def test_all_come_up_before_any_comes_up_again() -> None:
+    """Over seven updates of two, five examples come up in rounds, each round in another order."""
+    of_updates = [replay.of_update(examples(5), update, 2, seed=0) for update in range(1, 8)]
+    assert all(len(of_one) == 2 for of_one in of_updates)
+    lines = [example.pair.line for of_one in of_updates for example in of_one]
+    rounds = lines[:5], lines[5:10]
+    assert all(sorted(one) == [0, 1, 2, 3, 4] for one in rounds) and rounds[0] != rounds[1]
+    assert replay.of_update(examples(5), 3, 2, seed=0) == of_updates[2]  # as after a resume
+
+
+def test_the_prompts_are_not_those_that_the_cost_is_measured_on() -> None:
+    """Or the cost would be measured on what was trained."""
+    tasks = cost.load()
+    instructions, choices = tasks.instructions, tasks.choices
+    measured = [
+        *tasks.prompts,
+        *(instruction.prompt for instruction in instructions),
+        *(choice.question for choice in choices),
+    ]
+    prompts = cost.read_prompts(replay.FILE)
+    assert len(prompts) == len({*prompts}) == 48
+    assert not {*map(words, prompts)} & {*map(words, measured)}
+
+
+def test_an_update_adds_the_mean_of_the_replay(make: Any) -> None:
+    """The gradient is the mean over the own answers plus the mean over the repeated ones; the
+    logged loss is that of the own answers alone.
+    """
+    sft = {"epochs": 1, "learning_rate": 0, "replay": 2}
+    run = make({"phase": SFT}, sft=sft, grad_accumulation=7, max_grad_norm=1e6)
+    scorer = Scorer(run.model)
+    run.trainer.examples.replay.extend(run.train[:3])
+    repeated = replay.of_update(run.train[:3], 1, 2, run.config.seed)
+    parts = []
+    for group in (run.train, repeated):
+        values, gradients = zip(
+            *(scorer.nll_gradient(example.pair.chosen) for example in group), strict=True
+        )
+        parts.append((values, tree_map(lambda *g: sum(g) / len(g), *gradients)))
+    total = dict(tree_flatten(tree_map(mx.add, parts[0][1], parts[1][1])))
+    norm = math.sqrt(sum(float(mx.square(g).sum()) for g in total.values()))
+    run.run()
+    [row] = run.updates
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert row["nll_loss"] == pytest.approx(sum(parts[0][0]) / 7, rel=1e-5)
+
+
+def test_the_base_model_answers_the_same_again(llama: Any) -> None:
+    """A run that resumes repeats the answers of its first start; a few updates need only a few."""
+    loaded = load_model(str(llama))
+    worker, encoder = Worker(loaded.model, loaded.tokenizer), Encoder(loaded.tokenizer)
+    first, again = (replay.base_examples(worker, encoder, 3, 2, seed=1) for _ in range(2))
+    assert [e.pair for e in first] == [e.pair for e in again] and len(first) == 3
+    assert replay.base_examples(worker, encoder, 0, 2, seed=1) == []
