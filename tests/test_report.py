@@ -357,6 +357,21 @@ def test_the_way_and_the_detector_have_their_intervals() -> None:
     assert "too much alike, or too few" in text and "too few answers to try" in text
 
 
+@pytest.mark.parametrize(
+    ("eval_questions", "valid", "shared"), [(16, 5, 5), (3, 5, 3), (3, 7, 1), (3, 8, 0)]
+)
+def test_shared_questions_by_hand(eval_questions: int, valid: int, shared: int) -> None:
+    """The report has 5 answers, to the last valid pairs; evaluations ask the first ones. The page
+    says how many questions both have.
+    """
+    run = REPORT["run"]
+    config = {**run["config"], "train": {"eval_questions": eval_questions}}
+    pairs = {**run["pairs"], "valid": valid}
+    report = {**REPORT, "run": {"config": config, "pairs": pairs}}
+    assert html_report.shared_questions(report) == shared
+    assert (f"{shared} of which also helped to choose" in text_of(report)) is bool(shared)
+
+
 def test_the_cost_is_shown() -> None:
     """Base beside tuned, with the number of prompts."""
     text = text_of(REPORT)

@@ -66,7 +66,8 @@ def shared_questions(report: Mapping[str, Any]) -> int:
     pairs, train = report["run"]["pairs"], report["run"]["config"]["train"]
     if pairs is None or "eval_questions" not in train:
         return 0
-    return max(0, len(report["answers"]) + train["eval_questions"] - pairs["valid"])
+    evaluated = min(train["eval_questions"], pairs["valid"])
+    return max(0, len(report["answers"]) + evaluated - pairs["valid"])
 
 
 def lengths(tokens: Mapping[str, Any]) -> dict[str, Any]:
