@@ -92,7 +92,7 @@ class Worker:
     ) -> list[EncodedAnswer]:
         """The same answers as the sampled token ids after their prompts, in one list.
 
-        No other process shares this work, which stage 10 does only when it starts.
+        No other process shares this work.
         """
         self.model.eval()
         with self._adapters(without_adapters):
@@ -151,10 +151,16 @@ class Worker:
 
 
 def answer_all(
-    worker: Worker, prompts: list[list[int]], settings: GenerationConfig, seed: int
+    worker: Worker,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    seed: int,
+    greedy: bool = False,
+    without_adapters: bool = False,
 ) -> list[Answer]:
-    """One sampled answer for each prompt, in batches of settings.batch_size."""
-    answers = worker.answers(batches(prompts, settings.batch_size, seed), settings)
+    """One answer for each prompt, in batches of settings.batch_size."""
+    parts = batches(prompts, settings.batch_size, seed, greedy)
+    answers = worker.answers(parts, settings, without_adapters)
     return [answer for batch in answers for answer in batch]
 
 

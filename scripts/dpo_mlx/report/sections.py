@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from ..data.pairs import Pair
-from ..files.results import Evaluation, Measures, Outcome
+from ..files.results import Measures, Outcome
 from ..model.sampling import Answer
+from ..training.outcome import voice_gain
 from ..voice import detector, intervals
 from ..voice.answers import Author
 from ..voice.copying import copied_share, runs
@@ -135,11 +136,6 @@ def dpo_added(outcome: Outcome) -> DpoAdded | None:
         "dpo": after.measures.means,
         "voice": voice_gain(before, after).values,
     }
-
-
-def voice_gain(before: Evaluation, after: Evaluation) -> Interval:
-    """By how much the voice of the answers to the same questions rose."""
-    return intervals.difference(after.measures.voice, before.measures.voice)
 
 
 def texts(answers: Sequence[Answer]) -> list[str]:

@@ -225,7 +225,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     fuse_tokens = 2 * sequence * min(config.fuse.check_pairs, len(work.valid))
     roundings = 1 if config.fuse.dtype == "float32" else 2
     seconds = {
-        MAKE_PAIRS: cost.model + answering(len(work.rows), config.generation.batch_size),
+        MAKE_PAIRS: cost.model + answering(len(work.rows), batch),
         TRAIN_DPO: cost.model
         + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
         + repeated * tasks.USUAL_TOKENS * cost.gradient_token

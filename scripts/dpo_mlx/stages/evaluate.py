@@ -154,7 +154,7 @@ def evaluate(config: Config) -> bool:
     else:
         atomic.require_space(run.path, atomic.SMALL_FILES, "run_dir")
         read_metrics(run.metrics)  # refuse a damaged file before the work
-        report = _report(config, current)
+        report = _report(config, current, outcome)
         jsonl.write_json(report_path, report)
         fingerprint.write(stamp, current)
     write_html(run.page, report, run.metrics)
@@ -167,12 +167,12 @@ def evaluate(config: Config) -> bool:
     return report["verdict"]["passed"]
 
 
-def _report(config: Config, digests: Fingerprint) -> Report:
+def _report(config: Config, digests: Fingerprint, outcome: Outcome) -> Report:
     """The contents of report.json. Only one model is in memory at a time, so the base model is
     loaded twice: the tuned model scores its answers, and it scores the tuned model's.
     """
     task, base = _of_base(config)
-    return _compare(task, base, _of_tuned(task, base), digests)
+    return _compare(task, base, _of_tuned(task, base), digests, outcome)
 
 
 def _of_base(config: Config) -> tuple[Task, BaseModel]:
@@ -234,13 +234,14 @@ def _require_memory(task: Task, loaded: LoadedModel) -> None:
     print(f"12: {memory.describe(need)}")
 
 
-def _compare(task: Task, base: BaseModel, tuned: TunedModel, digests: Fingerprint) -> Report:
+def _compare(
+    task: Task, base: BaseModel, tuned: TunedModel, digests: Fingerprint, outcome: Outcome
+) -> Report:
     """Compare both models' answers with the base model in memory."""
     config, encoder, questions = task.config, task.encoder, task.questions
     loaded = _load(config.model, config)
     worker = Worker(loaded.model, loaded.tokenizer)
     author = Author.of(task.pairs[TRAIN], task.pairs[VALID])
-    outcome = results.read_outcome(config.run)
     answers = {
         sections.BASE: base.answers,
         sections.TUNED: tuned.answers,
@@ -323,8 +324,8 @@ def _print_voice(voice: Voice) -> None:
     if detection := voice["detection"]:
         base, tuned = detection["base"]["value"], detection["tuned"]["value"]
         print(
-            f"    told from your answers (50% is not at all): base model {base:.0%}, tuned model "
-            f"{tuned:.0%}"
+            "    a classifier tells the answers from yours (50%: it cannot): base model "
+            f"{base:.0%}, tuned model {tuned:.0%}"
         )
     if other := voice["other_system_message"]:
         print(f"    under another system message: {other['value']:.0%} of the way to your voice")

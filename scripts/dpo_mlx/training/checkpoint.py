@@ -53,9 +53,9 @@ class State:
     the rows of metrics.jsonl. `evaluated` says whether this update has been evaluated. `measures`
     are the measures of the current model's answers, None before the evaluation; `base` are the
     base model's measures. `best` is the best evaluation of the run, `end_of_sft` the last one of
-    SFT, `last` the last one of all. `skipped` counts the updates
-    that gave NaN or an infinity, `skipped_in_a_row` how many of them came last in a row. `stopped`
-    says why the run must not go on.
+    SFT, `last` the last one of all. `skipped` counts the updates that gave NaN or an infinity,
+    `skipped_in_a_row` how many of them came last in a row. `stopped` says why the run must not go
+    on.
     """
 
     phase: str

@@ -225,9 +225,9 @@ def _length_findings(facts: Facts) -> Iterator[Finding]:
 def _classifier_findings(facts: Facts) -> Iterator[Finding]:
     if facts.classifier_accuracy < MIN_ACCURACY:
         yield Finding(
-            f"a classifier tells your held-out answers from the base model's on only "
-            f"{facts.classifier_accuracy:.0%}: there is little voice to learn, or too little to "
-            "measure; judge the answers in the report yourself"
+            "a classifier that tells your answers from the base model's is right on only "
+            f"{facts.classifier_accuracy:.0%} of the held-out ones: there is little voice to "
+            "learn, or too little to measure; judge the answers in the report yourself"
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..files.results import Outcome
+from ..files.results import Evaluation, Outcome
 from ..voice import intervals
+from ..voice.intervals import Interval
 
 
 def describe(outcome: Outcome) -> Iterator[str]:
@@ -63,14 +64,18 @@ def _gain(outcome: Outcome) -> str:
     """By how much DPO improved, and whether chance may explain it."""
     if outcome.end_of_sft is None:
         return "DPO improved on the base model."
-    kept, before = outcome.kept.measures.voice, outcome.end_of_sft.measures.voice
-    gain = intervals.difference(kept, before)
+    gain = voice_gain(outcome.end_of_sft, outcome.kept)
     if gain.low > 0:
         return "DPO improved on SFT."
     return (
         f"DPO's answers are {gain.value:.2f} of the way nearer to your voice than SFT's, which may "
         "be chance."
     )
+
+
+def voice_gain(before: Evaluation, after: Evaluation) -> Interval:
+    """By how much the voice of the answers to the same questions rose."""
+    return intervals.difference(after.measures.voice, before.measures.voice)
 
 
 def advice(outcome: Outcome) -> str | None:

@@ -94,7 +94,7 @@ class Phases:
         count = self.sft_updates * config.sft.replay
         if not count:
             return []
-        print("10: the base model answers the prompts that SFT repeats")
+        print("10: the base model answers the unrelated prompts that SFT also trains on")
         batch_size = min(EVALUATED_AT_ONCE, len(setup.evaluated_pairs))
         return replay.base_examples(setup.worker, setup.encoder, count, batch_size, config.seed)
 

@@ -9,10 +9,9 @@ from ..files.errors import UserError
 from ..files.run_folder import BASE, SPLITS, TRAIN, VALID
 from ..model.gradient_checkpointing import gradient_checkpointing
 from ..scoring import memory
-from ..scoring.objectives import Sft
 from ..voice import cost
 from . import findings
-from .schedule import count_updates, pairs_per_update
+from .schedule import pairs_per_update
 from .setup import Setup, load_reference
 
 
@@ -57,9 +56,9 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
         f"rejected {facts.rejected_per_token:.2f} nats; median lengths {facts.chosen_tokens:.0f} "
         f"and {facts.rejected_tokens:.0f} tokens"
     )
-    print(f"10: a classifier tells {facts.classifier_accuracy:.0%} of the held-out answers right")
+    print(f"10: a classifier is right on {facts.classifier_accuracy:.0%} of the held-out answers")
     _describe_phases(setup.config, facts)
-    minutes = _seconds(setup, probe) / 60
+    minutes = _seconds(setup, facts, probe) / 60
     print(f"10: about {minutes:.0f} minutes of training, plus the answers of each evaluation")
     print(f"10: {memory.describe(setup.need)}")
 
@@ -80,7 +79,7 @@ def _describe_phases(config: Config, facts: findings.Facts) -> None:
     )
 
 
-def _seconds(setup: Setup, probe: findings.Probe) -> float:
+def _seconds(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> float:
     """The time of both phases and of the reference.
 
     Scoring the reference takes a third of the time of a gradient.
@@ -88,6 +87,6 @@ def _seconds(setup: Setup, probe: findings.Probe) -> float:
     config, train = setup.config, setup.dpo_pairs[TRAIN]
     chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
     pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
-    repeated = config.sft.replay * count_updates(Sft(config).settings, len(train))
+    replayed = config.sft.replay * facts.sft_updates
     tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
-    return (tokens + repeated * cost.USUAL_TOKENS) * probe.seconds
+    return (tokens + replayed * cost.USUAL_TOKENS) * probe.seconds

@@ -83,8 +83,8 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     pairs, a model or settings that cannot be trained.
     """
     current = current or fingerprint.of(TRAINING, config.flat)
-    raw = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
-    notes = check_pairs.check(raw[TRAIN], raw[VALID], config)
+    all_pairs = {split: pairs.read(path) for split, path in config.pairs.splits.items()}
+    notes = check_pairs.check(all_pairs[TRAIN], all_pairs[VALID], config)
     for note in notes:
         print(f"10: note: {note}")
     loaded, worker = distributed.load(config, train=True)
@@ -93,9 +93,8 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     encoder = Encoder.of(loaded.tokenizer, config)
     for note in encoder.template.notes():
         print(f"10: note: {note}")
-    short, encoded = encode_splits(raw, encoder, config.data.max_length)
-    _print_dropped(raw, short, config.data.max_length)
-    raw = short
+    raw, encoded = encode_splits(all_pairs, encoder, config.data.max_length)
+    _print_dropped(all_pairs, raw, config.data.max_length)
     _require_pairs(config, encoded)
     need = _require_memory(config, worker, encoder, raw, encoded)
     chosen, rejected = ([getattr(p, side) for p in raw[TRAIN]] for side in ("chosen", "rejected"))

@@ -11,8 +11,8 @@ from ..config import GenerationConfig
 from ..data.encoding import EncodedAnswer, Encoder
 from ..data.pairs import STOP, Pair
 from ..files.results import Measures
-from ..model.sampling import EVALUATED_AT_ONCE, Answer, batches
-from ..parallel.worker import Worker
+from ..model.sampling import EVALUATED_AT_ONCE, Answer
+from ..parallel.worker import Worker, answer_all
 from .cost import base_answers, divergence
 from .fluency import distinct_bigrams, longest_loop
 from .habits import Trait, find_habits, measure_habits
@@ -151,9 +151,9 @@ class AnswerEvaluator:
 
     def _measure_answers(self, without_adapters: bool) -> Measures:
         prompts = [self._encoder.prompt_ids(question.prompt) for question in self._questions]
-        by_batch = self._worker.answers(
-            batches(prompts, self._batch_size, self._seed), self._generation, without_adapters
+        settings = replace(self._generation, batch_size=self._batch_size)
+        answers = answer_all(
+            self._worker, prompts, settings, self._seed, without_adapters=without_adapters
         )
-        answers = [answer for batch in by_batch for answer in batch]
         log_probs = partial(self._worker.log_probs, without_adapters=True)
         return measure(answers, self._questions, self._author, log_probs, self._encoder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,7 +22,7 @@ from ..files.errors import UserError
 from ..files.schema import Count, Share
 from ..files.text import shown
 from ..model.sampling import batches
-from ..parallel.worker import Worker
+from ..parallel.worker import Worker, answer_all
 from ..process import signals
 from . import intervals
 from .choices import Choice, check_choices
@@ -125,7 +125,8 @@ def base_answers(
     seed: int,
     without_adapters: bool = False,
 ) -> list[EncodedAnswer]:
-    """The base model's answers to prompts, at most MAX_TOKENS long, for `divergence`.
+    """The base model's answers to prompts, at most MAX_TOKENS long, for `divergence` and
+    for the replay of SFT.
 
     They are kept as token ids: the ids of their texts can differ, and the estimate is unbiased only
     for the ids that were sampled. Seeds MLX's random state.
@@ -179,8 +180,8 @@ def check_instructions(
 ) -> list[bool]:
     """Whether the model's greedy answer to each instruction follows it."""
     prompts = [encoder.prompt_ids(instruction.prompt) for instruction in instructions]
-    by_batch = worker.answers(batches(prompts, batch_size, seed=0, greedy=True), SETTINGS)
-    answers = [answer for batch in by_batch for answer in batch]
+    settings = replace(SETTINGS, batch_size=batch_size)
+    answers = answer_all(worker, prompts, settings, seed=0, greedy=True)
     return [
         instruction.rule.is_followed(answer)
         for instruction, answer in zip(instructions, answers, strict=True)

@@ -70,13 +70,13 @@ def share_of_way(tuned: Values, floor: Values, ceiling: Values) -> Interval | No
     Raises ValueError when the sides differ in length or are empty.
     """
     sides = _sides(tuned, floor, ceiling)
-    moved, low, high = (_draws(side) for side in sides)
-    way = high - low
+    tuned_means, floor_means, ceiling_means = (_draws(side) for side in sides)
+    way = ceiling_means - floor_means
     if len(sides[0]) < 2 or not (way.min() > 0 or way.max() < 0):
         return None
     means = [float(side.mean()) for side in sides]
     value = (means[0] - means[1]) / (means[2] - means[1])
-    return _interval(value, (moved - low) / way)
+    return _interval(value, (tuned_means - floor_means) / way)
 
 
 def _sides(*sides: Values) -> list[np.ndarray]:

@@ -68,14 +68,18 @@ def find_signature(author: Sequence[str], base: Sequence[str]) -> Signature:
     base_ngrams, base_counts = np.unique(
         np.concatenate([_ngrams(text) for text in base]), return_counts=True
     )
-    mine, theirs = counts / len(author), np.zeros(len(ngrams))
-    _, here, there = np.intersect1d(ngrams, base_ngrams, assume_unique=True, return_indices=True)
-    theirs[here] = base_counts[there] / len(base)
-    clear = mine - theirs > MIN_Z * np.sqrt(_variance(mine, author) + _variance(theirs, base))
+    author_shares, base_shares = counts / len(author), np.zeros(len(ngrams))
+    _, in_author, in_base = np.intersect1d(
+        ngrams, base_ngrams, assume_unique=True, return_indices=True
+    )
+    base_shares[in_author] = base_counts[in_base] / len(base)
+    differences = author_shares - base_shares
+    variances = _variance(author_shares, author) + _variance(base_shares, base)
+    is_clear = differences > MIN_Z * np.sqrt(variances)
     return Signature(
-        ngrams[clear],
-        (mine - theirs)[clear] ** 2,
-        float(np.median([len(of_answer) for of_answer in by_answer])),
+        ngrams[is_clear],
+        differences[is_clear] ** 2,
+        float(np.median([len(answer_ngrams) for answer_ngrams in by_answer])),
     )
 
 
