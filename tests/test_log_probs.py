@@ -13,6 +13,7 @@ from dpo_mlx.scoring import log_probs
 from dpo_mlx.scoring.log_probs import (
     Head,
     check_head,
+    differentiable_divergences,
     differentiable_log_probs,
     find_head,
     token_log_probs,
@@ -58,7 +59,18 @@ def hidden_and_targets(scale=1.0):
 
 
 def in_float64(head, hidden, targets):
-    """log_softmax of all logits at once, in numpy float64."""
+    """log p(target), in numpy float64."""
+    return log_softmax_in_float64(head, hidden)[np.arange(len(targets)), targets]
+
+
+def divergences_in_float64(head, hidden, base):
+    """KL(base || policy) at each position, [T], in numpy float64."""
+    policy, reference = (log_softmax_in_float64(head, x) for x in (hidden, base))
+    return (np.exp(reference) * (reference - policy)).sum(axis=-1)
+
+
+def log_softmax_in_float64(head, hidden):
+    """log_softmax of all logits at once, [T, V], in numpy float64."""
     layer = head.layer
     weight = layer.weight
     if "scales" in layer:
@@ -70,20 +82,20 @@ def in_float64(head, hidden, targets):
     if head.softcap is not None:
         logits = head.softcap * np.tanh(logits / head.softcap)
     top = logits.max(axis=-1, keepdims=True)
-    log_total = np.log(np.exp(logits - top).sum(axis=-1)) + top[:, 0]
-    return logits[np.arange(len(targets)), targets] - log_total
+    return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
 
-def slopes_in_float64(head, hidden, targets, weights, step=1e-5):
-    """Central differences of sum(weights x log-prob), [T, D]: no formula shared with the library.
+def slopes_in_float64(values_of, hidden, weights, step=1e-5):
+    """Central differences of sum(weights x values_of(hidden)), [T, D]: no formula shared with the
+    library.
 
-    A position's log-prob knows only its own hidden state, so one difference moves a whole column.
+    A position's value knows only its own hidden state, so one difference moves a whole column.
     """
     slopes = np.empty(hidden.shape)
     for d in range(hidden.shape[1]):
         move = np.zeros(hidden.shape[1])
         move[d] = step
-        up, down = (in_float64(head, hidden + sign * move, targets) for sign in (1, -1))
+        up, down = (values_of(hidden + sign * move) for sign in (1, -1))
         slopes[:, d] = weights * (up - down) / (2 * step)
     return slopes
 
@@ -95,6 +107,17 @@ def values_and_slopes(head, hidden, targets, weights=None):
     outputs, slopes = mx.vjp(lambda h: differentiable_log_probs(h, ids, head), [x], [cotangents])
     assert mx.array_equal(outputs[0], token_log_probs(x, ids, head))
     return np.array(outputs[0]), np.array(slopes[0].astype(mx.float32))
+
+
+def divergences_and_slopes(head, hidden, base, weights=None):
+    """The library's divergences, and the slopes of their sum weighted by `weights`."""
+    cotangents = mx.ones(len(hidden)) if weights is None else mx.array(weights)
+    outputs, slopes = mx.vjp(
+        lambda h: differentiable_divergences(h, mx.array(base), head),
+        [mx.array(hidden)],
+        [cotangents],
+    )
+    return np.array(outputs[0]), np.array(slopes[0])
 
 
 def assert_close(found, expected, tolerance):
@@ -113,7 +136,31 @@ def test_values_and_slopes_are_log_softmax_s(kind, scale, softcap, monkeypatch):
     weights = np.linspace(-1.5, 2.0, POSITIONS).astype(np.float32)
     values, slopes = values_and_slopes(head, hidden, targets, weights)
     assert_close(values, in_float64(head, hidden, targets), 1e-5)
-    assert_close(slopes, slopes_in_float64(head, hidden, targets, weights), 1e-5)
+    expected = slopes_in_float64(lambda x: in_float64(head, x, targets), hidden, weights)
+    assert_close(slopes, expected, 1e-5)
+
+
+@pytest.mark.parametrize("block", [16, 25, 49, 64])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergences_and_slopes_are_those_of_the_whole_softmax(kind, softcap, block, monkeypatch):
+    """KL(base || policy) at each position and its slopes, against plain float64 numbers."""
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", block)
+    head = Head(layer_of(kind), 0.5, softcap)
+    hidden, _ = hidden_and_targets()
+    base = hidden + 0.3 * np.random.default_rng(6).normal(size=hidden.shape).astype(np.float32)
+    weights = np.linspace(-1.5, 2.0, POSITIONS).astype(np.float32)
+    values, slopes = divergences_and_slopes(head, hidden, base, weights)
+    assert_close(values, divergences_in_float64(head, hidden, base), 1e-5)
+    expected = slopes_in_float64(lambda x: divergences_in_float64(head, x, base), hidden, weights)
+    assert_close(slopes, expected, 1e-5)
+
+
+def test_a_model_does_not_diverge_from_itself():
+    """The divergence and its slope are 0 at the base model, where training starts."""
+    hidden, _ = hidden_and_targets(scale=30)  # probabilities near 0 and 1
+    values, slopes = divergences_and_slopes(Head(layer_of("linear")), hidden, hidden)
+    assert np.abs(values).max() < 1e-5 and np.abs(slopes).max() < 1e-5
 
 
 @pytest.mark.parametrize("block", [1, 7, 25, 49, 50, 64])
@@ -153,7 +200,9 @@ def test_half_precision_hidden_states_are_scored_in_float32(dtype):
     assert outputs[0].dtype == mx.float32
     assert slopes[0].dtype == dtype
     assert_close(np.array(outputs[0]), in_float64(head, as_float, targets), 1e-5)
-    expected = slopes_in_float64(head, as_float, targets, np.ones(POSITIONS))
+    expected = slopes_in_float64(
+        lambda x: in_float64(head, x, targets), as_float, np.ones(POSITIONS)
+    )
     assert_close(np.array(slopes[0].astype(mx.float32)), expected, 2**-8)
 
 

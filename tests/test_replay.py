@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair, Encoder
 from dpo_mlx.data.questions import words
+from dpo_mlx.model.adapters import adapters_off
 from dpo_mlx.model.loading import load_model
 from dpo_mlx.parallel.worker import Worker
 from dpo_mlx.scoring.losses import Sides
@@ -46,23 +48,27 @@ def test_the_prompts_are_not_those_that_the_cost_is_measured_on() -> None:
         *(choice.question for choice in choices),
     ]
     prompts = cost.read_prompts(replay.FILE)
-    assert len(prompts) == len({*prompts}) == 48
+    assert len(prompts) == len({*prompts}) == 202
     assert not {*map(words, prompts)} & {*map(words, measured)}
 
 
 def test_an_update_adds_the_mean_of_the_replay(make: Any) -> None:
-    """The gradient is the mean over the own answers plus the mean over the repeated ones; the
-    logged loss is that of the own answers alone.
+    """The gradient is the mean over the own answers plus the mean divergence over the repeated
+    ones; both are logged.
     """
     sft = {"epochs": 1, "learning_rate": 0, "replay": 2}
     run = make({"phase": SFT}, sft=sft, grad_accumulation=7, max_grad_norm=1e6)
+    move_away(run.model)
     scorer = Scorer(run.model)
     run.trainer.examples.replay.extend(run.train[:3])
     repeated = replay.of_update(run.train[:3], 1, 2, run.config.seed)
     parts = []
-    for group in (run.train, repeated):
+    for gradient_of, group in (
+        (scorer.nll_gradient, run.train),
+        (scorer.divergence_gradient, repeated),
+    ):
         values, gradients = zip(
-            *(scorer.nll_gradient(example.pair.chosen) for example in group), strict=True
+            *(gradient_of(example.pair.chosen) for example in group), strict=True
         )
         parts.append((values, tree_map(lambda *g: sum(g) / len(g), *gradients)))
     total = dict(tree_flatten(tree_map(mx.add, parts[0][1], parts[1][1])))
@@ -71,6 +77,47 @@ def test_an_update_adds_the_mean_of_the_replay(make: Any) -> None:
     [row] = run.updates
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert row["nll_loss"] == pytest.approx(sum(parts[0][0]) / 7, rel=1e-5)
+    assert row["replay_divergence"] == pytest.approx(sum(parts[1][0]) / 2, rel=1e-4) > 0
+
+
+def move_away(model: Any) -> None:
+    """Change the adapters, so that the model is no longer the base model."""
+    mx.random.seed(1)
+    moved = [
+        (name, value + 0.1 * mx.random.normal(value.shape))
+        for name, value in tree_flatten(model.trainable_parameters())
+    ]
+    model.load_weights(moved, strict=False)
+
+
+def test_the_divergence_is_that_of_the_whole_models(make: Any) -> None:
+    """Value and gradient of an answer, against plain logits of both models; 0 at the base model."""
+    run = make({"phase": SFT})
+    scorer, sequence = Scorer(run.model), run.train[0].pair.chosen
+    value, gradient = scorer.divergence_gradient(sequence)
+    assert abs(value) < 1e-6
+    assert max(float(mx.abs(g).max()) for _, g in tree_flatten(gradient)) < 1e-5
+    move_away(run.model)
+    ids = mx.array(sequence.ids)
+    answer = slice(sequence.prompt_length - 1, -1)
+
+    def log_softmax() -> mx.array:
+        logits = run.model(ids[None])[0, answer].astype(mx.float32)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    with adapters_off(run.model):
+        base = log_softmax()
+        mx.eval(base)
+
+    def divergence() -> mx.array:
+        return (mx.exp(base) * (base - log_softmax())).sum(axis=-1).mean()
+
+    expected, slopes = nn.value_and_grad(run.model, divergence)()
+    value, gradient = scorer.divergence_gradient(sequence)
+    assert value == pytest.approx(float(expected), rel=1e-4) and value > 0.01
+    found = dict(tree_flatten(gradient))
+    for name, slope in tree_flatten(slopes):
+        assert mx.allclose(found[name], slope, rtol=1e-3, atol=1e-5), name
 
 
 def test_the_base_model_answers_the_same_again(llama: Any) -> None:

@@ -27,7 +27,7 @@ from ..model.loading import LoadedModel, load_model
 from ..model.sampling import Answer, Batch
 from ..process import signals
 from ..scoring.losses import Sides
-from ..scoring.objectives import Example, Objective, of_phase
+from ..scoring.objectives import Example, Objective, by_name
 from .channel import Channel, open_channel
 from .worker import ExampleScore, Worker
 
@@ -61,7 +61,7 @@ class DistributedWorker(Worker):
         self, objective: Objective, examples: list[Example], seed: int
     ) -> tuple[list[Any], Any, list[int]]:
         costs = [objective.tokens(example) for example in examples]
-        rows = self._share("gradient", examples, costs, phase=objective.name, seed=seed)
+        rows = self._share("gradient", examples, costs, objective=objective.name, seed=seed)
         scores = [ExampleScore(**row) for row in rows]
         return self._mean(objective, examples, scores, self._gradient_sum)
 
@@ -119,7 +119,7 @@ class DistributedWorker(Worker):
 
     def _local_gradient(self, task: Row, places: list[int], items: list[Row]) -> list[Row]:
         """The scores of this rank's examples. Leaves all ranks' sum in `_gradient_sum`."""
-        objective = of_phase(task["phase"], self._config)
+        objective = by_name(task["objective"], self._config)
         examples = list(zip(places, map(_example, items), strict=True))
         scores, total = self._gradients(objective, examples, task["seed"])
         if total is None:

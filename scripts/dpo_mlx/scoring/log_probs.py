@@ -7,7 +7,7 @@ bfloat16 logit of 20 is off by up to 0.06, and a log-prob sums hundreds of token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,15 +138,32 @@ def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) ->
     The forward pass computes d(log p)/d(hidden) [T, D], and the backward pass only scales it.
     """
 
-    @mx.custom_function
-    def scores(hidden: mx.array) -> tuple[mx.array, mx.array | None]:
-        return _scores_and_slopes(hidden, targets, head, slopes=True)
+    return _differentiable(lambda x: _scores_and_slopes(x, targets, head, slopes=True), hidden)
 
-    @scores.vjp
-    def scores_vjp(hidden: Any, cotangents: Any, outputs: Any) -> mx.array:
+
+def differentiable_divergences(hidden: mx.array, base: mx.array, head: Head) -> mx.array:
+    """KL(base || policy) of the next token at each position, in nats, [T] float32, with a gradient
+    in `hidden`.
+
+    `hidden` [T, D] is the policy's and `base` [T, D] the base model's, of the same tokens.
+    """
+    return _differentiable(lambda x: _divergences_and_slopes(x, base, head), hidden)
+
+
+def _differentiable(
+    compute: Callable[[mx.array], tuple[mx.array, mx.array | None]], hidden: mx.array
+) -> mx.array:
+    """The first result of `compute(hidden)`, [T]; its second is that one's slope in `hidden`."""
+
+    @mx.custom_function
+    def values(hidden: mx.array) -> tuple[mx.array, mx.array | None]:
+        return compute(hidden)
+
+    @values.vjp
+    def values_vjp(hidden: Any, cotangents: Any, outputs: Any) -> mx.array:
         return (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
 
-    outputs: Any = scores(hidden)
+    outputs: Any = values(hidden)
     return outputs[0]
 
 
@@ -161,19 +178,74 @@ def _scores_and_slopes(
     block, relative to the largest logit so far. They are rescaled when a larger logit comes up.
     """
     x = hidden.astype(mx.float32)
-    top = mx.full((x.shape[0], 1), -mx.inf)  # largest logit so far
-    total = mx.zeros((x.shape[0], 1))  # sum of exp(l - top)
-    pull = mx.zeros_like(x)  # sum of exp(l - top) l' W
+    softmax = _Softmax.empty(x)
     for rows in _blocks(head.vocabulary):
         # `after` orders the blocks. Otherwise all of them could be in memory at once.
-        weight = head.weight(rows, after=pull if slopes else total)
+        weight = head.weight(rows, after=softmax.pull if slopes else softmax.total)
         logits = head.logits(x @ weight.T, rows)
-        new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
-        shrink, share = mx.exp(top - new_top), mx.exp(logits - new_top)
-        total = total * shrink + share.sum(axis=-1, keepdims=True)
-        pull = pull * shrink + (share * head.slope(logits)) @ weight
-        top = new_top
+        softmax, _, _ = softmax.add(logits, head.slope(logits), weight)
     weight = head.weight(targets)
     logits = head.logits((x * weight).sum(axis=-1), targets)[:, None]
-    log_probs = logits - top - mx.log(total)
-    return log_probs[:, 0], head.slope(logits) * weight - pull / total if slopes else None
+    log_probs = (logits - softmax.log_total)[:, 0]
+    return log_probs, head.slope(logits) * weight - softmax.mean_pull if slopes else None
+
+
+def _divergences_and_slopes(
+    hidden: mx.array, base: mx.array, head: Head
+) -> tuple[mx.array, mx.array]:
+    """(KL(base || policy) [T], its slope in `hidden` [T, D]), float32, in blocks of the vocabulary.
+
+    With logits l of the policy and b of the base model, and their softmaxes p and q,
+    KL = sum q (b - l) - log sum exp b + log sum exp l, and d(KL)/d(hidden) = W^T (l'(z) (p - q)).
+    """
+    x, y = hidden.astype(mx.float32), base.astype(mx.float32)
+    policy, reference = _Softmax.empty(x), _Softmax.empty(x)
+    gap = mx.zeros((x.shape[0], 1))  # sum of exp(b - top of b) (b - l)
+    for rows in _blocks(head.vocabulary):
+        weight = head.weight(rows, after=reference.pull)
+        logits, base_logits = head.logits(x @ weight.T, rows), head.logits(y @ weight.T, rows)
+        slope = head.slope(logits)
+        policy, _, _ = policy.add(logits, slope, weight)
+        reference, shrink, share = reference.add(base_logits, slope, weight)
+        gap = gap * shrink + (share * (base_logits - logits)).sum(axis=-1, keepdims=True)
+    divergences = gap / reference.total - reference.log_total + policy.log_total
+    return divergences[:, 0], policy.mean_pull - reference.mean_pull
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """Sums over the softmax of logits l, of the blocks of the vocabulary so far.
+
+    They are relative to the largest logit so far, `top` [T, 1]: `total` [T, 1] is the sum of
+    exp(l - top), `pull` [T, D] that of exp(l - top) times the slope of a row's logit.
+    """
+
+    top: mx.array
+    total: mx.array
+    pull: mx.array
+
+    @classmethod
+    def empty(cls, hidden: mx.array) -> _Softmax:
+        column = mx.zeros((hidden.shape[0], 1))
+        return cls(column - mx.inf, column, mx.zeros_like(hidden))
+
+    def add(
+        self, logits: mx.array, slope: mx.array | float, weight: mx.array
+    ) -> tuple[_Softmax, mx.array, mx.array]:
+        """(the sums with a block's logits, the factor on the earlier sums, the block's
+        exp(l - top)).
+        """
+        top = mx.maximum(self.top, logits.max(axis=-1, keepdims=True))
+        shrink, share = mx.exp(self.top - top), mx.exp(logits - top)
+        total = self.total * shrink + share.sum(axis=-1, keepdims=True)
+        return _Softmax(top, total, self.pull * shrink + (share * slope) @ weight), shrink, share
+
+    @property
+    def log_total(self) -> mx.array:
+        """log sum exp l, [T, 1]."""
+        return self.top + mx.log(self.total)
+
+    @property
+    def mean_pull(self) -> mx.array:
+        """The softmax's mean of the slopes of the logits in the hidden state, [T, D]."""
+        return self.pull / self.total

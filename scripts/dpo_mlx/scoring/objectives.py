@@ -1,4 +1,4 @@
-"""The objectives of the two phases: what SFT and DPO minimise, and what they report."""
+"""The objectives: what SFT, DPO and replay minimise, and what they report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .scorer import PairScore, Scorer, score_against, summarise
 
 SFT, DPO = "sft", "dpo"
 PHASES = (SFT, DPO)  # in the order of a run
+REPLAY = "replay"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,23 @@ class Sft:
         return len(example.pair.chosen.ids)
 
 
+class Replay(Sft):
+    """The divergence from the base model on one of its own answers (the chosen one here).
+
+    A score is KL(base || policy), in nats per token.
+    """
+
+    name = REPLAY
+
+    def gradient(self, scorer: Scorer, example: Example) -> tuple[float, Any]:
+        """(score, gradient in the trainable parameters) of an example."""
+        return scorer.divergence_gradient(example.pair.chosen)
+
+    def summary(self, scores: list[float]) -> dict[str, float]:
+        """The metrics of an update."""
+        return {"replay_divergence": float(np.mean(scores))}
+
+
 class Dpo:
     """The preference loss on both answers. A score is a PairScore."""
 
@@ -93,7 +111,9 @@ class Dpo:
 
 Objective: TypeAlias = Sft | Dpo
 
+_BY_NAME = {objective.name: objective for objective in (Sft, Dpo, Replay)}
 
-def of_phase(name: str, config: Config) -> Objective:
-    """The objective of the phase with this name."""
-    return Sft(config) if name == SFT else Dpo(config)
+
+def by_name(name: str, config: Config) -> Objective:
+    """The objective with this name; that of a phase has the phase's name."""
+    return _BY_NAME[name](config)

@@ -13,7 +13,15 @@ from mlx.utils import tree_map
 
 from ..config import DpoConfig
 from ..data.encoding import EncodedAnswer, EncodedPair
-from .log_probs import Head, check_head, differentiable_log_probs, find_head, token_log_probs
+from ..model.adapters import adapters_off
+from .log_probs import (
+    Head,
+    check_head,
+    differentiable_divergences,
+    differentiable_log_probs,
+    find_head,
+    token_log_probs,
+)
 from .losses import Arrays, Sides, objective, preference_loss, rewards
 
 # How far one token's log-prob can move, in steps (eps) of the float type, when another kernel or
@@ -72,6 +80,22 @@ class Scorer:
         gradient = tree_map(lambda g: -g / length, gradient)
         mx.eval(gradient)
         return -float(log_prob) / length, gradient
+
+    def divergence_gradient(self, sequence: EncodedAnswer) -> tuple[float, Any]:
+        """(KL(base || policy) in nats, the mean over an answer's tokens, its gradient (a tree)).
+
+        The base model is the model without its adapters.
+        """
+        with adapters_off(self.model):
+            base, _ = self._answer(sequence)
+            mx.eval(base)
+
+        def divergence(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
+            return differentiable_divergences(hidden, base, head) / sequence.answer_length
+
+        result = self._trace(sequence, divergence)
+        mx.eval(result)
+        return float(result[0]), result[1]
 
     def pair_gradient(
         self, pair: EncodedPair, reference: Sides[float], settings: DpoConfig

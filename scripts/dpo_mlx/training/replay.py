@@ -1,10 +1,11 @@
-"""Replay: SFT also trains on the base model's own answers to unrelated prompts, so that it changes
-little there.
+"""Replay: training also holds the model near the base model on unrelated prompts.
 
-The answers are drawn from the base model's distribution, so the gradient of their negative
-log-likelihood is about that of KL(base || policy) on these prompts, with the same weight for each
-answer whatever its length (self-synthesized rehearsal, Huang et al. 2024, arXiv:2403.01244). The
-prompts are others than those of data/cost, on which the cost of training is measured.
+Each update adds the gradient of KL(base || policy) on some of the base model's own answers to these
+prompts, the mean over their tokens (learning without forgetting, Li and Hoiem 2016,
+arXiv:1606.09282; on answers that the model itself gave, Huang et al. 2024, arXiv:2403.01244). The
+divergence of whole distributions is used, not the answers' likelihood: at the base model its
+gradient is zero, so it cannot teach the few answers by heart. The prompts are others than those of
+data/cost, on which the cost of training is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FILE = Path(__file__).resolve().parents[3] / "data" / "replay" / "prompts.jsonl"
 def base_examples(
     worker: Worker, encoder: Encoder, count: int, batch_size: int, seed: int
 ) -> list[Example]:
-    """The base model's answers to at most `count` of the prompts, as examples of SFT.
+    """The base model's answers to at most `count` of the prompts, as examples of `Replay`.
 
     Seeds MLX's random state. The same seed gives the same answers, so a run that resumes draws them
     again.
@@ -38,7 +39,7 @@ def base_examples(
 
 
 def _example(answer: EncodedAnswer) -> Example:
-    """SFT reads only the chosen answer and no reference. Line 0 is in no file."""
+    """Replay reads only the chosen answer and no reference. Line 0 is in no file."""
     return Example(EncodedPair(answer, answer, line=0), Sides(math.nan, math.nan))
 
 

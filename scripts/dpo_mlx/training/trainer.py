@@ -62,6 +62,21 @@ class Examples:
     replay: list[Example] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The scores of an update's own examples, its metrics, and its gradient: the mean over its own
+    examples plus the mean over the replay.
+
+    `broken_lines` are those of the pairs that give NaN or an infinity: none if it is the replay
+    that does, None if nothing does.
+    """
+
+    scores: list[Any]
+    summary: dict[str, float]
+    gradient: Any
+    broken_lines: list[int] | None
+
+
 class Trainer:
     """Trains one phase of a run, the one that `state.phase` names.
 
@@ -88,7 +103,8 @@ class Trainer:
         self.metrics = metrics
         self.checkpoints = checkpoints
         self.state = state
-        self.objective = objectives.of_phase(state.phase, config)
+        self.objective = objectives.by_name(state.phase, config)
+        self.replay_objective = objectives.by_name(objectives.REPLAY, config)
         self.save_clock = SaveClock()
         settings = self.objective.settings
         self.updates = count_updates(settings, len(examples.train))
@@ -132,10 +148,11 @@ class Trainer:
         # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
         replay_examples = self._replay_examples(update)
-        scores, gradient, broken_lines = self._gradient(examples, replay_examples, seed)
+        step = self._step(examples, replay_examples, seed)
         if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
-            self._check_start(examples, scores)  # the reference has no dropout
-        gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
+            self._check_start(examples, step.scores)  # the reference has no dropout
+        gradient, norm = clip_grad_norm(step.gradient, self.config.train.max_grad_norm)
+        broken_lines = step.broken_lines
         phase = self.state.phase
         row = {"iteration": update, "phase": phase, "epoch": epoch + 1, "pairs": len(examples)}
         if broken_lines is None and not math.isfinite(float(norm)):
@@ -147,7 +164,7 @@ class Trainer:
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         seconds = time.perf_counter() - started
         row |= {
-            **self.objective.summary(scores),
+            **step.summary,
             "grad_norm": float(norm),
             "learning_rate": float(self.optimizer.learning_rate),
             "tokens_per_second": self._tokens(examples + replay_examples) / seconds,
@@ -163,18 +180,17 @@ class Trainer:
         size, seed = self.config.sft.replay, self.config.seed
         return replay.of_update(self.examples.replay, update, size, seed)
 
-    def _gradient(
-        self, examples: list[Example], replay_examples: list[Example], seed: int
-    ) -> tuple[list[Any], Any, list[int] | None]:
-        """(scores of the examples, mean gradient of the examples plus that of the replay, lines of
-        the pairs that give NaN or an infinity). No line if it is the replay that does, None if
-        nothing does.
-        """
+    def _step(self, examples: list[Example], replay_examples: list[Example], seed: int) -> _Step:
+        """What an update computes from its own examples and from those that it repeats."""
         scores, gradient, lines = self.worker.gradient(self.objective, examples, seed)
+        summary = self.objective.summary(scores)
         if not replay_examples:
-            return scores, gradient, lines or None
-        _, of_replay, broken = self.worker.gradient(self.objective, replay_examples, seed)
-        return scores, tree_map(mx.add, gradient, of_replay), lines or ([] if broken else None)
+            return _Step(scores, summary, gradient, lines or None)
+        objective = self.replay_objective
+        of_replay, replay_gradient, broken = self.worker.gradient(objective, replay_examples, seed)
+        summary |= objective.summary(of_replay)
+        gradient = tree_map(mx.add, gradient, replay_gradient)
+        return _Step(scores, summary, gradient, lines or ([] if broken else None))
 
     def _tokens(self, examples: list[Example]) -> int:
         return sum(map(self.objective.tokens, examples))
