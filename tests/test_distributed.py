@@ -108,13 +108,14 @@ def alike(one: Path, other: Path) -> None:
     for row, expected in zip(rows, others, strict=True):
         assert row.keys() == expected.keys() and row["phase"] == expected["phase"]
         numbers, wanted = ({k: v for k, v in r.items() if k != "phase"} for r in (row, expected))
-        # At the reference margins are differences of equal numbers.
-        assert numbers == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        # At the reference margins are differences of equal numbers. And AdamW's first step moves
+        # each weight by the whole rate, so that rounding can turn it where the gradient is near 0.
+        assert numbers == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
 def test_one_two_and_three_processes_learn_the_same(fresh):
     """Pairs, reference, 21 updates and their evaluations: samples agree to the byte, numbers to
-    1e-5. The last update of an epoch has one pair, fewer than there are processes.
+    float tolerance. The last update of an epoch has one pair, fewer than there are processes.
     """
     alone, by_two, by_three = (fresh(f"by{count}") for count in (1, 2, 3))
     run_alone(alone, make_pairs)

@@ -228,7 +228,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         MAKE_PAIRS: cost.model + answering(len(work.rows), batch),
         TRAIN_DPO: cost.model
         + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
-        + repeated * tasks.USUAL_TOKENS * cost.gradient_token
+        + repeated * tasks.USUAL_TOKENS * (cost.gradient_token + cost.scored_token)
         + answering_tasks(PROMPTS, EVALUATED_AT_ONCE)
         + answering_tasks(replay_prompts, EVALUATED_AT_ONCE)
         + config.train.epochs * 2 * chosen * cost.gradient_token

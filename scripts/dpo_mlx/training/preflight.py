@@ -82,11 +82,11 @@ def _describe_phases(config: Config, facts: findings.Facts) -> None:
 def _seconds(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> float:
     """The time of both phases and of the reference.
 
-    Scoring the reference takes a third of the time of a gradient.
+    Scoring a sequence, for the reference and for replay, takes a third of the time of a gradient.
     """
     config, train = setup.config, setup.dpo_pairs[TRAIN]
     chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
     pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
     replayed = config.sft.replay * facts.sft_updates
     tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
-    return (tokens + replayed * cost.USUAL_TOKENS) * probe.seconds
+    return (tokens + (1 + 1 / 3) * replayed * cost.USUAL_TOKENS) * probe.seconds
