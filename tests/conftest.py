@@ -121,7 +121,12 @@ def settings(tmp_path: Path, granite: Path, questions: list[dict[str, str]]) -> 
         "generation": {"max_tokens": 24, "batch_size": 8},
         "lora": {"rank": 4},
         **runs.DPO_ALONE,
-        "train": {"learning_rate": 1e-3, "grad_accumulation": 4, "eval_every": 3},
+        "train": {
+            "learning_rate": 1e-3,
+            "grad_accumulation": 4,
+            "eval_every": 3,
+            "replay": 0,
+        },
         "smoke": {"questions": 4, "unrelated_tasks": 2},
     }
 
@@ -157,7 +162,12 @@ def make(settings: dict[str, Any], write_config: Any, tmp_path: Path, llama: Pat
         lora: dict[str, Any] | None = None,
         **train: Any,
     ) -> runs.Run:
-        plain = {"schedule": "constant", "warmup_ratio": 0.0, "grad_checkpoint": False}
+        plain = {
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "grad_checkpoint": False,
+            "replay": 0,
+        }
         values = {
             **settings,
             "model": str(model),

@@ -31,9 +31,10 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
     SFT and two of DPO, each phase evaluated at its start and end, and once the base model: 5
     evaluations, each answering 2 questions and scoring 4 sequences for either question.
     """
-    settings["sft"] = {"epochs": 1, "replay": 3}
+    settings["sft"] = {"epochs": 1}
     settings["smoke"] = {"unrelated_tasks": 4}
     settings["train"] |= {"grad_accumulation": 8, "eval_every": None, "epochs": 2}
+    settings["train"]["replay"] = 3
     settings["generation"] = {"max_tokens": 5, "batch_size": 4}
     settings["fuse"] = {"check_pairs": 1}
     config = configs.load(write_config(settings))
@@ -50,21 +51,22 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
     # 06 and 10 read the model once, 12 three times. 11 reads it to measure the adapters, once for
     # each rounding, and once as the saved folder, whose writing counts as two more.
     assert seconds(model=1) == by_stage(1, 1, 4 + 2, 3)
-    # Batches of unrelated prompts: 10 has two for the evaluations and one for the replay, 12 one
-    # for each model's instructions and one for the prompts, with answers of 64 tokens. 12 has three
-    # batches of questions, one of them under another system message.
-    assert seconds(prompts=1) == by_stage(3, 5 + 3, 0, 3 + 3)
-    assert seconds(step=1) == by_stage(3 * 5, 5 * 5 + 3 * 64, 0, 3 * 5 + 3 * 64)
-    # 10 scores the train pairs (2 x 80) and the valid pairs (2 x 20) once, and 8 x 10 tokens and 16
-    # unrelated answers of 90 in each evaluation. 11 scores its one pair (20 tokens) five times. 12
-    # scores the valid pairs under both models, three answers to each question, after this question
-    # and after another one, and four unrelated answers and four choices under both models.
+    # Batches of unrelated prompts: 10 has two for the evaluations and one for the replay of each
+    # phase, 12 one for each model's instructions and one for the prompts, with answers of 64
+    # tokens. 12 has three batches of questions, one of them under another system message.
+    assert seconds(prompts=1) == by_stage(3, 5 + 4, 0, 3 + 3)
+    assert seconds(step=1) == by_stage(3 * 5, 5 * 5 + 4 * 64, 0, 3 * 5 + 3 * 64)
+    # 10 scores the train pairs (2 x 80) and the valid pairs (2 x 20) once, the replayed answers,
+    # and 8 x 10 tokens and 16 unrelated answers of 90 in each evaluation. 11 scores its one pair (20
+    # tokens) five times. 12 scores the valid pairs under both models, three answers to each
+    # question, after this question and after another one, and four unrelated answers and four
+    # choices under both models.
     assert seconds(scored_token=1) == by_stage(
-        0, 200 + 5 * (80 + 16 * 90), 5 * 20, 80 + 120 + 2 * 8 * 90
+        0, 200 + 5 * (80 + 16 * 90) + 9 * 90, 5 * 20, 80 + 120 + 2 * 8 * 90
     )
     # 12 pairs of 20 tokens in the preflight, one pass of 80 in SFT, two of 160 in DPO, and three
-    # repeated answers of 90 tokens.
-    assert seconds(gradient_token=1) == by_stage(0, 240 + 80 + 320 + 270, 0, 0)
+    # replayed answers of 90 tokens in each of three updates.
+    assert seconds(gradient_token=1) == by_stage(0, 240 + 80 + 320 + 9 * 90, 0, 0)
     assert seconds(layer=1) == by_stage(0, 0, 2 * 3, 0)
 
 

@@ -94,6 +94,7 @@ def fresh(settings: dict[str, Any], tmp_path: Path, llama: Path, write_config: A
         settings["guard"] = {"enabled": False}
         settings["sft"] = {"epochs": 1, "learning_rate": 1e-3}
         settings["train"] |= {"epochs": 2, "eval_every": 5, "eval_questions": 3, "save_every": 1}
+        settings["train"]["replay"] = 2
         settings["train"] |= changes
         (folder / "c.yaml").write_text(write_config(settings).read_text())
         return folder

@@ -59,8 +59,9 @@ def test_an_update_adds_the_mean_of_the_replay(make: Any) -> None:
     """
 
     def trained(epochs: int) -> Any:
-        sft = {"epochs": epochs, "learning_rate": 1e-2, "replay": 2}
-        run = make({"phase": SFT}, sft=sft, grad_accumulation=7, max_grad_norm=1e6)
+        sft = {"epochs": epochs, "learning_rate": 1e-2}
+        changes = {"grad_accumulation": 7, "max_grad_norm": 1e6, "replay": 2}
+        run = make({"phase": SFT}, sft=sft, **changes)
         run.trainer.examples.replay.extend(run.train[:3])
         run.run()
         return run
@@ -88,11 +89,8 @@ def test_an_update_adds_the_mean_of_the_replay(make: Any) -> None:
 def move_away(model: Any) -> None:
     """Change the adapters, so that the model is no longer the base model."""
     mx.random.seed(1)
-    moved = [
-        (name, value + 0.1 * mx.random.normal(value.shape))
-        for name, value in tree_flatten(model.trainable_parameters())
-    ]
-    model.load_weights(moved, strict=False)
+    adapters = model.trainable_parameters()
+    model.update(tree_map(lambda a: a + 0.1 * mx.random.normal(a.shape), adapters))
 
 
 def test_the_divergence_is_that_of_the_whole_models(make: Any) -> None:
@@ -101,7 +99,7 @@ def test_the_divergence_is_that_of_the_whole_models(make: Any) -> None:
     scorer, sequence = Scorer(run.model), run.train[0].pair.chosen
     value, gradient = scorer.divergence_gradient(sequence)
     assert abs(value) < 1e-6
-    assert max(float(mx.abs(g).max()) for _, g in tree_flatten(gradient)) < 1e-5
+    assert largest(gradient) < 1e-5
     move_away(run.model)
     ids = mx.array(sequence.ids)
     answer = slice(sequence.prompt_length - 1, -1)
@@ -120,9 +118,12 @@ def test_the_divergence_is_that_of_the_whole_models(make: Any) -> None:
     expected, slopes = nn.value_and_grad(run.model, divergence)()
     value, gradient = scorer.divergence_gradient(sequence)
     assert value == pytest.approx(float(expected), rel=1e-4) and value > 0.01
-    found = dict(tree_flatten(gradient))
-    for name, slope in tree_flatten(slopes):
-        assert mx.allclose(found[name], slope, rtol=1e-3, atol=1e-5), name
+    assert largest(tree_map(mx.subtract, gradient, slopes)) < 1e-4 * largest(slopes)
+
+
+def largest(gradient: Any) -> float:
+    """The largest entry of a tree, whatever its sign."""
+    return max(float(mx.abs(g).max()) for g in dict(tree_flatten(gradient)).values())
 
 
 def test_the_base_model_answers_the_same_again(llama: Any) -> None:

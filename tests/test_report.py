@@ -118,8 +118,7 @@ REPORT: dict[str, Any] = {
             "model": "a/model",
             "run_dir": "data/runs/a",
             "system_prompt": HOSTILE[0],
-            "train": {"learning_rate": 1e-6, "schedule": "cosine"},
-            "sft": {"replay": 2},
+            "train": {"learning_rate": 1e-6, "schedule": "cosine", "replay": 2},
             "lora": {"keys": None},
             "dpo": {"loss": "sigmoid"},
         },
@@ -365,7 +364,7 @@ def test_shared_questions_by_hand(eval_questions: int, valid: int, shared: int) 
     says how many questions both have.
     """
     run = REPORT["run"]
-    config = {**run["config"], "train": {"eval_questions": eval_questions}}
+    config = {**run["config"], "train": {"eval_questions": eval_questions, "replay": 0}}
     pairs = {**run["pairs"], "valid": valid}
     report = {**REPORT, "run": {"config": config, "pairs": pairs}}
     assert html_report.shared_questions(report) == shared
@@ -580,7 +579,7 @@ def test_speed_is_a_median_and_memory_a_maximum() -> None:
 def test_settings_read_like_the_config() -> None:
     """Every key is there with its value as in the YAML file, but text has no quotes."""
     sections = html_report.sections(REPORT["run"]["config"])
-    assert list(sections) == ["run", "train", "sft", "lora", "dpo"]
+    assert list(sections) == ["run", "train", "lora", "dpo"]
     values = [None, True, 1e-06, "cosine", "", ["q_proj"]]
     assert [templates.setting(v) for v in values] == [
         "null", "true", "1e-06", "cosine", '""', '["q_proj"]'

@@ -22,7 +22,7 @@ from dpo_mlx.training.schedule import groups
 from mlx.utils import tree_flatten, tree_map
 from runs import SCRIPT, Scripted, determined, differences, saved, wrote
 
-WARM = {"epochs": 1, "learning_rate": 1e-3, "replay": 0}
+WARM = {"epochs": 1, "learning_rate": 1e-3}
 END_OF_SFT = "checkpoints/sft-000007"
 
 

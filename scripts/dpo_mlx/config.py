@@ -147,7 +147,6 @@ class LoraConfig:
 class SftConfig:
     epochs: int = _number(3, low=0, high=1000)
     learning_rate: float = _number(1e-4, low=0.0, high=1.0)
-    replay: int = _number(2, low=0, high=10**4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +170,7 @@ class TrainConfig:
     warmup_ratio: float = _number(0.1, low=0.0, high=1.0)
     weight_decay: float = _number(0.0, low=0.0, high=100.0)
     max_grad_norm: float = _number(1.0, low=1e-9, high=1e9)
+    replay: int = _number(2, low=0, high=10**4)
     grad_checkpoint: bool = True
     scan_chunk: int | None = _number(64, low=1, high=4096)
     eval_every: int | None = _number(None, low=1, high=10**9)

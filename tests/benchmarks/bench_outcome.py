@@ -73,6 +73,7 @@ RECIPES = {
         "train.grad_accumulation=6",
         "train.learning_rate=5e-6",
         "train.epochs=1",
+        "train.replay=0",
     ],
     "shipped": [],
     # DPO alone, as it was planned at first.
@@ -81,6 +82,7 @@ RECIPES = {
         "dpo.match_length=false",
         "dpo.nll_weight=0",
         "train.learning_rate=1e-6",
+        "train.replay=0",
         "train.force=true",
     ],
     CONTROL: control.OVERRIDES,

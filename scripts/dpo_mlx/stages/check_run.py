@@ -217,8 +217,11 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
     evaluation = answering(eval_count, EVALUATED_AT_ONCE) + scoring(
         4 * eval_count * sequence + PROMPTS * tasks.USUAL_TOKENS
     )
-    repeated = config.sft.replay * count_updates(Sft(config).settings, len(work.train))
-    replay_prompts = min(repeated, len(tasks.read_prompts(replay.FILE)))
+    prompts = len(tasks.read_prompts(replay.FILE))
+    replayed = [  # answers in each phase
+        config.train.replay * count_updates(phase.settings, len(work.train))
+        for phase in (Sft(config), Dpo(config))
+    ]
     unrelated = tasks.load(config.smoke.unrelated_tasks)
     batch = config.generation.batch_size
     smoke_questions = min(config.smoke.questions, len(work.valid))
@@ -228,9 +231,9 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         MAKE_PAIRS: cost.model + answering(len(work.rows), batch),
         TRAIN_DPO: cost.model
         + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
-        + repeated * tasks.USUAL_TOKENS * (cost.gradient_token + cost.scored_token)
+        + sum(replayed) * tasks.USUAL_TOKENS * (cost.gradient_token + cost.scored_token)
         + answering_tasks(PROMPTS, EVALUATED_AT_ONCE)
-        + answering_tasks(replay_prompts, EVALUATED_AT_ONCE)
+        + sum(answering_tasks(min(count, prompts), EVALUATED_AT_ONCE) for count in replayed)
         + config.train.epochs * 2 * chosen * cost.gradient_token
         + scoring(2 * chosen + 2 * held_out)
         + (1 + evaluations(config, len(work.train))) * evaluation,

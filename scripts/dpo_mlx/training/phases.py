@@ -86,15 +86,15 @@ class Phases:
         no_reference = Sides(math.nan, math.nan)  # SFT needs none for its train pairs
         train = [Example(pair, no_reference) for pair in self.setup.pairs[TRAIN]]
         valid = _examples(self.setup.evaluated_pairs, load_reference(self.setup, BASE, VALID))
-        self._train(SFT, Examples(train, valid, self._replay_examples()))
+        self._train(SFT, Examples(train, valid, self._replay_examples(self.sft_updates)))
 
-    def _replay_examples(self) -> list[Example]:
-        """The base model's own answers that SFT repeats."""
+    def _replay_examples(self, updates: int) -> list[Example]:
+        """The base model's own answers that a phase of so many updates replays."""
         setup, config = self.setup, self.setup.config
-        count = self.sft_updates * config.sft.replay
+        count = updates * config.train.replay
         if not count:
             return []
-        print("10: the base model answers the unrelated prompts that SFT also trains on")
+        print("10: the base model answers unrelated prompts, for the replay")
         batch_size = min(EVALUATED_AT_ONCE, len(setup.evaluated_pairs))
         return replay.base_examples(setup.worker, setup.encoder, count, batch_size, config.seed)
 
@@ -108,7 +108,8 @@ class Phases:
         """Train DPO from the end of SFT, or from the base model without SFT."""
         train = _examples(self.setup.dpo_pairs[TRAIN], references[TRAIN])
         valid = _examples(self.setup.evaluated_pairs, references[VALID])
-        self._train(DPO, Examples(train, valid))
+        updates = self.updates - self.sft_updates
+        self._train(DPO, Examples(train, valid, self._replay_examples(updates)))
 
     def keep_best(self, stopped: list[str], notes: list[str]) -> Outcome:
         """Copy the best checkpoint's adapters to the run's folder. `stopped` says why training

@@ -87,6 +87,6 @@ def _seconds(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> floa
     config, train = setup.config, setup.dpo_pairs[TRAIN]
     chosen_tokens = sum(len(pair.chosen.ids) for pair in train)
     pair_tokens = chosen_tokens + sum(len(pair.rejected.ids) for pair in train)
-    replayed = config.sft.replay * facts.sft_updates
+    replayed = config.train.replay * (facts.sft_updates + facts.dpo_updates)
     tokens = config.sft.epochs * chosen_tokens + (config.train.epochs + 1 / 3) * pair_tokens
     return (tokens + (1 + 1 / 3) * replayed * cost.USUAL_TOKENS) * probe.seconds

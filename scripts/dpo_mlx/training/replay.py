@@ -44,7 +44,7 @@ def _example(answer: EncodedAnswer) -> Example:
 
 
 def of_update(examples: Sequence[Example], update: int, size: int, seed: int) -> list[Example]:
-    """The examples that an update repeats, `size` of them; updates count from 1.
+    """The examples that an update replays, `size` of them; updates of a phase count from 1.
 
     All examples come up once, in a new order each time, before any comes up again.
     """

@@ -55,7 +55,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Examples:
-    """What a phase trains on, what its evaluations score, and what SFT repeats (see `replay`)."""
+    """What a phase trains on, what its evaluations score, and what its updates replay."""
 
     train: list[Example]
     valid: list[Example]
@@ -147,7 +147,7 @@ class Trainer:
         mx.reset_peak_memory()
         # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
-        replay_examples = self._replay_examples(update)
+        replay_examples = self._replay_examples()
         step = self._step(examples, replay_examples, seed)
         if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
             self._check_start(examples, step.scores)  # the reference has no dropout
@@ -167,21 +167,21 @@ class Trainer:
             **step.summary,
             "grad_norm": float(norm),
             "learning_rate": float(self.optimizer.learning_rate),
-            "tokens_per_second": self._tokens(examples + replay_examples) / seconds,
+            "tokens_per_second": self._tokens(examples, replay_examples) / seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
         self.state.skipped_in_a_row = 0
         self._end_update(row)
 
-    def _replay_examples(self, update: int) -> list[Example]:
-        """The base model's answers that an update repeats beside its own examples."""
+    def _replay_examples(self) -> list[Example]:
+        """The base model's answers that the next update replays beside its own examples."""
         if not self.examples.replay:
             return []
-        size, seed = self.config.sft.replay, self.config.seed
-        return replay.of_update(self.examples.replay, update, size, seed)
+        update, size = self.state.updates_of_phase + 1, self.config.train.replay
+        return replay.of_update(self.examples.replay, update, size, self.config.seed)
 
     def _step(self, examples: list[Example], replay_examples: list[Example], seed: int) -> _Step:
-        """What an update computes from its own examples and from those that it repeats."""
+        """What an update computes from its own examples and from the replay."""
         scores, gradient, lines = self.worker.gradient(self.objective, examples, seed)
         summary = self.objective.summary(scores)
         if not replay_examples:
@@ -192,8 +192,10 @@ class Trainer:
         gradient = tree_map(mx.add, gradient, replay_gradient)
         return _Step(scores, summary, gradient, lines or ([] if broken else None))
 
-    def _tokens(self, examples: list[Example]) -> int:
-        return sum(map(self.objective.tokens, examples))
+    def _tokens(self, examples: list[Example], replay_examples: list[Example]) -> int:
+        """The tokens that an update's gradients run through."""
+        own, of_replay = self.objective.tokens, self.replay_objective.tokens
+        return sum(map(own, examples)) + sum(map(of_replay, replay_examples))
 
     def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
         """End an update without touching the adapters, because of these lines of the train pairs,
@@ -208,7 +210,7 @@ class Trainer:
             cause = (
                 f"the pairs on lines {lines}; look at these pairs, or lower train.learning_rate"
                 if lines
-                else "the base model's own answers; lower sft.learning_rate, or set sft.replay: 0"
+                else "the base model's own answers; lower the learning rate, or set train.replay: 0"
             )
             state.stopped = [
                 f"{self.config.data.train_pairs}: {MAX_SKIPPED} updates in a row gave NaN or an "
