@@ -57,8 +57,8 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
     assert seconds(prompts=1) == by_stage(3, 5 + 4, 0, 3 + 3)
     assert seconds(step=1) == by_stage(3 * 5, 5 * 5 + 4 * 64, 0, 3 * 5 + 3 * 64)
     # 10 scores the train pairs (2 x 80) and the valid pairs (2 x 20) once, the replayed answers,
-    # and 8 x 10 tokens and 16 unrelated answers of 90 in each evaluation. 11 scores its one pair (20
-    # tokens) five times. 12 scores the valid pairs under both models, three answers to each
+    # and 8 x 10 tokens and 16 unrelated answers of 90 in each evaluation. 11 scores its one pair
+    # (20 tokens) five times. 12 scores the valid pairs under both models, three answers to each
     # question, after this question and after another one, and four unrelated answers and four
     # choices under both models.
     assert seconds(scored_token=1) == by_stage(

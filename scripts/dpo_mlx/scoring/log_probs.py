@@ -39,7 +39,7 @@ class Head:
         """The number of tokens."""
         return self.layer.weight.shape[0]
 
-    def weight(self, rows: slice | mx.array, after: mx.array | None = None) -> mx.array:
+    def weight(self, rows: slice | mx.array, after: list[mx.array] | None = None) -> mx.array:
         """Rows of the weight, [rows, D] float32. MLX computes them after `after`."""
         weight = self.layer.weight[rows]
         if after is not None:
@@ -181,7 +181,7 @@ def _scores_and_slopes(
     softmax = _Softmax.empty(x)
     for rows in _blocks(head.vocabulary):
         # `after` orders the blocks. Otherwise all of them could be in memory at once.
-        weight = head.weight(rows, after=softmax.pull if slopes else softmax.total)
+        weight = head.weight(rows, after=[softmax.pull if slopes else softmax.total])
         logits = head.logits(x @ weight.T, rows)
         softmax, _, _ = softmax.add(logits, head.slope(logits), weight)
     weight = head.weight(targets)
@@ -202,7 +202,7 @@ def _divergences_and_slopes(
     policy, reference = _Softmax.empty(x), _Softmax.empty(x)
     gap = mx.zeros((x.shape[0], 1))  # sum of exp(b - top of b) (b - l)
     for rows in _blocks(head.vocabulary):
-        weight = head.weight(rows, after=reference.pull)
+        weight = head.weight(rows, after=[policy.pull, reference.pull])
         logits, base_logits = head.logits(x @ weight.T, rows), head.logits(y @ weight.T, rows)
         slope = head.slope(logits)
         policy, _, _ = policy.add(logits, slope, weight)
