@@ -51,11 +51,11 @@ def test_minutes_by_hand(settings: dict[str, Any], write_config: Any) -> None:
     # 06 and 10 read the model once, 12 three times. 11 reads it to measure the adapters, once for
     # each rounding, and once as the saved folder, whose writing counts as two more.
     assert seconds(model=1) == by_stage(1, 1, 4 + 2, 3)
-    # Batches of unrelated prompts: 10 has two for the evaluations and one for the replay of each
-    # phase, 12 one for each model's instructions and one for the prompts, with answers of 64
-    # tokens. 12 has three batches of questions, one of them under another system message.
-    assert seconds(prompts=1) == by_stage(3, 5 + 4, 0, 3 + 3)
-    assert seconds(step=1) == by_stage(3 * 5, 5 * 5 + 4 * 64, 0, 3 * 5 + 3 * 64)
+    # Batches of unrelated prompts: 10 has two for the evaluations and one for the replay, 12 one
+    # for each model's instructions and one for the prompts, with answers of 64 tokens. 12 has three
+    # batches of questions, one of them under another system message.
+    assert seconds(prompts=1) == by_stage(3, 5 + 3, 0, 3 + 3)
+    assert seconds(step=1) == by_stage(3 * 5, 5 * 5 + 3 * 64, 0, 3 * 5 + 3 * 64)
     # 10 scores the train pairs (2 x 80) and the valid pairs (2 x 20) once, the replayed answers,
     # and 8 x 10 tokens and 16 unrelated answers of 90 in each evaluation. 11 scores its one pair
     # (20 tokens) five times. 12 scores the valid pairs under both models, three answers to each

@@ -29,8 +29,7 @@ from test_signature import AUTHOR, TRAIN
 SAVED = json.loads((REPOSITORY / "tests/data/graded_runs.json").read_text(encoding="utf-8"))
 RUNS = SAVED["runs"]
 TRAIN_PAIRS = [
-    Pair(row["question"], chosen, row["base"])
-    for row, chosen in zip(TRAIN, AUTHOR, strict=True)
+    Pair(row["question"], chosen, row["base"]) for row, chosen in zip(TRAIN, AUTHOR, strict=True)
 ]
 HELD_OUT = [
     Pair(question, chosen["text"], base["text"])

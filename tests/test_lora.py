@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -64,6 +65,18 @@ def test_a_small_change_reaches_the_output(base: str, rows: str) -> None:
     assert share(shown, exact) == pytest.approx(1, abs=0.15)
     twice = change(lambda x: LoRALinear.__call__(adapted, x), adapted)
     assert share(twice, exact) < 0.5, "mlx-lm's layer loses nothing here: the test shows nothing"
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 1), (2, 3), (256,)])
+def test_sequences_of_a_batch_are_rows(shape: tuple[int, ...]) -> None:
+    """The same output for [batch, length, width], as sampling has it, as for single rows."""
+    adapted = layer("plain", size=0.1, bias=True)
+    x = inputs()[: math.prod(shape)]
+    rows = mx.concatenate([adapted(row) for row in mx.split(x, len(x))])
+    together = adapted(x.reshape(*shape, WIDTH))
+    assert together.shape == (*shape, 2 * WIDTH) and together.dtype == mx.bfloat16
+    difference = mx.abs(together.reshape(rows.shape) - rows).max()
+    assert float(difference) <= 2**-7 * float(mx.abs(rows).max())  # one rounding step
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -311,11 +311,32 @@ def test_three_skipped_updates_in_a_row_end_the_run(make, monkeypatch):
     order = [i + 1 for _, indices in groups(run.config.train, 7, 0) for i in indices]
     assert run.trainer.state.update == 6
     [reason] = stop.value.reasons
-    assert reason.startswith(f"{run.config.data.train_pairs}: 3 updates in a row")
-    assert f"lines [{order[5]}]" in reason
+    assert reason == (
+        "3 updates in a row gave NaN or an infinity, the last one from the pairs on lines "
+        f"[{order[5]}] of {run.config.data.train_pairs}; look at them, or lower train.learning_rate"
+    )
     assert [row["iteration"] for row in run.updates] == [3]
     assert differences(run.adapters, saved(run.last)) == 0 < differences(run.adapters, run.start)
     assert all(bool(mx.isfinite(value).all()) for value in run.adapters.values())
+
+
+def test_a_replay_that_is_not_finite_is_named(make, monkeypatch):
+    """The pairs are not accused when the base model's own answers give NaN."""
+    monkeypatch.setattr(
+        Scorer,
+        "divergence_gradient",
+        lambda self, _: (math.nan, tree_map(mx.zeros_like, self.model.trainable_parameters())),
+    )
+    run = make(grad_accumulation=1, replay=1)
+    run.trainer.examples.replay.extend(run.train)
+    with pytest.raises(Stopped) as stop:
+        run.run()
+    assert stop.value.reasons == [
+        "3 updates in a row gave NaN or an infinity, the last one from the base model's own "
+        "answers; set train.replay: 0, or lower train.learning_rate"
+    ]
+    assert [row["skipped_lines"] for row in run.metrics if "skipped_lines" in row] == [[]] * 3
+    assert differences(run.adapters, run.start) == 0
 
 
 def test_a_loss_that_is_not_finite_is_skipped_too(make, monkeypatch):

@@ -80,6 +80,7 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 # Keys of other trainers, and what to use here instead.
 REJECTED_KEYS = {
+    "sft.replay": "replay now holds both phases; set train.replay",
     "lora.alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
     "lora.lora_alpha": "mlx-lm has no alpha; set lora.scale, which is alpha / rank",
     "lora.use_dora": "DoRA also rescales the frozen weights, so the model without adapters would "

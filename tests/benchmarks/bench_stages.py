@@ -197,9 +197,10 @@ def planned(stage: str, config: configs.Config, dtype: str) -> common.Values:
         attach_lora(model, config.lora)
     if stage == "11":
         needs = memory.stage_11(model, config, lengths.longest)
+    elif stage == "10":
+        needs = memory.stage_10(model, config, lengths, longest())
     else:
-        of_stage = {"06": memory.stage_06, "10": memory.stage_10, "12": memory.stage_12}[stage]
-        needs = of_stage(model, config, lengths)
+        needs = {"06": memory.stage_06, "12": memory.stage_12}[stage](model, config, lengths)
     parameters = dict(tree_flatten(model.parameters()))
     count = sum(array.size for name, array in parameters.items() if "lora_" not in name)
     return {

@@ -95,16 +95,14 @@ class Worker:
         No other process shares this work.
         """
         self.model.eval()
+        sequences = []
         with self._adapters(without_adapters):
-            return [
-                EncodedAnswer((*prompt, *ids), len(prompt))
-                for batch in self._each(batches)
-                for prompt, ids in zip(
-                    batch.prompts,
-                    sample_ids(self.model, self.tokenizer, batch, settings),
-                    strict=True,
-                )
-            ]
+            for batch in batches:
+                signals.check()
+                answers = sample_ids(self.model, self.tokenizer, batch, settings)
+                for prompt, ids in zip(batch.prompts, answers, strict=True):
+                    sequences.append(EncodedAnswer((*prompt, *ids), len(prompt)))
+        return sequences
 
     def _each(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items. A signal can end the stage before each of them."""

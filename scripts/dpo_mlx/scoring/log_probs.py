@@ -1,8 +1,9 @@
-"""Log-probs of an answer's tokens, computed without all logits in memory at once.
+"""Log-probs of an answer's tokens, and divergences of two models there, computed without all logits
+in memory at once.
 
-The head is frozen, so training needs only log p and d(log p)/d(hidden) at each answer position. One
-pass over blocks of the vocabulary gives both. It runs in float32 for every dtype of the model: a
-bfloat16 logit of 20 is off by up to 0.06, and a log-prob sums hundreds of tokens.
+The head is frozen, so training needs only a value and its slope in the hidden state at each answer
+position. One pass over blocks of the vocabulary gives both. It runs in float32 for every dtype of
+the model: a bfloat16 logit of 20 is off by up to 0.06, and a log-prob sums hundreds of tokens.
 """
 
 from __future__ import annotations
@@ -137,7 +138,6 @@ def differentiable_log_probs(hidden: mx.array, targets: mx.array, head: Head) ->
 
     The forward pass computes d(log p)/d(hidden) [T, D], and the backward pass only scales it.
     """
-
     return _differentiable(lambda x: _scores_and_slopes(x, targets, head, slopes=True), hidden)
 
 

@@ -32,7 +32,8 @@ from .log_probs import find_head
 from .scorer import Scorer
 
 # Copies of the adapters at the peak of training: parameters, AdamW's two moments, and two gradients
-# (the sum so far and the chosen side's). The rejected side's gradient is counted in the work.
+# (the sum so far and the chosen side's, or the pairs' and the replay's). The rejected side's
+# gradient is counted in the work.
 TRAINED_COPIES = 5
 # Copies while a training run answers questions: parameters and AdamW's two moments.
 HELD_COPIES = 3
@@ -207,15 +208,26 @@ def stage_06(
 
 
 def stage_10(
-    model: nn.Module, config: Config, lengths: LargestSizes, processes: int = 1
+    model: nn.Module,
+    config: Config,
+    lengths: LargestSizes,
+    replayed: EncodedAnswer,
+    processes: int = 1,
 ) -> list[Need]:
-    """The needs of stage 10: updates and evaluations. The model must have adapters."""
+    """The needs of stage 10: updates, evaluations, and the replay, whose longest sequence is
+    `replayed`. The model must have adapters.
+    """
     batch = min(EVALUATED_AT_ONCE, config.train.eval_questions, lengths.questions)
     key = "train.eval_questions"
+    trained, needs = lengths.longest, []
+    if config.train.replay:
+        prompt, answer = replayed.prompt_length, replayed.answer_length
+        trained = max(trained, replayed, key=lambda sequence: len(sequence.ids))
+        needs.append(sampling(model, EVALUATED_AT_ONCE, prompt, answer, "train.replay to 0"))
     with gradient_checkpointing(model, config.train.grad_checkpoint):
-        update = training(model, lengths.longest, processes)
+        needs.append(training(model, trained, processes))
     return [
-        update,
+        *needs,
         sampling(model, batch, lengths.prompt, lengths.answer, key, processes),
         replace(scoring(model, lengths.scored), processes=processes),
     ]

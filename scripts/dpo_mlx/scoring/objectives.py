@@ -61,9 +61,9 @@ class Sft:
 
 
 class Replay(Sft):
-    """The divergence from the base model on one of its own answers (the chosen one here).
+    """The divergence from the base model on one of its own answers, the example's chosen one.
 
-    A score is KL(base || policy), in nats per token.
+    A score is KL(base || policy), in nats per token. Of the settings only `grad_checkpoint` counts.
     """
 
     name = REPLAY
@@ -115,5 +115,5 @@ _BY_NAME = {objective.name: objective for objective in (Sft, Dpo, Replay)}
 
 
 def by_name(name: str, config: Config) -> Objective:
-    """The objective with this name; that of a phase has the phase's name."""
+    """SFT, DPO or REPLAY. A phase and its objective have the same name."""
     return _BY_NAME[name](config)

@@ -48,7 +48,8 @@ class PairScore:
 
 
 class Scorer:
-    """Computes log-probs of answers under a model, and gradients in its trainable parameters.
+    """Computes log-probs of answers under a model, the model's divergence from the base model on
+    them, and gradients in its trainable parameters.
 
     It runs one sequence at a time, without padding. Raises UserError for a model whose output layer
     it cannot reproduce. To find out, `check` runs the whole model on a few tokens.
@@ -84,13 +85,13 @@ class Scorer:
     def divergence_gradient(self, sequence: EncodedAnswer) -> tuple[float, Any]:
         """(KL(base || policy) in nats, the mean over an answer's tokens, its gradient (a tree)).
 
-        The base model is the model without its adapters.
+        The base model is the model without its adapters. It runs in the same trace as the policy,
+        so that both round alike and the divergence is 0 where training starts.
         """
-        with adapters_off(self.model):
-            base, _ = self._answer(sequence)
-            mx.eval(base)
 
-        def divergence(hidden: mx.array, targets: mx.array, head: Head) -> mx.array:
+        def divergence(hidden: mx.array, _: mx.array, head: Head) -> mx.array:
+            with adapters_off(self.model):
+                base = mx.stop_gradient(self._answer(sequence)[0])
             return differentiable_divergences(hidden, base, head) / sequence.answer_length
 
         result = self._trace(sequence, divergence)
@@ -129,21 +130,22 @@ class Scorer:
     def _trace(
         self, sequence: EncodedAnswer, score: Callable[[mx.array, mx.array, Head], mx.array]
     ) -> tuple[mx.array, Any]:
-        """(log p(answer | prompt), its gradient), neither evaluated yet.
+        """(the sum of an answer's scores, its gradient), neither evaluated yet. `score` takes the
+        hidden states, the tokens that they predict, and the head.
 
         Scoring without a gradient comes through here too, because MLX picks other kernels while it
         traces a gradient: no fused attention on Metal, no compiled activations on any device. In
         bfloat16 the two kinds of kernels round differently, by tenths of a nat per sequence.
         """
 
-        def log_prob() -> mx.array:
+        def total() -> mx.array:
             hidden, targets = self._answer(sequence)
             return score(hidden, targets, self._head).sum()
 
         # A new function each time: a stored one would refer back to this scorer, and Python would
         # free the model only when its garbage collector runs.
         parameters = self.model.trainable_parameters()
-        result = nn.value_and_grad(self.model, log_prob)()
+        result = nn.value_and_grad(self.model, total)()
         self.model.update(parameters)  # tracing leaves traced arrays in the model
         return result
 

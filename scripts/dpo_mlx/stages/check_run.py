@@ -108,7 +108,7 @@ def check_run(config: Config) -> None:
             f"{config.data.source}: {len(splits[0])} rows to train on and {len(splits[1])} held "
             "out; raise data.limit or change data.valid_fraction"
         )
-    _check_memory(sampled, loaded.model, [*splits[0], *splits[1]])
+    _check_memory(sampled, loaded.model, [*splits[0], *splits[1]], replay.longest(encoder))
     _check_disk(config, loaded.model)
     signals.check()
     workload = Workload(*splits, layers=fusing.size_in_largest_layers(loaded.model))
@@ -139,9 +139,12 @@ def download_size(name: str) -> tuple[int, str]:
     return sum(file.size or 0 for file in files), ""
 
 
-def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer]) -> None:
-    """Print each stage's peak memory. Attaches adapters to the model, as stages 10 and 11 do.
-    Raises UserError with one line for each stage that does not fit.
+def _check_memory(
+    config: Config, model: nn.Module, chosen: list[EncodedAnswer], replayed: EncodedAnswer
+) -> None:
+    """Print each stage's peak memory. `replayed` is the longest sequence of the replay.
+    Attaches adapters to the model, as stages 10 and 11 do. Raises UserError with one line for each
+    stage that does not fit.
     """
     prompt = max(sequence.prompt_length for sequence in chosen)
     answer = config.generation.max_tokens or 0
@@ -160,7 +163,7 @@ def _check_memory(config: Config, model: nn.Module, chosen: list[EncodedAnswer])
     signals.check()
     mx.random.seed(config.seed)
     attach_lora(model, config.lora)
-    needs[TRAIN_DPO] = memory.stage_10(model, config, lengths, processes)
+    needs[TRAIN_DPO] = memory.stage_10(model, config, lengths, replayed, processes)
     signals.check()
     needs[FUSE] = memory.stage_11(model, config, lengths.longest)
     faults = []
@@ -233,7 +236,7 @@ def minutes_of(config: Config, work: Workload, cost: Cost) -> dict[str, float]:
         + (2 * PREFLIGHT_PAIRS * sequence + config.sft.epochs * chosen) * cost.gradient_token
         + sum(replayed) * tasks.USUAL_TOKENS * (cost.gradient_token + cost.scored_token)
         + answering_tasks(PROMPTS, EVALUATED_AT_ONCE)
-        + sum(answering_tasks(min(count, prompts), EVALUATED_AT_ONCE) for count in replayed)
+        + answering_tasks(min(max(replayed), prompts), EVALUATED_AT_ONCE)
         + config.train.epochs * 2 * chosen * cost.gradient_token
         + scoring(2 * chosen + 2 * held_out)
         + (1 + evaluations(config, len(work.train))) * evaluation,

@@ -15,7 +15,6 @@ from ..files.model_files import ADAPTERS
 from ..files.results import Measures, Outcome
 from ..files.run_folder import AFTER_SFT, BASE, SPLITS, TRAIN, VALID
 from ..model.adapters import copy_adapters, load_adapters
-from ..model.sampling import EVALUATED_AT_ONCE
 from ..scoring.losses import Sides
 from ..scoring.objectives import DPO, PHASES, SFT, Example, Sft
 from ..voice import cost
@@ -55,7 +54,8 @@ class Phases:
         )
         pairs = len(setup.pairs[TRAIN])
         self.sft_updates = count_updates(Sft(config).settings, pairs)
-        self.updates = self.sft_updates + count_updates(config.train, pairs)
+        self.dpo_updates = count_updates(config.train, pairs)
+        self.updates = self.sft_updates + self.dpo_updates
         fingerprints = {phase: _fingerprints(setup, phase) for phase in PHASES}
         self.checkpoints = Checkpoints(config.run.checkpoints, fingerprints)
         self.checkpoints.prune()
@@ -89,14 +89,17 @@ class Phases:
         self._train(SFT, Examples(train, valid, self._replay_examples(self.sft_updates)))
 
     def _replay_examples(self, updates: int) -> list[Example]:
-        """The base model's own answers that a phase of so many updates replays."""
+        """What a phase of so many updates replays."""
+        count = updates * self.setup.config.train.replay
+        return self._sampled_replay[:count] if count else []
+
+    @cached_property
+    def _sampled_replay(self) -> list[Example]:
+        """The base model's answers to the unrelated prompts that the phases need."""
         setup, config = self.setup, self.setup.config
-        count = updates * config.train.replay
-        if not count:
-            return []
+        count = max(self.sft_updates, self.dpo_updates) * config.train.replay
         print("10: the base model answers unrelated prompts, for the replay")
-        batch_size = min(EVALUATED_AT_ONCE, len(setup.evaluated_pairs))
-        return replay.base_examples(setup.worker, setup.encoder, count, batch_size, config.seed)
+        return replay.base_examples(setup.worker, setup.encoder, count, config.seed)
 
     def references(self, only_read: bool) -> dict[str, list[Sides[float]]]:
         """DPO's reference for both splits: the model after SFT, or the base model without SFT."""
@@ -108,8 +111,7 @@ class Phases:
         """Train DPO from the end of SFT, or from the base model without SFT."""
         train = _examples(self.setup.dpo_pairs[TRAIN], references[TRAIN])
         valid = _examples(self.setup.evaluated_pairs, references[VALID])
-        updates = self.updates - self.sft_updates
-        self._train(DPO, Examples(train, valid, self._replay_examples(updates)))
+        self._train(DPO, Examples(train, valid, self._replay_examples(self.dpo_updates)))
 
     def keep_best(self, stopped: list[str], notes: list[str]) -> Outcome:
         """Copy the best checkpoint's adapters to the run's folder. `stopped` says why training

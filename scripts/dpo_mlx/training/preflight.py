@@ -59,7 +59,9 @@ def _describe(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> Non
     print(f"10: a classifier is right on {facts.classifier_accuracy:.0%} of the held-out answers")
     _describe_phases(setup.config, facts)
     minutes = _seconds(setup, facts, probe) / 60
-    print(f"10: about {minutes:.0f} minutes of training, plus the answers of each evaluation")
+    print(
+        f"10: about {minutes:.0f} minutes of training, plus sampling for the evaluations and replay"
+    )
     print(f"10: {memory.describe(setup.need)}")
 
 
@@ -77,6 +79,7 @@ def _describe_phases(config: Config, facts: findings.Facts) -> None:
         "estimated change of held-out answers: chosen against rejected "
         f"{facts.dpo_change:+.2g} nats per token"
     )
+    print(f"10: replay: {config.train.replay} answers of the base model per update")
 
 
 def _seconds(setup: Setup, facts: findings.Facts, probe: findings.Probe) -> float:

@@ -1,11 +1,11 @@
-"""Replay: training also holds the model near the base model on unrelated prompts.
+"""Replay: training also keeps the model near the base model on unrelated prompts.
 
-Each update adds the gradient of KL(base || policy) on some of the base model's own answers to these
-prompts, the mean over their tokens (learning without forgetting, Li and Hoiem 2016,
-arXiv:1606.09282; on answers that the model itself gave, Huang et al. 2024, arXiv:2403.01244). The
-divergence of whole distributions is used, not the answers' likelihood: at the base model its
-gradient is zero, so it cannot teach the few answers by heart. The prompts are others than those of
-data/cost, on which the cost of training is measured.
+Each update adds the gradient of KL(base || policy), the mean over the tokens of some of the base
+model's own answers to these prompts (learning without forgetting, Li and Hoiem 2016,
+arXiv:1606.09282; on the model's own answers, Huang et al. 2024, arXiv:2403.01244). It compares
+whole distributions instead of raising the answers' likelihood: at the base model its gradient is
+zero, so the model does not memorise these few answers. data/cost, which measures the cost of
+training, has other prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.encoding import EncodedAnswer, EncodedPair, Encoder
+from ..model.sampling import EVALUATED_AT_ONCE
 from ..parallel.worker import Worker
 from ..scoring.losses import Sides
 from ..scoring.objectives import Example
@@ -25,17 +26,23 @@ from ..voice import cost
 FILE = Path(__file__).resolve().parents[3] / "data" / "replay" / "prompts.jsonl"
 
 
-def base_examples(
-    worker: Worker, encoder: Encoder, count: int, batch_size: int, seed: int
-) -> list[Example]:
-    """The base model's answers to at most `count` of the prompts, as examples of `Replay`.
+def base_examples(worker: Worker, encoder: Encoder, count: int, seed: int) -> list[Example]:
+    """The base model's answers to the first prompts, `count` or somewhat more, as examples of
+    `Replay`.
 
-    Seeds MLX's random state. The same seed gives the same answers, so a run that resumes draws them
-    again.
+    Seeds MLX's random state. The same seed gives the same answers whatever the count, so a run that
+    resumes draws them again. Batches are whole for that reason.
     """
-    prompts = cost.read_prompts(FILE)[:count]
-    answers = cost.base_answers(worker, encoder, prompts, batch_size, seed, True)
+    whole = math.ceil(count / EVALUATED_AT_ONCE) * EVALUATED_AT_ONCE
+    prompts = cost.read_prompts(FILE)[:whole]
+    answers = cost.base_answers(worker, encoder, prompts, EVALUATED_AT_ONCE, seed, True)
     return [_example(answer) for answer in answers]
+
+
+def longest(encoder: Encoder) -> EncodedAnswer:
+    """A sequence as long as the longest that replay may need, with any ids."""
+    prompt = max(len(encoder.prompt_ids(prompt)) for prompt in cost.read_prompts(FILE))
+    return EncodedAnswer((0,) * (prompt + cost.MAX_TOKENS), prompt)
 
 
 def _example(answer: EncodedAnswer) -> Example:

@@ -29,6 +29,7 @@ from ..scoring.losses import Sides
 from ..voice import cost
 from ..voice.answers import Author
 from ..voice.voice_classifier import VoiceClassifier, fit_classifier
+from . import replay
 from .schedule import pairs_per_update
 
 
@@ -153,7 +154,8 @@ def _require_memory(
         answer=max(answer_settings(config, raw, encoder).max_tokens or 0, cost.MAX_TOKENS),
         longest=max(everything, key=lambda sequence: len(sequence.ids)),
     )
-    needs = memory.stage_10(worker.model, config, lengths, worker.local_processes)
+    replayed = replay.longest(encoder)
+    needs = memory.stage_10(worker.model, config, lengths, replayed, worker.local_processes)
     return memory.require(needs, config.model)
 
 

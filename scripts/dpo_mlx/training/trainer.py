@@ -64,17 +64,14 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Step:
-    """The scores of an update's own examples, its metrics, and its gradient: the mean over its own
-    examples plus the mean over the replay.
-
-    `broken_lines` are those of the pairs that give NaN or an infinity: none if it is the replay
-    that does, None if nothing does.
+    """What the sequences of an update gave: the scores of its own examples, its metrics, whether
+    all of it is finite, and the lines of the pairs that are not.
     """
 
     scores: list[Any]
     summary: dict[str, float]
-    gradient: Any
-    broken_lines: list[int] | None
+    is_finite: bool
+    broken_lines: list[int]
 
 
 class Trainer:
@@ -147,18 +144,18 @@ class Trainer:
         mx.reset_peak_memory()
         # This seeds the dropout, so that it depends on the update alone, not on sampled answers.
         seed = batch_seed(self.config.seed, update)
-        replay_examples = self._replay_examples()
-        step = self._step(examples, replay_examples, seed)
+        replay_examples = self._replay_of_next_update()
+        gradient, step = self._gradient(examples, replay_examples, seed)
         if self.state.updates_of_phase == 0 and not self.config.lora.dropout:
             self._check_start(examples, step.scores)  # the reference has no dropout
-        gradient, norm = clip_grad_norm(step.gradient, self.config.train.max_grad_norm)
-        broken_lines = step.broken_lines
+        gradient, norm = clip_grad_norm(gradient, self.config.train.max_grad_norm)
         phase = self.state.phase
         row = {"iteration": update, "phase": phase, "epoch": epoch + 1, "pairs": len(examples)}
-        if broken_lines is None and not math.isfinite(float(norm)):
-            broken_lines = [example.pair.line for example in examples]
-        if broken_lines is not None:
-            self._skip(row, broken_lines)
+        if not step.is_finite:
+            self._skip(row, step.broken_lines)
+            return
+        if not math.isfinite(float(norm)):
+            self._skip(row, [example.pair.line for example in examples])
             return
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
@@ -173,33 +170,35 @@ class Trainer:
         self.state.skipped_in_a_row = 0
         self._end_update(row)
 
-    def _replay_examples(self) -> list[Example]:
+    def _replay_of_next_update(self) -> list[Example]:
         """The base model's answers that the next update replays beside its own examples."""
         if not self.examples.replay:
             return []
         update, size = self.state.updates_of_phase + 1, self.config.train.replay
         return replay.of_update(self.examples.replay, update, size, self.config.seed)
 
-    def _step(self, examples: list[Example], replay_examples: list[Example], seed: int) -> _Step:
-        """What an update computes from its own examples and from the replay."""
+    def _gradient(
+        self, examples: list[Example], replay_examples: list[Example], seed: int
+    ) -> tuple[Any, _Step]:
+        """(the mean gradient of an update's own examples plus that of the replay, the rest)."""
         scores, gradient, lines = self.worker.gradient(self.objective, examples, seed)
         summary = self.objective.summary(scores)
         if not replay_examples:
-            return _Step(scores, summary, gradient, lines or None)
+            return gradient, _Step(scores, summary, not lines, lines)
         objective = self.replay_objective
-        of_replay, replay_gradient, broken = self.worker.gradient(objective, replay_examples, seed)
-        summary |= objective.summary(of_replay)
-        gradient = tree_map(mx.add, gradient, replay_gradient)
-        return _Step(scores, summary, gradient, lines or ([] if broken else None))
+        replay_scores, of_replay, broken = self.worker.gradient(objective, replay_examples, seed)
+        summary |= objective.summary(replay_scores)
+        step = _Step(scores, summary, not (lines or broken), lines)
+        return tree_map(mx.add, gradient, of_replay), step
 
     def _tokens(self, examples: list[Example], replay_examples: list[Example]) -> int:
         """The tokens that an update's gradients run through."""
-        own, of_replay = self.objective.tokens, self.replay_objective.tokens
-        return sum(map(own, examples)) + sum(map(of_replay, replay_examples))
+        replayed = sum(map(self.replay_objective.tokens, replay_examples))
+        return sum(map(self.objective.tokens, examples)) + replayed
 
     def _skip(self, row: dict[str, Any], lines: list[int]) -> None:
-        """End an update without touching the adapters, because of these lines of the train pairs,
-        or because of the base model's own answers.
+        """End an update without touching the adapters, because of these lines of the train pairs
+        or, if there are none, because of the replay.
 
         Raises Stopped when it is one too many in a row.
         """
@@ -207,14 +206,15 @@ class Trainer:
         state.skipped += 1
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row == MAX_SKIPPED:
-            cause = (
-                f"the pairs on lines {lines}; look at these pairs, or lower train.learning_rate"
+            section = "sft" if state.phase == objectives.SFT else "train"
+            cause, remedy = (
+                (f"the pairs on lines {lines} of {self.config.data.train_pairs}", "look at them")
                 if lines
-                else "the base model's own answers; lower the learning rate, or set train.replay: 0"
+                else ("the base model's own answers", "set train.replay: 0")
             )
             state.stopped = [
-                f"{self.config.data.train_pairs}: {MAX_SKIPPED} updates in a row gave NaN or an "
-                f"infinity, the last one from {cause}"
+                f"{MAX_SKIPPED} updates in a row gave NaN or an infinity, the last one from "
+                f"{cause}; {remedy}, or lower {section}.learning_rate"
             ]
         self._end_update({**row, "skipped_updates": state.skipped, "skipped_lines": lines})
         self._raise_if_stopped()

@@ -126,7 +126,7 @@ def base_answers(
     without_adapters: bool = False,
 ) -> list[EncodedAnswer]:
     """The base model's answers to prompts, at most MAX_TOKENS long, for `divergence` and
-    for the replay of SFT.
+    for replay.
 
     They are kept as token ids: the ids of their texts can differ, and the estimate is unbiased only
     for the ids that were sampled. Seeds MLX's random state.
