@@ -16,7 +16,7 @@ is_mac() { [ "$(uname -s)" = Darwin ]; }
 # has activated, or else FOLDER. Installs the requirements when they or the environment have
 # changed since the last time; otherwise it needs no network.
 use_venv() {
-  local folder=$1 is_ours="" installed state; shift
+  local folder=$1 installed state; shift
   require_mac_for_mlx
   ignore_python_variables
   if [ -n "${VIRTUAL_ENV:-}" ] && ! { [ "$VIRTUAL_ENV" -ef "$folder" ] && is_ours "$folder"; }; then
@@ -25,20 +25,19 @@ use_venv() {
     make_venv "$folder"
     # bin/activate would not do: in a moved or copied folder it activates the one it was made in.
     export VIRTUAL_ENV=$PWD/$folder
-    ! is_ours "$folder" || is_ours=yes
   fi
   PATH="$VIRTUAL_ENV/bin:$PATH"
   installed="$VIRTUAL_ENV/.installed-$(basename "$folder")"
   state=$(echo "# $VIRTUAL_ENV, $(python -V)"; cat "$@")
   if [ "$state" = "$(cat "$installed" 2> /dev/null)" ]; then return; fi
-  if [ -n "$is_ours" ]; then
+  if is_ours "$VIRTUAL_ENV"; then
     echo "-- setting up $VIRTUAL_ENV from $*"
   else
     echo "-- installing into the environment $VIRTUAL_ENV:" $(packages "$@")
   fi
-  install "$@"
-  [ -z "$is_ours" ] || make_movable
-  [ ! -w "$VIRTUAL_ENV" ] || echo "$state" > "$installed"  # an administrator's may be complete
+  install_packages "$@"
+  ! is_ours "$VIRTUAL_ENV" || make_movable
+  [ ! -w "$VIRTUAL_ENV" ] || echo "$state" > "$installed"  # else pip looks again next time
 }
 
 # Checks the environment that the user has activated. The script does not repair it.
@@ -66,11 +65,11 @@ ignore_python_variables() {
 # packages REQUIREMENTS...: prints the names of the packages in these files.
 packages() { sed -n 's/^\([A-Za-z0-9][A-Za-z0-9._-]*\).*/\1/p' "$@" | sort -u; }
 
-# install REQUIREMENTS...: installs with pip, or with uv where Python brings no pip.
-install() {
+# install_packages REQUIREMENTS...: with pip, or with uv where Python brings no pip.
+install_packages() {
   local file pip=(python -m pip install --quiet --no-input --disable-pip-version-check)
   if ! has_pip && ! add_pip; then
-    has_uv || fail "$VIRTUAL_ENV has no pip that works; install uv, or delete that folder"
+    has_uv || fail "$VIRTUAL_ENV has no pip that works; install uv, or make that environment again"
     pip=(uv pip install --quiet --python "$VIRTUAL_ENV/bin/python")
   fi
   for file in "$@"; do
