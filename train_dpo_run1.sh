@@ -42,7 +42,7 @@ options+=(--config="$config")
 # stage SCRIPT: runs a stage under its supervisor, in the background so that signals arrive at once.
 stage() {
   local code
-  PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}" \
+  PYTHONPATH=scripts \
     python -m dpo_mlx.process.supervisor --runner=$$ "${options[@]}" "scripts/$1" &
   # A signal interrupts `wait`. Without 2>, bash would print how a signal ended the supervisor.
   while code=0; wait "$!" || code=$?; kill -0 "$!"; do :; done 2> /dev/null

@@ -56,18 +56,29 @@ while code in ("wait", "stubborn"):
 sys.exit(code)
 """
 
-# Prints its version and processor. Calls of pip and venv only leave a line in installed.txt.
+# Answers what scripts/environment.sh asks. Calls that install leave a line in installed.txt. An
+# environment that it makes holds a copy of it, and has a pip if there is a file has-pip.
 FAKE_PYTHON = """
 case "$*" in
   *os.uname*) echo "{version}" ;;
-  "-m pip"* | "-m venv"* | "-c import ensurepip") echo "$0 $*" >> "$HOME/installed.txt" ;;
+  -V) echo "Python {version}" ;;
+  "-c import pip._internal") [ -e "$HOME/has-pip" ] ;;
+  "-c import ensurepip, venv") [ ! -e "$HOME/no-ensurepip" ] ;;
+  -c*-venv*) echo python3.12-venv ;;
+  "-m ensurepip"*) echo "$0 $*" >> "$HOME/installed.txt"; : > "$HOME/has-pip" ;;
+  "-m pip"*) echo "$0 $*" >> "$HOME/installed.txt" ;;
+  "-m venv"*)
+    echo "$0 $*" >> "$HOME/installed.txt"
+    for folder; do :; done
+    mkdir -p "$folder/bin"
+    [ -e "$folder/bin/python" ] || cp "$0" "$folder/bin/python" ;;
   *) exec {python} "$@" ;;
 esac
 """
 
 TOOLS = (
-    "bash", "sh", "basename", "cat", "cmp", "dirname", "grep", "id", "mkdir", "mktemp", "mv",
-    "readlink", "rm", "sed", "uname",
+    "bash", "sh", "basename", "cat", "cp", "dirname", "grep", "id", "mkdir", "mktemp", "mv",
+    "readlink", "realpath", "rm", "sed", "sort", "uname",
 )  # fmt: skip
 
 
@@ -92,6 +103,7 @@ class Sandbox:
         for tool in TOOLS:
             (self.programs / tool).symlink_to(str(shutil.which(tool)))
         (home / "codes.json").write_text("{}")
+        (home / "has-pip").touch()
         self.environment = {"HOME": str(home), "PATH": str(self.programs)}
         self.venv = home / "venv"
         self.activate("3 12 x86_64")
@@ -100,12 +112,13 @@ class Sandbox:
         """Activate a virtual environment that has all packages."""
         (self.venv / "bin").mkdir(parents=True, exist_ok=True)
         self.python(self.venv / "bin", "python", version)
-        shutil.copy(self.repository / "requirements.txt", self.venv / ".installed-.venv")
+        (self.venv / ".installed-.venv").write_text(f"# {self.venv}, Python {version} True\nmlx\n")
         self.environment["VIRTUAL_ENV"] = str(self.venv)
 
     def python(self, folder: Path, name: str, version: str) -> None:
         """Put a fake Python into `folder`; `version` is "major minor machine"."""
-        fake_program(folder, name, FAKE_PYTHON.format(version=version, python=sys.executable))
+        script = FAKE_PYTHON.format(version=f"{version} True", python=sys.executable)
+        fake_program(folder, name, script)
 
     def mac(self, version: str = "15.5", arm64: str = "1") -> None:
         """Make the machine a Mac."""
@@ -456,7 +469,8 @@ def test_an_environment_that_is_not_ours_is_left_alone(make, sandbox):
     venv = sandbox.repository / ".venv"
     make(venv)
     before = sorted(map(str, sandbox.repository.rglob("*")))
-    assert "this script did not make .venv; activate it" in sandbox.refuses()
+    line = sandbox.refuses()
+    assert "this script did not make .venv" in line and "source .venv/bin/activate" in line
     assert sorted(map(str, sandbox.repository.rglob("*"))) == before
 
 
@@ -468,17 +482,18 @@ def test_an_incomplete_environment_is_made_again(sandbox):
     (venv / "bin").mkdir(parents=True)
     (venv / ".made-by-dpo-mlx").touch()
     (venv / "bin/python").symlink_to("gone")
-    (venv / "bin/activate").touch()
-    _, out, _ = sandbox.run(*ALONE)
-    assert ".venv is incomplete, or its Python does not work" in out
-    assert f"{sandbox.programs}/python3.12 -m venv .venv" in sandbox.installed
-    assert [path.name for path in venv.iterdir()] == [".made-by-dpo-mlx"]
+    (venv / "left over").touch()
+    code, out, _ = sandbox.run(*ALONE)
+    assert code == 0 and ".venv/bin/python does not run: making .venv again" in out
+    assert f"{sandbox.programs}/python3.12 -m venv --without-pip .venv" in sandbox.installed
+    assert not (venv / "left over").exists()
 
 
 def test_an_active_environment_without_a_python_is_refused(sandbox):
     """The user deleted it, and the terminal still has it active."""
     shutil.rmtree(sandbox.venv)
-    assert f"{sandbox.venv} has no Python; open a new terminal" in sandbox.refuses()
+    line = sandbox.refuses()
+    assert f"{sandbox.venv} has no Python" in line and "open a new terminal" in line
 
 
 # A Mac ------------------------------------------------------------------------------------------
@@ -564,7 +579,7 @@ def test_the_first_suitable_python_makes_the_environment(bare):
     bare.python(bare.programs, "python3.12", "3 12 x86_64")
     bare.python(bare.programs, "python3.14", "3 14 arm64")
     bare.run()
-    assert f"{bare.programs}/python3.14 -m venv .venv" in bare.installed
+    assert f"{bare.programs}/python3.14 -m venv --without-pip .venv" in bare.installed
 
 
 @pytest.mark.parametrize("version", ["3 10 arm64", "3 16 arm64", "3 12 x86_64"])
@@ -574,4 +589,4 @@ def test_an_active_environment_with_an_unsuitable_python_is_refused(version, san
     sandbox.activate(version)
     (sandbox.venv / ".installed-.venv").unlink()
     line = sandbox.refuses()
-    assert str(sandbox.venv) in line and "deactivate or delete" in line
+    assert str(sandbox.venv) in line and 'run "deactivate"' in line
