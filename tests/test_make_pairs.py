@@ -227,7 +227,9 @@ def test_foreign_pairs_are_not_overwritten(settings):
     path = Path(settings["data"]["train_pairs"])
     path.parent.mkdir(parents=True)
     path.write_text("mine\n")
-    with pytest.raises(UserError, match=f"{path}: was not made by this pipeline"):
+    with pytest.raises(
+        UserError, match=f"{path}: was not made by this pipeline.*set data.source to that file"
+    ):
         make(settings)
     assert contents(path.parent) == {"train.jsonl": b"mine\n"}
 
@@ -413,6 +415,8 @@ def test_ready_made_pairs_are_split_and_nothing_is_sampled(settings, questions, 
     make(settings)
     assert "up to date, skipped" in capsys.readouterr().out
     assert contents(folder) == before
+    make(settings, "generation.temperature=0.5")
+    assert sampled == []
 
 
 def test_rows_without_a_rejected_answer_get_one(settings, questions, sampled):

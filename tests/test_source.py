@@ -249,6 +249,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "list": (json.dumps(ROWS).encode(), "a JSON list"),
     "indented list": (json.dumps(ROWS, indent=2).encode(), "a JSON list"),
     "list with BOM": (b"\xef\xbb\xbf\n" + json.dumps(ROWS).encode() + b"\n\n", "a JSON list"),
+    "two BOMs": (b"\xef\xbb\xbf" * 2 + LINES, "JSON lines"),
     "list, comma at the end": (json.dumps(ROWS).encode()[:-1] + b",\n]", "a JSON list"),
     "objects over lines": (
         "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),

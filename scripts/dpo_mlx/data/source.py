@@ -64,7 +64,7 @@ def read(path: Path, skip_bad_rows: bool = False) -> Source:
             formats[row_format] += 1
     if bad_rows and not (skip_bad_rows and questions):
         raise UserError(_explain(bad_rows, shown(path), bool(questions)))
-    counts = ", ".join(f"{count} with {name}" for name, count in formats.items())
+    counts = "; ".join(f"{count} with {name}" for name, count in formats.items())
     return Source(f"{shown(path)}: read as {kind}; rows: {counts}", questions, bad_rows)
 
 

@@ -105,10 +105,10 @@ def _json_line(raw: bytes, name: str, number: int) -> Row:
 def _list_items(content: bytes, name: str) -> list[Row]:
     """Raises UserError when the list is broken: what follows the fault cannot be read."""
     text = _decode(content, name)
-    rows = []
+    is_escaped, rows = "\\u" in text, []
     try:
         for number, value in jsonl.parse_list(text):
-            rows.append(_list_item(value, f"{name}:{number}", number, "\\u" in text))
+            rows.append(_list_item(value, f"{name}:{number}", number, is_escaped))
     except BadJson as error:
         raise UserError(f"{name}:{error.line}: {error}") from error
     return rows
@@ -190,7 +190,7 @@ def _read_folder(folder: Path) -> tuple[str, list[Row]]:
     name = shown(folder)
     try:
         files = text_folder.files_in(folder)
-        others = len([path for path in folder.iterdir() if path not in files])
+        others = len(list(folder.iterdir())) - len(files)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}); {REMEDY}") from error
     if not files:
@@ -247,4 +247,4 @@ def _decode(content: bytes, name: str) -> str:
 
 def _text(content: bytes) -> str:
     """The text of a file, with the line ends of any system made \\n."""
-    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return content.decode().lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

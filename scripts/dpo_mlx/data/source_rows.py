@@ -107,7 +107,7 @@ def _fields_of(question: str) -> Callable[[Fields], list[Turn]]:
         answer = next(
             (key for key in (usual, *ANSWERS.values(), "response") if key in fields), usual
         )
-        if str(fields.get("label")).lower() == "false":
+        if question == "prompt" and str(fields.get("label")).lower() == "false":  # KTO's format
             raise ValueError('"label" is false, so this is not an answer to learn from; remove it')
         if fields.get("history"):
             raise ValueError('expected one question and one answer, found "history"')

@@ -79,7 +79,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     if len(raw) > LONGEST_LINE:
         raise BadJson(f"the line has {len(raw) / 1e6:.0f} MB; split or remove it")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode().lstrip("\ufeff")  # joined files have several byte order marks
     except UnicodeDecodeError as error:
         raise BadJson(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     with _explained():

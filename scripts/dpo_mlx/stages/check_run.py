@@ -89,7 +89,10 @@ def check_run(config: Config) -> None:
 
     Raises UserError when a stage would refuse to start, and when disk or memory are too small.
     """
-    rows = source.read(Path(config.data.source), config.data.skip_bad_rows).questions
+    data = source.read(Path(config.data.source), config.data.skip_bad_rows)
+    rows = data.questions
+    for line in (data.description, *data.notes()):
+        print(f"check: {line}")
     print(
         f"check: {device.name()}: {device.available() / 1e9:.2f} GB of memory for models; "
         f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"

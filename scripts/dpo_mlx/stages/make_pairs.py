@@ -31,6 +31,8 @@ from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory
 
+# What to do with pairs from elsewhere in the place of ours.
+READY_MADE = "move it away; to train on ready-made pairs, set data.source to that file"
 # The most characters of a system message to print.
 SHOWN = 200
 
@@ -68,17 +70,21 @@ def make_pairs(config: Config) -> None:
     usable = usable_rows(rows, config, encoder, dropped)
     generation = generation_settings(rows, config, encoder)
     sampling = fingerprint.of(SAMPLES, replace(config, generation=generation).flat, current)
-    _refuse_other_samples(files, sampling, restart)
     unanswered = [row for row in usable if row.rejected is None]
     if unanswered:
+        _refuse_other_samples(files, sampling, restart)
         _require_memory(config, worker, encoder, unanswered, generation)
     _print_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     atomic.require_space(files.train.parent, atomic.SMALL_FILES, "data.train_pairs")
     with lock.hold(files.lock, "data.train_pairs"):
-        settings = replace(config, generation=generation)
-        finished = _open_samples(files, sampling)
-        sampled = _sample(worker, unanswered, settings, encoder, files, finished)
+        sampled: list[Answer] = []
+        if unanswered:
+            finished = _open_samples(files, sampling)
+            settings = replace(config, generation=generation)
+            sampled = _sample(worker, unanswered, settings, encoder, files, finished)
+        else:
+            print("06: every row has a rejected answer of its own: nothing to sample")
         answers = _all_answers(usable, sampled)
         usable_answers = _drop_unusable(usable, answers, config, encoder, dropped)
         _write(files, usable_answers, config, encoder, dropped, current)
@@ -127,7 +133,7 @@ def _refuse_foreign(files: PairFiles, restart: bool) -> None:
                 "write the pairs again",
             )
         elif not is_edited:
-            ownership.require(path, "move it away")
+            ownership.require(path, READY_MADE if path in files.splits.values() else "move it away")
 
 
 def _refuse_other_samples(files: PairFiles, sampling: Fingerprint, restart: bool) -> None:
@@ -171,10 +177,11 @@ def usable_rows(
 
     Counts the other rows in `dropped`. Raises UserError when no row is left.
     """
-    if others := sum(1 for row in rows if row.system not in ("", config.system_prompt)):
+    if others := [row.system for row in rows if row.system not in ("", config.system_prompt)]:
+        is_one = len(set(others)) == 1
         print(
-            f"06: {others} rows have a system message of their own; only system_prompt of the "
-            "config is used"
+            f"06: {len(others)} rows have a system message of their own; only system_prompt of the "
+            f"config is used{'; set it to that message, the same in all of them' if is_one else ''}"
         )
     by_text: dict[tuple[str, ...], Question] = {}
     for row in rows:
@@ -264,9 +271,6 @@ def _sample(
     missing = [number for number in range(len(prompts)) if number not in answers]
     count = sum(map(len, answers.values()))
     resumed = f"; {count} were sampled before" if count else ""
-    if not rows:
-        print("06: every row has a rejected answer of its own: nothing to sample")
-        return []
     print(f"06: sampling {len(rows) - count} answers{resumed}")
     with (
         ownership.growing(files.samples),
