@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -476,3 +477,41 @@ def test_bad_rows_alone_are_never_skipped(tmp_path):
     path.write_text('{"q": "a"}\n' * 3)
     with pytest.raises(UserError, match="3 bad rows: 3 x the row has none of .*; no row is left"):
         source.read(path, skip_bad_rows=True)
+
+
+PIECES = [
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b"\n",
+    b"\r",
+    b"\0",
+    b"\t",
+    b"null",
+    b"\xff",
+    b"\\ud800",
+]
+
+
+def test_damaged_files_are_errors_of_the_user(tmp_path):
+    """Whatever is inserted or lost: an error of short printable lines, and never another one."""
+    draw = random.Random(0)
+    path = tmp_path / "s"
+    good = [content for content, _ in FILES.values()] + [
+        row.encode() for row in README_ROWS.values()
+    ]
+    for _ in range(500):
+        content = bytearray(draw.choice(good))
+        for _ in range(draw.randint(1, 3)):
+            start = draw.randrange(len(content) + 1)
+            content[start : start + draw.choice([0, 0, 1, 20])] = draw.choice(PIECES)
+        path.write_bytes(content)
+        try:
+            source.read(path, skip_bad_rows=draw.random() < 0.5)
+        except UserError as error:
+            lines = str(error).splitlines()
+            assert len(lines) <= source.NAMED + 1
+            assert all(line.isprintable() and len(line) < 1000 for line in lines)

@@ -163,7 +163,7 @@ def _lines_of_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str],
             return
         except csv.Error as error:
             is_open = str(error) == "unexpected end of data"
-            yield number, [], OPEN_QUOTE if is_open else f"{BROKEN_ROW} ({error})"
+            yield number, [], OPEN_QUOTE if is_open else f"{BROKEN_ROW} ({shown(error)})"
 
 
 def _require_unique_columns(header: list[str], place: str) -> None:
