@@ -244,7 +244,9 @@ CASES: dict[str, Case] = {
     "source is UTF-16": file(
         "source.jsonl", '{"q": "a"}'.encode("utf-16"), "UTF-16", "save it as UTF-8", script="06"
     ),
-    "source is a CSV": file("source.jsonl", b"question,answer\nq,a\n", "a CSV", script="06"),
+    "source is another table": file(
+        "source.jsonl", b"title,body\nq,a\n", "a table (CSV)", script="06"
+    ),
     "source missing": file("source.jsonl", None, "no such file", "data.source", script="06"),
     "source is a directory": directory("source.jsonl", "data.source", script="06"),
     "source empty": file("source.jsonl", b"\n", "is empty", "data.source", script="06"),

@@ -23,7 +23,7 @@ import runs
 import yaml
 from conftest import REPOSITORY
 from dpo_mlx import config
-from dpo_mlx.data import check_pairs, encoding, pairs, questions
+from dpo_mlx.data import check_pairs, encoding, pairs, questions, source
 from dpo_mlx.data.pairs import Pair
 from dpo_mlx.files import bounded, jsonl, path_conflicts, strict_yaml
 from dpo_mlx.files.errors import UserError
@@ -90,12 +90,13 @@ def test_what_is_no_file_is_refused_without_waiting(name, here):
     make(Path("x"))
     for read in (
         lambda: bounded.read(Path("x"), MB, REMEDY),
-        lambda: questions.read(Path("x")),
         lambda: pairs.read(Path("x")),
         lambda: config.load(Path("x")),
     ):
         assert line_of(read).startswith(f"x: {says}")
     assert line_of(lambda: bounded.read(Path("x"), MB, REMEDY)).endswith(f"; {REMEDY}")
+    says = "is a folder without text files" if name == "directory" else says
+    assert line_of(lambda: source.read(Path("x"))).startswith(f"x: {says}")
 
 
 @pytest.mark.parametrize(
@@ -166,20 +167,31 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "UTF-16": (ROW.decode().encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
     "UTF-16 without a mark": (ROW.decode().encode("utf-16-le"), "is UTF-16 text"),
     "UTF-32": (ROW.decode().encode("utf-32"), "is UTF-32 text; save it as UTF-8"),
-    "gzip": (gzip.compress(ROW), "is gzip data; unpack it"),
+    "gzip, cut off": (gzip.compress(ROW)[:-9], "cannot be unpacked (Compressed file ended"),
+    "gzip, damaged": (gzip.compress(ROW)[:-8] + b"\0" * 8, "cannot be unpacked (CRC check failed"),
+    "gzip of a zip": (gzip.compress(zipped()), "is a zip archive or an Office file (xlsx, docx)"),
     "xlsx": (zipped(), "is a zip archive or an Office file (xlsx, docx); export it"),
     "Parquet": (b"PAR1\x15\x04", "is a Parquet file; export it as JSON lines"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "HTML": (b"<!DOCTYPE html>\n<html>", "is a web page (HTML)"),
-    "CSV": (b"question,answer\nq,a\n", "is not JSON lines (a CSV or a table?)"),
-    "tabs": (b"question\tanswer\nq\ta\n", "is not JSON lines (a CSV or a table?)"),
-    "a list": (b"[\n" + ROW, "is a JSON list, not JSON lines; convert it: python3 -c"),
-    "a list on one line": (b'[{"question": "q"}]\n', "is a JSON list, not JSON lines"),
-    "several lines": (
-        b'{\n "question": "q",\n "answer": "a"\n}\n',
-        "has JSON objects over several lines",
+    "CSV": (b"title,body\nq,a\n", "its first line does not name the columns of a table (CSV)"),
+    "plain text": (b"Hello.\n", "is not JSON, and its first line does not name the columns"),
+    "a list of nothing": (b"[ ]\n", "x: is empty"),
+    "a list, cut off": (b"[\n" + ROW, "x:3: the list does not end; the file may be cut off"),
+    "a list, broken": (b"[\n" + ROW + b",{'q'}]", "x:3: broken JSON at column 3"),
+    "a list and more": (b"[" + ROW + b"]" + ROW, "x:2: there is more text after the end"),
+    "a list with a key twice": (b"[\n\n" + b'{"a": 1, "a": 2}]', 'x:3: the key "a" appears twice'),
+    "a list, not UTF-8": (b"[\n" + b'"\xe9"]', "x:2: not UTF-8; save the file as UTF-8"),
+    "several lines, cut off": (b'{\n "question": "q",\n', "x:3: broken JSON at column 1"),
+    "a wrapped list": (b'{"data": [1]}', "found the fields ['data']"),
+    "CSV, not UTF-8": (b"question,answer\nq,\xe9\n", "x:2: not UTF-8; save the file as UTF-8"),
+    "CSV, column twice": (b"answer,question,Answer\na,q,b\n", 'the column "answer" appears twice'),
+    "CSV, only a header": (b"question,answer\n\n", "x: is empty"),
+    "CSV, open quote": (
+        b'question,answer\nq,a\n\nq,"a\nq,a\n',
+        "x:4: a quote that opens here is never closed",
     ),
-    "lines with commas": (b'{"question": "q"},\n', "x:1: broken JSON at column 18"),
+    "lines without commas inside": (b'{"question": "q" "answer": "a"}\n', "x:1: broken JSON at"),
     "cut off": (b'{"question": "q", "ans', "x:1: broken JSON at column"),
     "key twice": (b'{"answer": "a", "answer": "b"}', 'x:1: the key "answer" appears twice'),
     "key twice below": (b'{"question": {"a": 1, "a": 2}}', 'x:1: the key "a" appears twice'),
@@ -205,21 +217,22 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
 def test_what_a_source_is_instead_is_said(name, here):
     content, says = OTHER_KINDS[name]
     Path("x").write_bytes(content)
-    assert says in line_of(lambda: questions.read(Path("x")))
+    assert says in line_of(lambda: source.read(Path("x")))
 
 
 def test_what_is_ignored_may_be_odd(here):
     """Keys beyond the known ones are nobody's business: pandas writes NaN for nothing there."""
     Path("x").write_text('{"question": "q", "answer": "a", "n": NaN, "i": 1e999, "z": [[[]]]}')
-    assert len(questions.read(Path("x"))) == 1
+    assert len(source.read(Path("x")).questions) == 1
 
 
 def test_the_conversion_that_is_named_works(here):
-    """A JSON list becomes JSON lines by the very words of the message."""
-    Path("old.json").write_text(json.dumps([json.loads(ROW)] * 3))
-    command = line_of(lambda: questions.read(Path("old.json"))).partition("convert it: ")[2]
+    """A JSON list of pairs becomes JSON lines by the very words of the message."""
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    Path("old.json").write_text(json.dumps([pair] * 3))
+    command = line_of(lambda: pairs.read(Path("old.json"))).partition("convert it: ")[2]
     os.system(command.replace("OLD", "old.json").replace("NEW.jsonl", "new.jsonl"))
-    assert len(questions.read(Path("new.jsonl"))) == 3
+    assert len(pairs.read(Path("new.jsonl"))) == 3
 
 
 # Time -------------------------------------------------------------------------------------------
@@ -245,7 +258,7 @@ def test_time_grows_with_the_length(name, here):
     """A megabyte takes well under a second; what grows with the square would take hours."""
     Path("x").write_text(json.dumps({"text": SLOW_TEXTS[name]}) + "\n")
     started = time.perf_counter()
-    line_of(lambda: questions.read(Path("x")))
+    line_of(lambda: source.read(Path("x")))
     assert time.perf_counter() - started < 3
 
 
@@ -523,8 +536,7 @@ MEETINGS: dict[str, str] = {
     "data.train_pairs=caf\u00e9 data.valid_pairs=cafe\u0301": "is also data.train_pairs",
     "data.valid_pairs=link/t.jsonl": "data.valid_pairs: link/t.jsonl is also data.train_pairs",
     # what stands where a file must be
-    "data.source=m": "data.source: m is a directory, not a file",
-    "data.source=new/": "data.source: new/ is a directory, not a file",
+    "data.source=/": "data.source: / is a directory, not a file",
     "data.train_pairs=.": "data.train_pairs: . is a directory, not a file",
     "data.train_pairs=..": "data.train_pairs: .. is a directory, not a file",
     "data.train_pairs=/": "data.train_pairs: / is a directory, not a file",
@@ -583,6 +595,7 @@ def test_paths_that_would_meet_are_refused(changes, places):
         "run_dir=m model=other/m data.source=m/s.jsonl",
         "run_dir=run_sweep/one data.train_pairs=run/t.jsonl data.valid_pairs=run/v.jsonl",
         "model=run/my-model",
+        "data.source=texts/",
         "data.source=s2.jsonl data.train_pairs=s.jsonl.jsonl",
     ],
 )

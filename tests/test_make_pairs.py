@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import json
 import signal
+import unicodedata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +227,9 @@ def test_foreign_pairs_are_not_overwritten(settings):
     path = Path(settings["data"]["train_pairs"])
     path.parent.mkdir(parents=True)
     path.write_text("mine\n")
-    with pytest.raises(UserError, match=f"{path}: was not made by this pipeline"):
+    with pytest.raises(
+        UserError, match=f"{path}: was not made by this pipeline.*set data.source to that file"
+    ):
         make(settings)
     assert contents(path.parent) == {"train.jsonl": b"mine\n"}
 
@@ -371,3 +375,103 @@ def test_it_says_how_much_and_how_long(settings, capfd):
     assert "06: sampling 16 answers\n" in out
     assert "minutes to go" in out
     assert "<|start_of_role|>user<|end_of_role|>Why is number 0 odd?<|end_of_text|>" in out
+
+
+def write_source(settings: Settings, source: list[dict[str, Any]]) -> None:
+    Path(settings["data"]["source"]).write_text("".join(json.dumps(row) + "\n" for row in source))
+
+
+def with_rejected(questions: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The questions as preference pairs."""
+    return [
+        {"prompt": q["question"], "chosen": q["answer"], "rejected": f"No {i}."}
+        for i, q in enumerate(questions)
+    ]
+
+
+def test_ready_made_pairs_are_split_and_nothing_is_sampled(settings, questions, sampled, capsys):
+    """Preference pairs as the source: stage 06 checks, splits and reports them as they are."""
+    pairs = with_rejected(questions)
+    pairs[0]["rejected"] = pairs[0]["chosen"]
+    pairs[1]["rejected"] = "x" * 300
+    pairs[2]["rejected_finish"] = "length"
+    write_source(settings, pairs)
+    folder = make(settings)
+    assert sampled == []
+    out = capsys.readouterr().out
+    assert "read as JSON lines; rows: 30 with prompt, chosen and rejected" in out
+    assert "every row has a rejected answer of its own: nothing to sample" in out
+    both = rows(folder, "train") + rows(folder, "valid")
+    written = {row["prompt"]: (row["chosen"], row["rejected"]) for row in both}
+    assert written == {p["prompt"]: (p["chosen"], p["rejected"]) for p in pairs[2:]}
+    for row in rows(folder, "valid"):
+        assert make_pairs.questions.is_held_out(row["prompt"], 0.25)
+    assert report(folder)["dropped"] == {
+        "rejected equals chosen": 1,
+        "rejected longer than data.max_length": 1,
+    }
+    assert report(folder)["rejected_finish"] == {"stop": 27, "length": 1}
+    before = contents(folder)
+    make(settings)
+    assert "up to date, skipped" in capsys.readouterr().out
+    assert contents(folder) == before
+    make(settings, "generation.temperature=0.5")
+    assert sampled == []
+
+
+def test_rows_without_a_rejected_answer_get_one(settings, questions, sampled):
+    """A source that mixes pairs with questions: only the questions are sampled."""
+    pairs = with_rejected(questions[:20])
+    write_source(settings, [*questions[20:25], *pairs, *questions[25:]])
+    folder = make(settings)
+    assert sampled == [8, 2]
+    rejected = {
+        row["prompt"]: row["rejected"]
+        for split in ("train", "valid")
+        for row in rows(folder, split)
+    }
+    assert rejected.keys() == {q["question"] for q in questions}
+    assert [rejected[p["prompt"]] for p in pairs] == [p["rejected"] for p in pairs]
+
+
+def test_bad_rows_are_skipped_when_asked(settings, questions, capsys):
+    """All are named; with data.skip_bad_rows they are counted, and the rest is used."""
+    write_source(settings, [{"question": "q"}, *questions, {"answer": "a"}])
+    with pytest.raises(UserError, match=r":1: .*\n.*:32: .*\n.*: 2 bad rows: 1 x .*; 1 x "):
+        make(settings)
+    folder = make(settings, "data.skip_bad_rows=true")
+    assert report(folder)["dropped"] == {"bad row of data.source": 2}
+    assert len(rows(folder, "train") + rows(folder, "valid")) == 30
+    assert ':32: the field "question" is missing' in capsys.readouterr().out
+
+
+def test_a_copy_in_another_unicode_form_is_a_copy(settings, questions):
+    """The same question and answer, once with accents of their own: the first is used as it is."""
+    questions[0] |= {"question": "O\u00f9 ?", "answer": "**L\u00e0.** So go."}
+    copies = [
+        {key: form(text) for key, text in questions[0].items()}
+        for form in (partial(unicodedata.normalize, "NFD"), lambda text: f"\ufeff{text}")
+    ]
+    write_source(settings, [*questions, *copies])
+    folder = make(settings)
+    assert report(folder)["dropped"] == {"copy of another row": 2}
+    both = rows(folder, "train") + rows(folder, "valid")
+    assert questions[0]["question"] in {row["prompt"] for row in both}
+
+
+def test_a_folder_of_texts_is_a_source(settings, questions, tmp_path, sampled):
+    """A file more is sampled for, and the others are not sampled again."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i, q in enumerate(questions[:29]):
+        (texts / f"{i:02}.md").write_text(f"# {q['question']}\n\n{q['answer']}\n")
+    settings["data"]["source"] = f"{texts}/"
+    folder = make(settings, "data.limit=24")
+    (texts / "29.md").write_text(f"# {questions[29]['question']}\n\n{questions[29]['answer']}\n")
+    sampled.clear()
+    make(settings, "data.limit=null")
+    assert sampled == [6]
+    both = rows(folder, "train") + rows(folder, "valid")
+    assert {(r["prompt"], r["chosen"]) for r in both} == {
+        (q["question"], q["answer"]) for q in questions
+    }

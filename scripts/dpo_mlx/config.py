@@ -119,6 +119,7 @@ def _prompt() -> Any:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     source: str = _path()
+    skip_bad_rows: bool = False
     train_pairs: str = _path()
     valid_pairs: str = _path()
     limit: int | None = _number(None, low=1, high=10**7)

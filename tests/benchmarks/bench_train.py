@@ -33,7 +33,7 @@ from statistics import median
 import common
 import hf
 import ours
-from dpo_mlx.data import pairs, questions
+from dpo_mlx.data import pairs, source
 from dpo_mlx.data.encoding import EncodedAnswer, EncodedPair, Encoder
 from dpo_mlx.data.pairs import Pair
 from dpo_mlx.files.run_folder import ReferenceFiles
@@ -135,7 +135,7 @@ def read_pairs(args: Namespace) -> list[Pair]:
     """Pairs of a file; of questions and answers, the next question's answer is rejected."""
     if args.pairs:
         return pairs.read(args.pairs)
-    rows = questions.read(args.data)
+    rows = source.read(args.data).questions
     shifted = [*rows[1:], rows[0]]
     return [
         Pair(row.question, row.answer, other.answer, line=row.line)

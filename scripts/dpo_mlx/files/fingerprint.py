@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from . import digest, jsonl, model_files, ownership, records
+from . import digest, jsonl, model_files, ownership, records, text_folder
 from .model_files import ADAPTERS, CARD
 from .run_folder import SPLITS, RunFolder
 from .text import shown
@@ -144,7 +144,9 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _digest(path: Path) -> str | None:
-    """SHA-256 of a file. None when it does not exist."""
+    """SHA-256 of a file, or of a folder of text files. None when it does not exist."""
+    if path.is_dir():
+        return text_folder.digest_of(path)
     return digest.of_file(path) if path.is_file() else None
 
 

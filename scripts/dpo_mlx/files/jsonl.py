@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from .text import shown
 
 # Bytes. A row can be a very long answer with every character escaped.
 LONGEST_LINE = 2**26
+# What a blank line may have: a BOM and blanks.
+BLANK = b"\xef\xbb\xbf \t\r\n"
+_VALUE = re.compile(r"[^\s,]")
 
 
 def read_bytes(path: Path, remedy: str, limit: int = bounded.STATE_LIMIT) -> bytes:
@@ -22,6 +27,14 @@ def read_bytes(path: Path, remedy: str, limit: int = bounded.STATE_LIMIT) -> byt
     `limit` bytes.
     """
     return bounded.read(path, limit, remedy)
+
+
+class BadJson(ValueError):
+    """Text that is not the JSON that we expect. The message says why. `line` counts from 1."""
+
+    def __init__(self, message: str, line: int = 1) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -34,10 +47,7 @@ def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if kind := file_kinds.by_first_bytes(content):
         raise UserError(f"{shown(path)}: {kind}")
     is_first_row = True
-    for number, raw in enumerate(io.BytesIO(content), start=1):
-        line = raw.removesuffix(b"\n")
-        if not line.strip(b"\xef\xbb\xbf \t\r"):
-            continue
+    for number, line in lines(content):
         try:
             row = _parse(line, f"{shown(path)}:{number}")
         except UserError as error:
@@ -50,33 +60,83 @@ def read(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{shown(path)}: is empty; {remedy}")
 
 
+def lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line without its end) for every line that is not blank."""
+    for number, raw in enumerate(io.BytesIO(content), start=1):
+        if raw.strip(BLANK):
+            yield number, raw.removesuffix(b"\n")
+
+
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
-    if len(raw) > LONGEST_LINE:
-        raise UserError(f"{place}: the line has {len(raw) / 1e6:.0f} MB; split or remove it")
     try:
-        text = raw.decode("utf-8-sig")
-        row = json.loads(text, object_pairs_hook=_require_unique_keys)
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected a JSON object, found {type(row).__name__}")
-        if "\\u" in text and not _is_text(row):
-            raise UserError(
-                f"{place}: half of a surrogate pair (\\ud800 to \\udfff); remove or complete it"
-            )
+        return parse_line(raw)
+    except BadJson as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """Parse a line. Raises BadJson when it is not UTF-8, not JSON or not an object."""
+    if len(raw) > LONGEST_LINE:
+        raise BadJson(f"the line has {len(raw) / 1e6:.0f} MB; split or remove it")
+    try:
+        text = raw.decode().lstrip("\ufeff")  # joined files have several byte order marks
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: broken JSON at column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise UserError(f"{place}: the JSON is nested too deeply; use text fields") from error
-    except _RepeatedKeyError as error:
-        raise UserError(f"{place}: the key {error} appears twice; remove one") from error
-    except ValueError as error:
-        raise UserError(
-            f"{place}: a number has thousands of digits; shorten or remove it"
-        ) from error
+        raise BadJson(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+    with _explained():
+        row = _DECODER.decode(text)
+    return require_object(row, "\\u" in text)
+
+
+def parse_list(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, value) for every value of a JSON list. Commas may be missing.
+
+    Raises BadJson when the list is broken or does not end.
+    """
+    position, line, counted = _next_value(text, text.index("[") + 1), 1, 0
+    while not text.startswith("]", position):
+        line, counted = line + text.count("\n", counted, position), position
+        if position == len(text):
+            raise BadJson("the list does not end; the file may be cut off", line)
+        with _explained(line):
+            value, position = _DECODER.raw_decode(text, position)
+        yield line, value
+        position = _next_value(text, position)
+    if text[position + 1 :].strip():
+        line += text.count("\n", counted, position)
+        raise BadJson("there is more text after the end of the list; remove it", line)
+
+
+def _next_value(text: str, position: int) -> int:
+    """The position of the first character that is not a blank or a comma."""
+    match = _VALUE.search(text, position)
+    return match.start() if match else len(text)
+
+
+def require_object(row: Any, is_escaped: bool) -> dict[str, Any]:
+    """Returns a row. Raises BadJson when it is not an object, and when half of a surrogate pair is
+    in it, which is possible only if some characters are `is_escaped`.
+    """
+    if not isinstance(row, dict):
+        raise BadJson(f"expected a JSON object, found {type(row).__name__}")
+    if is_escaped and not _is_text(row):
+        raise BadJson("half of a surrogate pair (\\ud800 to \\udfff); remove or complete it")
     return row
+
+
+@contextmanager
+def _explained(line: int = 1) -> Iterator[None]:
+    """Raise what the JSON decoder raises as BadJson."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        message = f"broken JSON at column {error.colno}: {error.msg}"
+        raise BadJson(message, error.lineno) from error
+    except RecursionError as error:
+        raise BadJson("the JSON is nested too deeply; use text fields", line) from error
+    except _RepeatedKeyError as error:
+        raise BadJson(f"the key {error} appears twice; remove one", line) from error
+    except ValueError as error:
+        raise BadJson("a number has thousands of digits; shorten or remove it", line) from error
 
 
 class _RepeatedKeyError(ValueError):
@@ -89,6 +149,9 @@ def _require_unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
         [(key, _)] = Counter(key for key, _ in items).most_common(1)
         raise _RepeatedKeyError(f'"{shown(key)}"')
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_require_unique_keys)
 
 
 def _is_text(row: Any) -> bool:

@@ -14,6 +14,7 @@ from .ownership import MANIFEST
 from .run_folder import PairFiles, RunFolder
 from .text import shown
 
+MAY_BE_FOLDERS = ("model", "run_dir", "data.source")
 USE_OWN_FOLDER = "set it to a folder of its own, like data/runs/NAME"
 # Folders of this repository that a run must not use.
 REPOSITORY_FOLDERS = [
@@ -93,17 +94,18 @@ def conflicts(paths: RunPaths) -> list[str]:
 def _missing_names(paths: RunPaths) -> Iterator[str]:
     for name in ("source", "train_pairs", "valid_pairs"):
         value = getattr(paths, name)
-        if Path(value).name in ("", "..") or value.endswith("/"):
+        is_folder = value.endswith("/") and name != "source"
+        if Path(value).name in ("", "..") or is_folder:
             yield f"data.{name}: {shown(value)} is a directory, not a file; give the path of a file"
 
 
 def _other_kinds(paths: RunPaths) -> Iterator[str]:
-    """Yield an error for each path that exists but is not a file, such as a pipe, which a stage
+    """Yield an error for each path of a file that exists but is none, such as a pipe, which a stage
     would wait for forever.
     """
     for place in places(paths):
         kind = other_kind(place.path)
-        if kind and not (kind == DIRECTORY and place.key in ("model", "run_dir")):
+        if kind and not (kind == DIRECTORY and place.key in MAY_BE_FOLDERS):
             yield f"{place.key}: {shown(place.path)} is {kind}, not a file; choose another path"
 
 

@@ -23,7 +23,7 @@ from mlx_lm.utils import get_total_parameters
 
 from .. import config as configs
 from ..config import Config
-from ..data import questions
+from ..data import questions, source
 from ..data.encoding import EncodedAnswer, Encoder
 from ..files import atomic, jsonl
 from ..files.errors import UserError
@@ -89,7 +89,10 @@ def check_run(config: Config) -> None:
 
     Raises UserError when a stage would refuse to start, and when disk or memory are too small.
     """
-    rows = questions.read(Path(config.data.source))
+    data = source.read(Path(config.data.source), config.data.skip_bad_rows)
+    rows = data.questions
+    for line in (data.description, *data.notes()):
+        print(f"check: {line}")
     print(
         f"check: {device.name()}: {device.available() / 1e9:.2f} GB of memory for models; "
         f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}"

@@ -1,4 +1,6 @@
-"""Stage 06: make pairs. Your answer is chosen; the base model's answer is rejected."""
+"""Stage 06: make pairs. Your answer is chosen; the base model's answer is rejected. Rows of the
+source that have a rejected answer of their own keep it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
-from ..data import questions
+from ..data import questions, source
 from ..data.encoding import MEASURED_ANSWERS, Encoder, max_characters
 from ..data.pairs import LENGTH, STOP, Pair
 from ..data.questions import Question
@@ -29,6 +31,8 @@ from ..parallel import distributed
 from ..parallel.worker import Worker
 from ..scoring import memory
 
+# What to do with pairs from elsewhere in the place of ours.
+READY_MADE = "move it away; to train on ready-made pairs, set data.source to that file"
 # The most characters of a system message to print.
 SHOWN = 200
 
@@ -48,30 +52,40 @@ def make_pairs(config: Config) -> None:
     when a file to write was edited, is not ours, or comes from other settings.
     """
     files = config.pairs
-    rows = questions.read(Path(config.data.source))
+    data = source.read(Path(config.data.source), config.data.skip_bad_rows)
+    rows = data.questions
     current = fingerprint.of(PAIRS, config.flat)
     restart = config.generation.restart
     if not restart and current["model files"] and _is_current(files, current):
         print(f"06: {files.train} and {files.valid} are up to date, skipped")
         return
+    for line in (data.description, *data.notes()):
+        print(f"06: {line}")
     _refuse_foreign(files, restart)
     loaded, worker = distributed.load(config, train=False)
     if current["model files"] is None:  # the model was downloaded only now
         current["model files"] = model_files.fingerprint(config.model)
-    dropped: Counter[str] = Counter()
+    dropped: Counter[str] = Counter({"bad row of data.source": len(data.bad_rows)})
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
     generation = generation_settings(rows, config, encoder)
     sampling = fingerprint.of(SAMPLES, replace(config, generation=generation).flat, current)
-    _refuse_other_samples(files, sampling, restart)
-    _require_memory(config, worker, encoder, usable, generation)
+    unanswered = [row for row in usable if row.rejected is None]
+    if unanswered:
+        _refuse_other_samples(files, sampling, restart)
+        _require_memory(config, worker, encoder, unanswered, generation)
     _print_prompt(encoder, usable, config)
     files.train.parent.mkdir(parents=True, exist_ok=True)
     atomic.require_space(files.train.parent, atomic.SMALL_FILES, "data.train_pairs")
     with lock.hold(files.lock, "data.train_pairs"):
-        finished = _open_samples(files, sampling)
-        settings = replace(config, generation=generation)
-        answers = _sample(worker, usable, settings, encoder, files, finished)
+        sampled: list[Answer] = []
+        if unanswered:
+            finished = _open_samples(files, sampling)
+            settings = replace(config, generation=generation)
+            sampled = _sample(worker, unanswered, settings, encoder, files, finished)
+        else:
+            print("06: every row has a rejected answer of its own: nothing to sample")
+        answers = _all_answers(usable, sampled)
         usable_answers = _drop_unusable(usable, answers, config, encoder, dropped)
         _write(files, usable_answers, config, encoder, dropped, current)
 
@@ -119,7 +133,7 @@ def _refuse_foreign(files: PairFiles, restart: bool) -> None:
                 "write the pairs again",
             )
         elif not is_edited:
-            ownership.require(path, "move it away")
+            ownership.require(path, READY_MADE if path in files.splits.values() else "move it away")
 
 
 def _refuse_other_samples(files: PairFiles, sampling: Fingerprint, restart: bool) -> None:
@@ -163,14 +177,16 @@ def usable_rows(
 
     Counts the other rows in `dropped`. Raises UserError when no row is left.
     """
-    if others := sum(1 for row in rows if row.system not in ("", config.system_prompt)):
+    if others := [row.system for row in rows if row.system not in ("", config.system_prompt)]:
+        is_one = len(set(others)) == 1
         print(
-            f"06: {others} rows have a system message of their own; only system_prompt of the "
-            "config is used"
+            f"06: {len(others)} rows have a system message of their own; only system_prompt of the "
+            f"config is used{'; set it to that message, the same in all of them' if is_one else ''}"
         )
-    by_text: dict[tuple[str, str], Question] = {}
+    by_text: dict[tuple[str, ...], Question] = {}
     for row in rows:
-        by_text.setdefault((row.question, row.answer), row)
+        texts = (row.question, row.answer, row.rejected or "")
+        by_text.setdefault(tuple(map(questions.normalise, texts)), row)
     unique = list(by_text.values())
     dropped["copy of another row"] = len(rows) - len(unique)
     first_rows = unique[: config.data.limit]
@@ -277,6 +293,15 @@ def _sample(
     return [answer for number in range(len(prompts)) for answer in answers[number]]
 
 
+def _all_answers(rows: list[Question], sampled: list[Answer]) -> list[Answer]:
+    """The rejected answer of each row: its own, or the next sampled one."""
+    rest = iter(sampled)
+    return [
+        next(rest) if row.rejected is None else Answer(row.rejected, row.rejected_finish, 0)
+        for row in rows
+    ]
+
+
 def _append(path: Path, number: int, batch_questions: list[str], answers: list[Answer]) -> None:
     """Add a finished batch to the samples file."""
     row = {
@@ -295,13 +320,15 @@ def _drop_unusable(
     dropped: Counter[str],
 ) -> list[tuple[Question, Answer]]:
     """The rows with a usable rejected answer. Counts the others in `dropped`."""
+    most = max_characters(encoder, config.data.max_length)
     usable = []
     for row, answer in zip(rows, answers, strict=True):
+        characters = len(row.question) + len(answer.text)
         if not answer.text:
             dropped["rejected is empty"] += 1
         elif answer.text == row.answer:
             dropped["rejected equals chosen"] += 1
-        elif not _fits(encoder, replace(row, answer=answer.text), config):
+        elif characters > most or not _fits(encoder, replace(row, answer=answer.text), config):
             dropped["rejected longer than data.max_length"] += 1
         else:
             usable.append((row, answer))
