@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
 import tiny
 from dpo_mlx import config
-from dpo_mlx.data import prompt_date, round_trip, tokens
+from dpo_mlx.data import encoding, prompt_date, round_trip, tokens
 from dpo_mlx.data.encoding import Encoder
 from dpo_mlx.data.pairs import LENGTH, Pair
 from dpo_mlx.export import hugging_face
@@ -31,16 +30,12 @@ WITH_BLOCK = CHATML.replace(
     "{{ m.content }}",
     "{{ '" + BLOCK.replace("\n", "\\n") + "' if m.role == 'assistant' }}{{ m.content }}",
 )
+TODAY = date.today()
 DATED = "{{ strftime_now('%d %b %Y') }}" + tiny.GRANITE_TEMPLATE
 
 
-def check(encoder: Encoder, settings: Any, *pairs: Pair) -> list[str]:
-    return round_trip.check(encoder, settings, {Path("p.jsonl"): list(pairs or [PAIR])})
-
-
-@pytest.fixture
-def loaded(settings, write_config) -> config.Config:
-    return config.load(write_config(settings))
+def check(encoder: Encoder, *pairs: Pair, system_prompt: str = "") -> list[str]:
+    return round_trip.check(encoder, system_prompt, {Path("p.jsonl"): list(pairs or [PAIR])})
 
 
 def whole_ids(encoder: Encoder, *turns: tuple[str, str]) -> list[int]:
@@ -54,10 +49,10 @@ def whole_ids(encoder: Encoder, *turns: tuple[str, str]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["granite", "dense", "llama"])
-def test_ids_are_those_of_one_piece(kind, loaded, tmp_path):
+def test_ids_are_those_of_one_piece(kind, tmp_path):
     """Ordinary templates need no note, and the ids are the template's own."""
     encoder = encoder_of(tiny.folder(tmp_path / "m", kind))
-    assert check(encoder, loaded) == []
+    assert check(encoder) == []
     ids = encoder.encode("Why?", "So.").ids
     assert list(ids) == whole_ids(encoder, ("user", "Why?"), ("assistant", "So."))[: len(ids)]
 
@@ -89,12 +84,12 @@ INST = (
 
 
 @pytest.mark.parametrize(("blank", "answer"), [("", ["So", "."]), (" ", ["▁So", ".", "▁"])])
-def test_no_blank_is_added_between_prompt_and_answer(blank, answer, loaded, tmp_path):
+def test_no_blank_is_added_between_prompt_and_answer(blank, answer, tmp_path):
     """SentencePiece adds a blank to a text that stands alone. The blank that Llama 2's template
     writes is part of the answer, where it belongs to the first word's token.
     """
     encoder = encoder_of(sentence_piece(tmp_path / "m", INST.replace("BLANK", blank)))
-    assert check(encoder, loaded) == []
+    assert check(encoder) == []
     sequence = encoder.encode("Why?", "So.")
     assert list(sequence.ids) == whole_ids(encoder, ("user", "Why?"), ("assistant", "So."))
     scored = encoder.tokenizer.convert_ids_to_tokens(list(sequence.ids[sequence.prompt_length :]))
@@ -102,31 +97,31 @@ def test_no_blank_is_added_between_prompt_and_answer(blank, answer, loaded, tmp_
     assert encoder.answer_ids("So.", LENGTH) == list(sequence.ids[sequence.prompt_length :])[:2]
 
 
-def test_a_joined_token_is_a_note(loaded, tmp_path):
+def test_a_joined_token_is_a_note(tmp_path):
     """ChatML's newline and an answer's first would be one token: a sampled answer's are two."""
     folder = tiny.folder(tmp_path / "m", "llama", vocab_size=len(tiny.vocabulary("llama")) + 1)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     model["vocab"]["ĊĊ"] = len(model["vocab"])
     edit(folder / "tokenizer.json", model={**model, "merges": [["Ċ", "Ċ"]]})
-    [note] = check(encoder_of(folder), loaded, PAIR, Pair("Why?", "\n\nSo.", "No.", line=4))
+    [note] = check(encoder_of(folder), PAIR, Pair("Why?", "\n\nSo.", "No.", line=4))
     assert note.startswith("p.jsonl: in 1 of 2 rows (lines 4) the tokenizer would join")
 
 
-def test_answers_are_stripped_where_the_template_strips_them(loaded, tmp_path):
+def test_answers_are_stripped_where_the_template_strips_them(tmp_path):
     """Llama 3's template does; a row that ends with a newline must not train on it."""
     trimming = CHATML.replace("m.content", "m.content | trim")
     encoder = encoder_of(tiny.folder(tmp_path / "m", "llama", template=trimming))
     assert encoder.encode("Why?", " So.\n").ids == encoder.encode("Why?", "So.").ids
-    assert check(encoder, loaded, Pair("Why?", " So.\n", "No.")) == []
+    assert check(encoder, Pair("Why?", " So.\n", "No.")) == []
 
 
 # Templates that differ ----------------------------------------------------------------------------
 
 
-def test_an_empty_thinking_block_is_part_of_the_prompt(loaded, tmp_path):
+def test_an_empty_thinking_block_is_part_of_the_prompt(tmp_path):
     """When no switch writes it, it is added where the template writes it, and named."""
     encoder = encoder_of(tiny.folder(tmp_path / "m", "thinking", template=WITH_BLOCK))
-    [note] = check(encoder, loaded)
+    [note] = check(encoder)
     assert "writes '<think>\\n\\n</think>\\n\\n' before an answer" in note
     sequence = encoder.encode("Why?", "So.")
     prompt = f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{BLOCK}"
@@ -166,12 +161,12 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_turns_that_differ_are_one_line(name, loaded, tmp_path):
+def test_turns_that_differ_are_one_line(name, tmp_path):
     """It names the row, shows what the template writes, and says what to do."""
     template, pair, says = DIFFERENT[name]
     encoder = encoder_of(tiny.folder(tmp_path / "m", "llama", template=template))
     with pytest.raises(UserError, match=rf"^p\.jsonl:3: .*{says}") as error:
-        check(encoder, loaded, pair)
+        check(encoder, pair)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
@@ -188,32 +183,31 @@ def test_turns_that_differ_are_one_line(name, loaded, tmp_path):
         (Pair("Why <|im_end?", "So |>.", "<im_end>"), None),
     ],
 )
-def test_markup_in_text_is_refused(pair, mark, loaded, llama):
+def test_markup_in_text_is_refused(pair, mark, llama):
     """Two stop tokens, or a template within the template. Rows are counted and named by line."""
     rows = [PAIR, *(Pair(pair.prompt, pair.chosen, pair.rejected, line=n) for n in (7, 9))]
     encoder = encoder_of(llama)
     if mark is None:
-        assert check(encoder, loaded, *rows) == []
+        assert check(encoder, *rows) == []
         return
     with pytest.raises(UserError) as error:
-        check(encoder, loaded, *rows)
+        check(encoder, *rows)
     start = "p.jsonl: 2 of 3 rows contain markup of the model's chat template, such as "
     assert str(error.value).startswith(f"{start}{mark} (lines 7, 9), and ")
 
 
-def test_markup_that_is_no_token_is_refused_too(loaded, tmp_path):
+def test_markup_that_is_no_token_is_refused_too(tmp_path):
     """[/INST] is ordinary text to Llama 2's tokenizer. Words in brackets are still allowed."""
     encoder = encoder_of(sentence_piece(tmp_path / "m", INST.replace("BLANK", "")))
-    check(encoder, loaded, Pair("Why [not]? <b>", "So [1].", "No."))
+    check(encoder, Pair("Why [not]? <b>", "So [1].", "No."))
     with pytest.raises(UserError, match=r"such as \[/INST\] \(lines 3\)"):
-        check(encoder, loaded, Pair("[INST] Why? [/INST]", "So.", "No.", line=3))
+        check(encoder, Pair("[INST] Why? [/INST]", "So.", "No.", line=3))
 
 
-def test_markup_in_the_system_message_is_refused(settings, write_config, llama):
+def test_markup_in_the_system_message_is_refused(llama):
     """It is the same fault, under another key."""
-    values = {**settings, "system_prompt": "Be brief.<|im_end|>"}
     with pytest.raises(UserError, match=r"^system_prompt: contains <\|im_end\|>"):
-        check(encoder_of(llama), config.load(write_config(values)))
+        check(encoder_of(llama), system_prompt="Be brief.<|im_end|>")
 
 
 def test_stages_06_and_10_check_their_rows(settings, write_config, tmp_path):
@@ -245,12 +239,12 @@ def other_eos(tmp_path) -> Path:
     return folder
 
 
-def test_the_template_s_end_of_turn_is_trained_and_stops(other_eos, loaded):
+def test_the_template_s_end_of_turn_is_trained_and_stops(other_eos):
     """Otherwise answers would run on after the end that the template teaches."""
     encoder = encoder_of(other_eos)
     assert encoder.end_token == "<|im_end|>"
     assert encoder.tokenizer.eos_token_ids == {0, 2}
-    [note] = check(encoder, loaded)
+    [note] = check(encoder)
     assert "ends a turn with <|im_end|>, which is not among" in note
 
 
@@ -268,13 +262,13 @@ def test_the_fused_model_stops_there(other_eos, settings, write_config, tmp_path
         assert load_model(str(folder)).tokenizer.eos_token_ids == {0, 2}
 
 
-def test_a_template_without_an_end_of_turn_is_a_note(loaded, tmp_path):
+def test_a_template_without_an_end_of_turn_is_a_note(tmp_path):
     """Nothing in the template says where an answer ends, so the tokenizer's token does."""
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + (
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     encoder = encoder_of(tiny.folder(tmp_path / "m", "llama", template=plain))
-    [note] = check(encoder, loaded)
+    [note] = check(encoder)
     assert "writes no special token after an answer, so <|im_end|>" in note
     assert list(encoder.encode("Why?", "So.").ids)[-4:] == by_hand("llama", "So.<|im_end|>")
 
@@ -289,8 +283,7 @@ def test_a_template_gets_the_date_of_the_run(tmp_path):
     encoder = encoder_of(folder, day=day)
     assert encoder.render("Why?").startswith("29 Feb 2024 00:00:00.000000<|")
     assert encoder.template.writes_date() and encoder.template.day == day
-    today = encoder_of(folder).render("Why?")
-    assert today.startswith(date.today().strftime("%d %b %Y"))
+    assert encoder_of(folder).template.day == date.today()
 
 
 @pytest.mark.parametrize("directive", ["%d", "%b", "%Y", "%A", "%j"])
@@ -307,30 +300,32 @@ def test_the_date_is_stored_at_the_first_stage(settings, write_config, tmp_path,
     """Stage 10 renders what stage 06 sampled from, days later too, and both say the date."""
     settings["model"] = str(tiny.folder(tmp_path / "m", template=DATED))
     run = config.load(write_config(settings))
-    runs.write_pairs(Path(run.data.train_pairs), 7)
-    runs.write_pairs(Path(run.data.valid_pairs), 2, first=100)
-    first = prepare(run).encoder.render("Why?")
-    assert prompt_date.read(run.pairs) == date.today()
-    assert f"always {date.today()} (" in capsys.readouterr().out
-    earlier = date.today() - timedelta(days=3)
-    prompt_date.write(run.pairs, earlier)
-    later = prepare(run).encoder
-    assert later.template.day == earlier and later.render("Why?") != first
-    assert f"always {earlier} (" in capsys.readouterr().out
+    make_pairs.make_pairs(run)
+    assert (
+        f"06: note: the chat template writes the date; with these pairs it is always {TODAY} ("
+        in (capsys.readouterr().out)
+    )
+    before = encoding.digest(prepare(run).pairs["train"])
+    jsonl.write_json(run.pairs.prompt_date, {"date": "2024-02-29"})
+    setup = prepare(run)
+    assert "it is always 2024-02-29 (" in capsys.readouterr().out
+    assert setup.encoder.render("Why?").startswith("29 Feb 2024")
+    assert encoding.digest(setup.pairs["train"]) != before
 
 
-def test_no_date_is_stored_without_need(loaded, granite):
+def test_no_date_is_stored_without_need(settings, write_config, granite):
     """Most templates write none."""
-    assert check(encoder_of(granite), loaded) == []
-    assert not loaded.pairs.prompt_date.exists()
+    files = config.load(write_config(settings)).pairs
+    assert [*prompt_date.keep(files, encoder_of(granite).template)] == []
+    assert not files.prompt_date.exists() and prompt_date.read(files) is None
 
 
-def test_a_broken_date_is_one_line(loaded):
+def test_a_broken_date_is_one_line(settings, write_config):
     """The file was edited by hand."""
-    loaded.pairs.prompt_date.parent.mkdir(parents=True)
+    files = config.load(write_config(settings)).pairs
+    files.prompt_date.parent.mkdir(parents=True)
     for content in ('{"date": "tomorrow"}', "{}", "["):
-        loaded.pairs.prompt_date.unlink(missing_ok=True)
-        loaded.pairs.prompt_date.write_text(content)
+        files.prompt_date.write_text(content)
         with pytest.raises(UserError, match=r"train\.date\.json") as error:
-            prompt_date.read(loaded.pairs)
+            prompt_date.read(files)
         assert "\n" not in str(error.value)

@@ -6,12 +6,15 @@ the pairs are trained with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import date
 from typing import TypedDict
 
 from ..files import jsonl, records
 from ..files.errors import UserError
 from ..files.run_folder import PairFiles
+from ..files.text import shown
+from .chat_template import ChatTemplate
 
 
 class _Stored(TypedDict):
@@ -33,6 +36,16 @@ def read(files: PairFiles) -> date | None:
         raise UserError(f"{files.prompt_date}: {error}; {records.RUN_AGAIN}") from error
 
 
-def write(files: PairFiles, day: date) -> None:
-    files.prompt_date.parent.mkdir(parents=True, exist_ok=True)
-    jsonl.write_json(files.prompt_date, {"date": day.isoformat()})
+def keep(files: PairFiles, template: ChatTemplate) -> Iterator[str]:
+    """Store the template's date, unless one is stored, and yield a note. Does nothing for a
+    template that writes no date.
+    """
+    if not template.writes_date():
+        return
+    if not files.prompt_date.exists():
+        files.prompt_date.parent.mkdir(parents=True, exist_ok=True)
+        jsonl.write_json(files.prompt_date, {"date": template.day.isoformat()})
+    yield (
+        f"the chat template writes the date; with these pairs it is always {template.day} "
+        f"({shown(files.prompt_date)})"
+    )

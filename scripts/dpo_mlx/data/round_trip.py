@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ..config import Config
 from ..files.errors import UserError
 from ..files.text import shown
-from . import prompt_date, tokens
+from . import tokens
 from .check_pairs import list_lines
 from .encoding import Encoder
 from .pairs import Pair
@@ -18,20 +17,36 @@ from .pairs import Pair
 COMPARED_ROWS = 100
 
 
-def check(encoder: Encoder, config: Config, rows: Mapping[Path, list[Pair]]) -> list[str]:
+def check(encoder: Encoder, system_prompt: str, rows: Mapping[Path, list[Pair]]) -> list[str]:
     """Returns notes about the template and the tokenizer. Stages 06 and 10 call this first.
 
-    `rows` are the pairs of each file; `rejected` is empty before stage 06 has sampled it. Stores
-    the date of the prompts, if the template writes one and none is stored yet.
+    `rows` are the pairs of each file; `rejected` is empty before stage 06 has sampled it.
 
     Raises UserError when a text contains markup of the chat template, and when a prompt, its answer
     and the end of turn do not have the ids of the template's own rendering of both.
     """
-    _require_plain_text(encoder, config.system_prompt, rows)
+    _require_plain_text(encoder, system_prompt, rows)
     notes = [*encoder.template.notes(), *_end_notes(encoder)]
     for path, pairs in rows.items():
         notes += _compare(encoder, path, pairs[:COMPARED_ROWS])
-    return [*notes, *_keep_date(encoder, config)]
+    return notes
+
+
+def markup_by_line(encoder: Encoder, pairs: list[Pair]) -> dict[int, str]:
+    """The lines whose text contains markup of the chat template, each with the first such token.
+
+    A rejected answer may contain all but stop tokens, because models write them.
+    """
+    by_id = tokens.markup(encoder.tokenizer)
+    markup = _any_of({*by_id.values(), *encoder.template.marks()})
+    stop = _any_of(by_id[number] for number in by_id if number in encoder.tokenizer.eos_token_ids)
+    matches = {
+        pair.line: markup.search(pair.prompt)
+        or markup.search(pair.chosen)
+        or stop.search(pair.rejected)
+        for pair in pairs
+    }
+    return {line: match[0] for line, match in matches.items() if match}
 
 
 def _require_plain_text(
@@ -40,32 +55,18 @@ def _require_plain_text(
     """Raises UserError that counts the rows with markup of the chat template in their text.
 
     Such rows are refused, not cleaned: some hold a whole conversation, some end with a stop token
-    of their own, and some write about markup. Only their author can tell what to keep. A rejected
-    answer may contain all but stop tokens, because models write them.
+    of their own, and some write about markup. Only their author can tell what to keep.
     """
-    by_id = tokens.markup(encoder.tokenizer)
-    stop_ids = encoder.tokenizer.eos_token_ids
-    special = _any_of({*by_id.values(), *encoder.template.marks()})
-    stop = _any_of(token for number, token in by_id.items() if number in stop_ids)
-    if match := special.search(system_prompt):
+    for mark in markup_by_line(encoder, [Pair(system_prompt, "", "")]).values():
         raise UserError(
-            f"system_prompt: contains {match[0]}, which is markup of the chat template; remove it"
+            f"system_prompt: contains {mark}, which is markup of the chat template; remove it"
         )
     for path, pairs in rows.items():
-        matches = {}
-        for pair in pairs:
-            match = (
-                special.search(pair.prompt)
-                or special.search(pair.chosen)
-                or stop.search(pair.rejected)
-            )
-            if match:
-                matches[pair.line] = match[0]
-        if matches:
-            lines = [*matches]
+        if marks := markup_by_line(encoder, pairs):
+            lines = [*marks]
             raise UserError(
                 f"{shown(path)}: {len(lines)} of {len(pairs)} rows contain markup of the model's "
-                f"chat template, such as {matches[lines[0]]} (lines {list_lines(lines)}), and the "
+                f"chat template, such as {marks[lines[0]]} (lines {list_lines(lines)}), and the "
                 "model would read it as the start or the end of a turn; remove it, because the "
                 "template adds its own"
             )
@@ -130,15 +131,3 @@ def _joins(encoder: Encoder, path: Path, pair: Pair) -> bool:
             "and its answer are encoded in two parts; use another model"
         )
     return True
-
-
-def _keep_date(encoder: Encoder, config: Config) -> Iterator[str]:
-    if not encoder.template.writes_date():
-        return
-    files = config.pairs
-    if not files.prompt_date.exists():
-        prompt_date.write(files, encoder.template.day)
-    yield (
-        f"the chat template writes the date; with these pairs it is always {encoder.template.day} "
-        f"({shown(files.prompt_date)})"
-    )

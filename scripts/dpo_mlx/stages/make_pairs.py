@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
-from ..data import questions, round_trip
+from ..data import prompt_date, questions, round_trip
 from ..data.encoding import MEASURED_ANSWERS, Encoder, max_characters
 from ..data.pairs import LENGTH, STOP, Pair
 from ..data.questions import Question
@@ -62,7 +62,8 @@ def make_pairs(config: Config) -> None:
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
     asked = [Pair(row.question, row.answer, "", line=row.line) for row in usable]
-    for note in round_trip.check(encoder, config, {Path(config.data.source): asked}):
+    notes = round_trip.check(encoder, config.system_prompt, {Path(config.data.source): asked})
+    for note in [*notes, *prompt_date.keep(files, encoder.template)]:
         print(f"06: note: {note}")
     generation = generation_settings(rows, config, encoder)
     sampling = fingerprint.of(SAMPLES, replace(config, generation=generation).flat, current)
