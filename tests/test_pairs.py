@@ -116,14 +116,6 @@ def test_end_of_turn_is_what_the_template_writes(where, tmp_path):
     assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|im_end|>"
 
 
-def test_end_of_turn_must_be_a_token_that_stops(tmp_path):
-    """A template's mark that generation would run over is no end: eos_token is scored then."""
-    folder = tiny.folder(tmp_path / "m", "llama", eos_token_id=2)
-    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
-    encoder = encoder_of(folder)
-    assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|endoftext|>"
-
-
 def test_tokenizer_without_chat_template_is_refused(tmp_path):
     """A base model has no turns to train on."""
     folder = tiny.folder(tmp_path / "m")

@@ -5,9 +5,14 @@ We learn what a template does by rendering sample messages. We never parse its s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
-from typing import Any
+from contextlib import contextmanager
+from datetime import date, datetime, time, timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+from transformers.utils import chat_template_utils
 
 from ..config import Scalar
 from ..files.errors import UserError
@@ -22,11 +27,16 @@ LONG_QUESTION = f"{QUESTION} {'And why? ' * 500}That is all."
 RENDER_SECONDS = 2.0
 # Characters that a template can add to the messages.
 MARKUP_LIMIT = 1_000_000
+# Characters of a rendered text that an error shows.
+SHOWN = 120
 # Number of times one question is rendered, to detect a random template.
 RENDERINGS = 16
 # The tags of a thinking block, when the tokenizer does not name its own.
 THINKING_TAGS = ("<think>", "</think>")
+# Two dates this far apart have another weekday, day, month and year.
+OTHER_DATE = timedelta(days=400)
 REMEDY = "correct chat_template in the model's folder, or use another model"
+_MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")
 WITHOUT_THINKING: dict[str, Scalar] = {"enable_thinking": False}
 
 Message = dict[str, str]
@@ -44,28 +54,87 @@ class RenderError(UserError):
 class ChatTemplate:
     """A model's chat template with the system message and the template arguments of a run.
 
+    Templates can ask for the time. They always get the start of `day`, so that a run can stop and
+    go on the next day with the same prompts.
+
     Raises UserError when the tokenizer has no chat template, when the template rejects the system
-    message or the arguments, when a prompt lacks the question or is random, and when a prompt ends
-    inside a thinking block.
+    message or the arguments, when a prompt lacks the question or is random, when a prompt ends
+    inside a thinking block, and when only enable_thinking: false closes it.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str, arguments: Arguments) -> None:
+    def __init__(
+        self, tokenizer: Any, system_prompt: str, arguments: Arguments, day: date | None = None
+    ) -> None:
         _require_template(tokenizer)
         self._tokenizer = tokenizer
         self._system = [_message("system", system_prompt)] if system_prompt else []
         self._arguments = dict(arguments)
+        self.day = day or date.today()
         self._require_valid_arguments()
         self._require_whole_messages()
         self._require_same_prompt()
         self._refuse_open_thinking()
+        self._strips_answers = self._conversation(f" {ANSWER}\n") == self._conversation(ANSWER)
+        self._only_in_prompt, added = self._differences(self._arguments)
+        # Markup, such as an empty thinking block, is part of the prompt. A blank is not, because
+        # the model writes it: most tokenizers join it with the answer's first word.
+        self._block, self._blank = (added, "") if added.strip() else ("", added)
+        self._refuse_block_with_switch()
 
     def render(self, question: str) -> str:
-        """Render the prompt, up to where the answer begins."""
-        return self._prompt(self._system, self._arguments, question)
+        """Render the prompt, up to where the answer begins.
+
+        When the template writes an empty thinking block or a header before every answer, but does
+        not end its prompts with it, then this adds it.
+        """
+        return self._prompt(self._system, self._arguments, question) + self._block
+
+    def answer(self, text: str) -> str:
+        """An answer as the template writes it after the prompt, without the end of turn."""
+        return self._blank + (text.strip() if self._strips_answers else text)
 
     def after_answer(self) -> str:
         """The text after an answer: the end-of-turn token and what the template adds to it."""
-        return self._render(_one_turn(), self._arguments).rpartition(ANSWER)[2]
+        return self._conversation(ANSWER).rpartition(ANSWER)[2]
+
+    def before_answer(self) -> str:
+        """The text between a question and its answer."""
+        return self.render(QUESTION).rpartition(QUESTION)[2]
+
+    def marks(self) -> set[str]:
+        """The markup between a question and its answer, such as [/INST], that text must not
+        contain. Not all of it is special tokens.
+        """
+        return {*_MARK.findall(self.before_answer())} - {*self._thinking_tags()}
+
+    def require_same_turns(self, question: str, answer: str) -> None:
+        """Raises UserError when the template writes a question with its answer in another way than
+        `render`, `answer` and `after_answer` together.
+        """
+        messages = [*self._system, _message("user", question), _message("assistant", answer)]
+        turns = self._render(messages, self._arguments)
+        prompt = self.render(question).removesuffix(self._only_in_prompt)
+        if turns == prompt + self.answer(answer) + self.after_answer():
+            return
+        if answer.strip() not in turns:
+            raise UserError(
+                "the model's chat template drops or changes part of this answer (it writes "
+                f"{_end(turns)}); remove that part, such as a thinking block, from the answer"
+            )
+        raise UserError(
+            "the model's chat template does not write a prompt and its answer as it writes the two "
+            f"together (a prompt ends with {_end(prompt)}, but both together are {_end(turns)}); "
+            f"{REMEDY}"
+        )
+
+    def writes_date(self) -> bool:
+        """Whether prompts contain the date."""
+        day, prompt = self.day, self.render(QUESTION)
+        self.day = day + OTHER_DATE
+        try:
+            return self.render(QUESTION) != prompt
+        finally:
+            self.day = day
 
     def system_message(self) -> str | None:
         """The system message of every prompt: the run's, or the template's default. None without a
@@ -76,7 +145,7 @@ class ChatTemplate:
         except RenderError:
             return None
         prefix, marker, suffix = sample.partition(SYSTEM)
-        prompt = self.render(QUESTION)
+        prompt = self._prompt(self._system, self._arguments)
         message = prompt[len(prefix) : len(prompt) - len(suffix)]
         if not marker or prefix + message + suffix != prompt:
             return None
@@ -92,11 +161,16 @@ class ChatTemplate:
                 "this model may think before it answers, and the rejected answers would contain "
                 "its thoughts; set chat_template_args: {enable_thinking: false}"
             )
+        if self._block:
+            yield (
+                f"the model's chat template writes {_end(self._block)} before an answer, but not "
+                "at the end of a prompt; here it is part of the prompt"
+            )
 
     def _render(self, messages: list[Message], arguments: Arguments, **call: Any) -> str:
         """Raises RenderError when the template fails, takes too long or adds too much text."""
         try:
-            with cpu_limit(RENDER_SECONDS):
+            with cpu_limit(RENDER_SECONDS), _clock_at(self.day):
                 text = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, **arguments, **call
                 )
@@ -112,6 +186,25 @@ class ChatTemplate:
         messages = [*system, _message("user", question)]
         return self._render(messages, arguments, add_generation_prompt=True)
 
+    def _conversation(self, answer: str, arguments: Arguments | None = None) -> str:
+        """The sample question with an answer."""
+        messages = [_message("user", QUESTION), _message("assistant", answer)]
+        return self._render(messages, self._arguments if arguments is None else arguments)
+
+    def _differences(self, arguments: Arguments) -> tuple[str, str]:
+        """(what only a prompt has after the question, what only an answered question has there).
+
+        At most one of the two is not empty. A thinking block is all that a prompt may have alone:
+        many templates drop it from earlier turns. When the two differ in another way, both are
+        empty, and `require_same_turns` fails.
+        """
+        prompt = self._prompt([], arguments)
+        answered = self._conversation(ANSWER, arguments).rpartition(ANSWER)[0]
+        only_in_prompt = prompt.removeprefix(answered) if prompt.startswith(answered) else ""
+        if self._thinking_tags()[1] not in only_in_prompt:
+            only_in_prompt = ""
+        return only_in_prompt, answered.removeprefix(prompt) if answered.startswith(prompt) else ""
+
     def _renders(self, system: list[Message], arguments: Arguments) -> bool:
         try:
             self._prompt(system, arguments)
@@ -122,23 +215,20 @@ class ChatTemplate:
     def _require_valid_arguments(self) -> None:
         """Raises UserError that names the wrong key when the template cannot render a prompt."""
         try:
-            self.render(QUESTION)
+            self._prompt(self._system, self._arguments)
         except RenderError as error:
             raise UserError(self._explain(error.cause)) from error
 
     def _require_whole_messages(self) -> None:
         """Raises UserError when the template drops the question, part of it, or the answer."""
-        if LONG_QUESTION not in self.render(LONG_QUESTION):
+        if LONG_QUESTION not in self._prompt(self._system, self._arguments, LONG_QUESTION):
             raise UserError(f"model: its chat template drops or shortens the question; {REMEDY}")
-        if ANSWER not in self._render(_one_turn(), self._arguments):
+        if ANSWER not in self._conversation(ANSWER):
             raise UserError(f"model: its chat template drops the answer; {REMEDY}")
 
     def _require_same_prompt(self) -> None:
-        """Raises UserError when the template is random. One change is allowed, because a template
-        may write the date.
-        """
-        prompts = [self.render(QUESTION) for _ in range(RENDERINGS)]
-        if sum(one != next_one for one, next_one in pairwise(prompts)) > 1:
+        """Raises UserError when the template is random."""
+        if len({self._prompt(self._system, self._arguments) for _ in range(RENDERINGS)}) > 1:
             raise UserError(
                 "model: its chat template renders the same question differently each time, so a "
                 f"run could not be repeated; {REMEDY}"
@@ -171,6 +261,21 @@ class ChatTemplate:
             f"teach your answers as thoughts; {remedy}"
         )
 
+    def _refuse_block_with_switch(self) -> None:
+        """Raises UserError when enable_thinking: false makes prompts end with the thinking block
+        that the template writes before answers.
+        """
+        thinking_off = {**self._arguments, **WITHOUT_THINKING}
+        if (
+            self._thinking_tags()[1] in self._block
+            and self._renders([], thinking_off)
+            and not self._differences(thinking_off)[1].strip()
+        ):
+            raise UserError(
+                "model: its chat template writes an empty thinking block before an answer, but not "
+                "at the end of a prompt; set chat_template_args: {enable_thinking: false}"
+            )
+
     def _opens_thinking(self, arguments: Arguments) -> bool:
         start, end = self._thinking_tags()
         tail = self._generation_prompt(arguments)
@@ -199,9 +304,23 @@ class ChatTemplate:
         others = {key: value for key, value in self._arguments.items() if key != name}
         return (
             self._renders(self._system, others)
-            and self._prompt(self._system, others) == self.render(QUESTION)
-            and self._render(_one_turn(), others) == self._render(_one_turn(), self._arguments)
+            and self._prompt(self._system, others) == self._prompt(self._system, self._arguments)
+            and self._conversation(ANSWER, others) == self._conversation(ANSWER)
         )
+
+
+@contextmanager
+def _clock_at(day: date) -> Iterator[None]:
+    """Give templates the start of `day` as the time, instead of the clock's.
+
+    transformers makes `strftime_now` itself, and passes no function to a template.
+    """
+    start, module = datetime.combine(day, time.min), cast("Any", chat_template_utils)
+    clock, module.datetime = module.datetime, SimpleNamespace(now=lambda: start)
+    try:
+        yield
+    finally:
+        module.datetime = clock
 
 
 def _require_template(tokenizer: Any) -> None:
@@ -220,5 +339,6 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _one_turn() -> list[Message]:
-    return [_message("user", QUESTION), _message("assistant", ANSWER)]
+def _end(text: str) -> str:
+    """The last characters of a text, for an error line."""
+    return repr(text if len(text) <= SHOWN else "..." + text[-SHOWN:])

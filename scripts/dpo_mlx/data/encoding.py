@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, Scalar
 from ..files.errors import UserError
-from . import tokens
+from . import prompt_date, tokens
 from .chat_template import ChatTemplate
 from .pairs import STOP, Pair
 
@@ -67,9 +68,11 @@ class EncodedPair:
 class Encoder:
     """Turns text into token ids with a model's tokenizer and chat template.
 
-    Prompt and answer are tokenised separately and joined as ids, so no token spans both.
-    Raises UserError for an unusable chat template (see ChatTemplate) and for text that the
-    tokenizer cannot encode (see `tokens.encode`).
+    Prompt and answer are joined as ids, so no token spans both: sampling also starts from the
+    prompt's ids. The token that ends a turn becomes one of the tokenizer's stop tokens.
+
+    `day` is the date that a template may write. Raises UserError for an unusable chat template (see
+    ChatTemplate) and for text that the tokenizer cannot encode (see `tokens.encode`).
     """
 
     def __init__(
@@ -77,15 +80,30 @@ class Encoder:
         tokenizer: Any,
         system_prompt: str = "",
         template_args: Mapping[str, Scalar] | None = None,
+        day: date | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, system_prompt, template_args or {})
+        self.template = ChatTemplate(tokenizer, system_prompt, template_args or {}, day)
+        self._context = self.template.before_answer()
+        self._context_ids = tokens.encode(tokenizer, self._context)
         self.end_of_turn = self._end_of_turn()
+        token, after = self.end_token, self.template.after_answer()
+        self.template_ends_turn = token in after
+        self._before_end = after.partition(token)[0] if self.template_ends_turn else ""
+        self.is_new_stop = self.end_of_turn not in tokenizer.eos_token_ids
+        if self.is_new_stop:
+            tokenizer.add_eos_token(str(self.end_of_turn))
 
     @classmethod
     def of(cls, tokenizer: Any, config: Config) -> Encoder:
-        """Returns an encoder with a run's system message and template arguments."""
-        return cls(tokenizer, config.system_prompt, config.chat_template_args)
+        """Returns an encoder with a run's system message, template arguments and date."""
+        day = prompt_date.read(config.pairs)
+        return cls(tokenizer, config.system_prompt, config.chat_template_args, day)
+
+    @property
+    def end_token(self) -> str:
+        """The text of the token that ends a turn."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
 
     def prompt_ids(self, question: str) -> list[int]:
         """The ids of a question's prompt, up to where the answer begins."""
@@ -97,8 +115,10 @@ class Encoder:
 
     def answer_ids(self, text: str, finish: str = STOP) -> list[int]:
         """The ids of an answer, with the end of turn if the answer was not cut."""
-        ids = tokens.encode(self.tokenizer, text)
-        return [*ids, self.end_of_turn] if finish == STOP else ids
+        text = self.template.answer(text)
+        if finish != STOP:
+            return self._ids_after_prompt(text)
+        return [*self._ids_after_prompt(text + self._before_end), self.end_of_turn]
 
     def encode(self, question: str, answer: str, finish: str = STOP) -> EncodedAnswer:
         prompt = self.prompt_ids(question)
@@ -111,14 +131,26 @@ class Encoder:
             pair.line,
         )
 
+    def _ids_after_prompt(self, text: str) -> list[int]:
+        """The ids of a text that follows a prompt.
+
+        SentencePiece tokenizers add a blank to a text that stands alone. So the text is encoded
+        after the end of a prompt, unless a token would then span both.
+        """
+        ids, start = tokens.encode(self.tokenizer, self._context + text), len(self._context_ids)
+        if ids[:start] == self._context_ids:
+            return ids[start:]
+        return tokens.encode(self.tokenizer, text)
+
     def _end_of_turn(self) -> int:
-        """The stop token that the chat template writes after an answer."""
+        """The token that ends an answer: the first token after it in the chat template that is a
+        stop token or an added token, such as <|im_end|>. Else the tokenizer's eos_token.
+        """
         ids = tokens.encode(self.tokenizer, self.template.after_answer())
         stop_ids = self.tokenizer.eos_token_ids
+        ends = {*stop_ids, *tokens.markup(self.tokenizer)}
         default = self.tokenizer.eos_token_id
-        return next(
-            (i for i in ids if i in stop_ids), min(stop_ids) if default is None else default
-        )
+        return next((i for i in ids if i in ends), min(stop_ids) if default is None else default)
 
 
 def encode_all(

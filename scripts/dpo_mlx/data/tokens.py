@@ -72,6 +72,19 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def markup(tokenizer: Any) -> dict[int, str]:
+    """The special tokens that chat templates write, by id. Text must not contain them.
+
+    Leaves out the token for unknown text. Tokens that were added for ordinary text, such as
+    <think>, are not special.
+    """
+    return {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number != tokenizer.unk_token_id
+    }
+
+
 def _no_row(token: str, number: int, rows: int) -> str:
     return (
         f"model: its tokenizer gives the token {token[:60]!r} the id {number}, but the embedding "

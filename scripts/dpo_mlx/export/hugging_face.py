@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import make_shards
+from mlx_lm.utils import load_config, make_shards
 
 from ..files import jsonl, ownership
 from ..files.errors import UserError
@@ -45,8 +45,10 @@ def write(source: Path, base: Path, folder: Path) -> None:
     parameters: Any = dict(tree_flatten(loaded.model.parameters()))
     weights = {**hugging_face_layout(model_config, parameters)}
     del loaded, parameters  # so that _save_weights can free each tensor
+    stop_ids, base_stop_ids = (load_config(path).get("eos_token_id") for path in (source, base))
     with ownership.new_folder(folder) as temporary:
-        copy_model_files(base, temporary, model_config)
+        new_stop_ids = None if stop_ids == base_stop_ids else stop_ids
+        copy_model_files(base, temporary, model_config, new_stop_ids)
         _save_weights(weights, temporary)
 
 

@@ -185,14 +185,19 @@ class PairFiles:
         return self.train.with_suffix(".samples.inputs.json")
 
     @property
+    def prompt_date(self) -> Path:
+        """The date in the prompts, if the chat template writes one."""
+        return self.train.with_suffix(".date.json")
+
+    @property
     def lock(self) -> Path:
         """Stage 06 holds this lock while it writes, because several runs can share the pairs."""
         return self.samples.with_name(f".{self.samples.name}{LOCK}")
 
     @property
     def beside_train(self) -> tuple[Path, ...]:
-        """The files that stage 06 writes beside the train pairs."""
-        return self.report, self.samples, self.samples_stamp
+        """The files that stages write beside the train pairs."""
+        return self.report, self.samples, self.samples_stamp, self.prompt_date
 
     @property
     def all(self) -> tuple[Path, ...]:

@@ -72,7 +72,14 @@ class DistributedWorker(Worker):
         without_adapters: bool = False,
     ) -> list[list[Answer]]:
         costs = [len(batch.prompts) for batch in batches]
-        rows = self._share("answers", batches, costs, without_adapters, settings=asdict(settings))
+        rows = self._share(
+            "answers",
+            batches,
+            costs,
+            without_adapters,
+            settings=asdict(settings),
+            stop_ids=sorted(self.tokenizer.eos_token_ids),
+        )
         return [[Answer(**answer) for answer in row] for row in rows]
 
     def _share(
@@ -129,6 +136,7 @@ class DistributedWorker(Worker):
 
     def _local_answers(self, task: Row, places: list[int], items: list[Row]) -> list[list[Row]]:
         batches, settings = [Batch(**item) for item in items], GenerationConfig(**task["settings"])
+        self.tokenizer.eos_token_ids = task["stop_ids"]  # rank 0's: an Encoder can add one
         answers = super().answers(batches, settings, task["without_adapters"])
         return [[asdict(answer) for answer in batch] for batch in answers]
 

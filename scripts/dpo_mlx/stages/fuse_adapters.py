@@ -150,7 +150,15 @@ def _save(loaded: LoadedModel, config: Config, dtype: mx.Dtype) -> None:
     if bits := config.fuse.quantize:
         about = fusing.quantize(loaded.model, about, bits)
     with ownership.new_folder(config.run.fused) as temporary:
-        save_model_folder(loaded.model, loaded.folder, temporary, about)
+        save_model_folder(
+            loaded.model, loaded.folder, temporary, about, _new_stop_ids(loaded, config)
+        )
+
+
+def _new_stop_ids(loaded: LoadedModel, config: Config) -> list[int] | None:
+    """The stop tokens of the fused model. None if they are the base model's."""
+    encoder = Encoder.of(loaded.tokenizer, config)
+    return sorted(loaded.tokenizer.eos_token_ids) if encoder.is_new_stop else None
 
 
 def _quantized_base(config: Config, before: _BeforeFusing) -> Sides | None:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
-from ..data import questions, source
+from ..data import prompt_date, questions, round_trip, source
 from ..data.encoding import MEASURED_ANSWERS, Encoder, max_characters
 from ..data.pairs import LENGTH, STOP, Pair
 from ..data.questions import Question
@@ -68,6 +68,10 @@ def make_pairs(config: Config) -> None:
     dropped: Counter[str] = Counter({"bad row of data.source": len(data.bad_rows)})
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
+    asked = [Pair(row.question, row.answer, "", line=row.line) for row in usable]
+    notes = round_trip.check(encoder, config.system_prompt, {Path(config.data.source): asked})
+    for note in [*notes, *prompt_date.keep(files, encoder.template)]:
+        print(f"06: note: {note}")
     generation = generation_settings(rows, config, encoder)
     sampling = fingerprint.of(SAMPLES, replace(config, generation=generation).flat, current)
     unanswered = [row for row in usable if row.rejected is None]
@@ -213,8 +217,6 @@ def _fits(encoder: Encoder, row: Question, config: Config) -> bool:
 
 def _print_prompt(encoder: Encoder, rows: list[Question], config: Config) -> None:
     """Print the first prompt: the model learns the voice under this system message."""
-    for note in encoder.template.notes():
-        print(f"06: note: {note}")
     print(f"06: {_system_line(encoder.template.system_message(), config.system_prompt)}")
     print("06: the prompt of the first question, as the model sees it:")
     for line in encoder.render(rows[0].question).splitlines():

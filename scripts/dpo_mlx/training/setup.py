@@ -11,7 +11,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from ..config import Config, GenerationConfig
-from ..data import check_pairs, encoding, pairs
+from ..data import check_pairs, encoding, pairs, prompt_date, round_trip
 from ..data.check_pairs import list_lines
 from ..data.encoding import EncodedPair, Encoder
 from ..data.pairs import Pair
@@ -92,7 +92,9 @@ def prepare(config: Config, current: Fingerprint | None = None) -> Setup:
     if current["model files"] is None:  # the model was downloaded only now
         current = {**current, "model files": model_files.fingerprint(config.model)}
     encoder = Encoder.of(loaded.tokenizer, config)
-    for note in encoder.template.notes():
+    rows = {path: all_pairs[split] for split, path in config.pairs.splits.items()}
+    template_notes = round_trip.check(encoder, config.system_prompt, rows)
+    for note in [*template_notes, *prompt_date.keep(config.pairs, encoder.template)]:
         print(f"10: note: {note}")
     raw, encoded = encode_splits(all_pairs, encoder, config.data.max_length)
     _print_dropped(all_pairs, raw, config.data.max_length)
