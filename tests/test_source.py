@@ -7,11 +7,13 @@ import gzip
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 from dpo_mlx.data import source
 from dpo_mlx.data.questions import Question
 from dpo_mlx.files import text_folder
@@ -23,28 +25,25 @@ ANSWER = "**Scattering.** Blue bends most.\n\n  - indented\n\nAnswer: so it is.\
 SIDES = (QUESTION, ANSWER)
 BRIEF = "Be brief."
 
+
 # The format table of the README: what it is, and a row or a file of it. Each gives the question
 # "Q?" with the answer "A.", and the rejected answer "B." if it has one.
-README_ROWS: dict[str, str] = {
-    "JSON lines": '{"question": "Q?", "answer": "A."}',
-    "the fields of TRL": '{"prompt": "Q?", "completion": "A."}',
-    "messages": '{"messages": [{"role": "user", "content": "Q?"}, '
-    '{"role": "assistant", "content": "A."}]}',
-    "ShareGPT": '{"conversations": [{"from": "human", "value": "Q?"}, '
-    '{"from": "gpt", "value": "A."}]}',
-    "Alpaca": '{"instruction": "Q?", "input": "", "output": "A."}',
-    "text with labels": '{"text": "Question: Q? Answer: A."}',
-    "text with a chat template's markup": '{"text": "<|im_start|>user\\nQ?<|im_end|>\\n'
-    '<|im_start|>assistant\\nA.<|im_end|>"}',
-    "preference pairs": '{"prompt": "Q?", "chosen": "A.", "rejected": "B."}',
-    "preference pairs of messages": '{"chosen": [{"role": "user", "content": "Q?"}, '
-    '{"role": "assistant", "content": "A."}], "rejected": [{"role": "user", "content": "Q?"}, '
-    '{"role": "assistant", "content": "B."}]}',
-    "a JSON list": '[{"question": "Q?", "answer": "A."}]',
-    "a table with commas (CSV)": "question,answer\nQ?,A.",
-    "a table with tabs (TSV)": "instruction\tinput\toutput\nQ?\t\tA.",
-    "a text file in a folder": "# Q?\n\nA.",
-}
+def readme_rows() -> dict[str, str]:
+    """The README's table of formats: the content of a source by the name of its format. The pieces
+    of an example are its lines.
+    """
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| format | example |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table, "the README has the table"
+    rows = {}
+    for row in table.splitlines():
+        _, name, example, _ = (cell.strip() for cell in re.split(r"(?<!\\)\|", row))
+        pieces = re.findall(r"`([^`]+)`", example.replace("\\|", "|"))
+        rows[name] = "\n".join(pieces)
+    return rows
+
+
+README_ROWS = readme_rows()
 
 
 @pytest.mark.parametrize("name", README_ROWS)
@@ -59,6 +58,7 @@ def test_every_row_of_the_readme(name, packed, tmp_path):
     else:
         path.write_bytes(gzip.compress(content) if packed else content)
     [row] = source.read(path).questions
+    assert len(README_ROWS) >= 12
     rejected = "B." if "rejected" in README_ROWS[name] else None
     assert (row.question, row.answer, row.rejected) == ("Q?", "A.", rejected)
 
