@@ -428,7 +428,7 @@ def test_the_answers_are_the_sampled_ids(tuned: Any) -> None:
     worker, encoder = tuned
     prompts = [encoder.prompt_ids(f"Why {number}?") for number in range(8)]
     all_batches = batches(prompts, 4, seed=0)
-    sequences = worker.sequences(all_batches, cost.SETTINGS)
+    sequences = [s for batch in worker.sequences(all_batches, cost.SETTINGS) for s in batch]
     answers = [a for batch in worker.answers(all_batches, cost.SETTINGS) for a in batch]
     assert {answer.finish for answer in answers} == {STOP, LENGTH}
     for prompt, sequence, answer in zip(prompts, sequences, answers, strict=True):

@@ -82,6 +82,16 @@ class DistributedWorker(Worker):
         )
         return [[Answer(**answer) for answer in row] for row in rows]
 
+    def sequences(
+        self,
+        batches: list[Batch],
+        settings: GenerationConfig,
+        without_adapters: bool = False,
+    ) -> list[list[EncodedAnswer]]:
+        costs = [len(batch.prompts) for batch in batches]
+        rows = self._share("sequences", batches, costs, without_adapters, settings=asdict(settings))
+        return [[_sequence(sequence) for sequence in row] for row in rows]
+
     def _share(
         self,
         kind: str,
@@ -139,6 +149,11 @@ class DistributedWorker(Worker):
         self.tokenizer.eos_token_ids = task["stop_ids"]  # rank 0's: an Encoder can add one
         answers = super().answers(batches, settings, task["without_adapters"])
         return [[asdict(answer) for answer in batch] for batch in answers]
+
+    def _local_sequences(self, task: Row, places: list[int], items: list[Row]) -> list[list[Row]]:
+        batches, settings = [Batch(**item) for item in items], GenerationConfig(**task["settings"])
+        sequences = super().sequences(batches, settings, task["without_adapters"])
+        return [[asdict(sequence) for sequence in batch] for batch in sequences]
 
     def _each(self, items: Any) -> Any:
         """The items. No signal ends a task half done: the other ranks wait for this one."""

@@ -89,20 +89,21 @@ class Worker:
         batches: list[Batch],
         settings: GenerationConfig,
         without_adapters: bool = False,
-    ) -> list[EncodedAnswer]:
-        """The same answers as the sampled token ids after their prompts, in one list.
-
-        No other process shares this work.
-        """
+    ) -> list[list[EncodedAnswer]]:
+        """The same answers as the sampled token ids after their prompts."""
         self.model.eval()
-        sequences = []
         with self._adapters(without_adapters):
-            for batch in batches:
-                signals.check()
-                answers = sample_ids(self.model, self.tokenizer, batch, settings)
-                for prompt, ids in zip(batch.prompts, answers, strict=True):
-                    sequences.append(EncodedAnswer((*prompt, *ids), len(prompt)))
-        return sequences
+            return [
+                [
+                    EncodedAnswer((*prompt, *ids), len(prompt))
+                    for prompt, ids in zip(
+                        batch.prompts,
+                        sample_ids(self.model, self.tokenizer, batch, settings),
+                        strict=True,
+                    )
+                ]
+                for batch in self._each(batches)
+            ]
 
     def _each(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items. A signal can end the stage before each of them."""

@@ -133,7 +133,8 @@ def base_answers(
     """
     signals.check()
     encoded = [encoder.prompt_ids(prompt) for prompt in prompts]
-    return worker.sequences(batches(encoded, batch_size, seed), SETTINGS, without_adapters)
+    sampled = worker.sequences(batches(encoded, batch_size, seed), SETTINGS, without_adapters)
+    return [answer for batch in sampled for answer in batch]
 
 
 def divergence(
