@@ -31,6 +31,7 @@ SOUND = Facts(
     sft_updates=26,
     dpo_updates=13,
     sft_change=1.5,
+    sft_update_change=0.1,
     dpo_change=0.1,
 )
 
@@ -80,7 +81,13 @@ def test_a_sound_run_has_no_finding() -> None:
         ),
         ({"dpo_change": 0.01}, {"train": SLOW}, "too little to change any answer", False),
         ({"sft_change": 0.01}, {}, "sft.learning_rate 0.0001: 26 updates can change", True),
-        ({"sft_change": 21.0}, {}, "could change held-out answers by 21", True),
+        (
+            {"sft_update_change": 4.0},
+            {},
+            "one update could change held-out answers by 4 nats per token, far more than any voice "
+            "needs; set sft.learning_rate: 8e-06",
+            True,
+        ),
         ({"dpo_change": 30.0}, {}, "could change held-out answers by 30", True),
         ({"dpo_change": -0.1, "sft_updates": 0}, {"sft": NO_SFT}, "chosen and rejected", True),
         ({}, {"lora": LoraConfig(scale=0.5)}, "lora.scale 0.5", False),
@@ -100,6 +107,7 @@ def test_each_finding(
     ("facts", "sections"),
     [
         ({"train_pairs": 50}, {}),
+        ({"sft_change": 60.0}, {}),  # 1,300 rows take many updates
         ({"chosen_per_token": -9.0}, {}),  # SFT comes first
         ({"rejected_tokens": 300}, {}),
         ({"cut_share": 0.3}, {}),
@@ -158,6 +166,7 @@ def test_facts_by_hand() -> None:
             "sft_updates": 10,
             "dpo_updates": 5,
             "sft_change": 0.5 * 10 * 0.2,
+            "sft_update_change": 0.5 * 0.2,
             "dpo_change": 0.25 * 5 * 0.1,
         },
         rel=1e-5,
