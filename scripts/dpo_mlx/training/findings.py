@@ -26,10 +26,10 @@ AVERAGED = ("sigmoid_norm", "simpo")
 MIN_AVERAGED_BETA, MAX_SUMMED_BETA = 1.0, 1.0
 
 # Limits on how far a phase moves held-out answers at first order, in nats per token. Nobody can see
-# a change by less than MIN_CHANGE over the whole phase. MAX_DPO_CHANGE is for all of DPO, whose loss
-# has no end. The loss of SFT has one, and more data may take more updates, so MAX_SFT_UPDATE is for
-# one update at the peak rate: SmolLM2 learned well at 0.3 and 0.6, and broke at 15. The rates that
-# we suggest move the answers by AIM.
+# a change by less than MIN_CHANGE over the whole phase. MAX_DPO_CHANGE is for all of DPO, whose
+# loss has no end. The loss of SFT has one, and more data may take more updates, so MAX_SFT_UPDATE
+# is for one update at the peak rate: SmolLM2 learned well at 0.3 and 0.6, and broke at 15. The
+# rates that we suggest move the answers by AIM.
 MIN_CHANGE, MAX_DPO_CHANGE, MAX_SFT_UPDATE = 0.02, 20.0, 3.0
 AIM = 0.3
 
