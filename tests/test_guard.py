@@ -223,8 +223,8 @@ def test_gradients_that_are_not_finite_end_a_run_the_same_way(job, monkeypatch, 
     outcome = outcome_of(config)
     [reason] = outcome.pop("stopped")
     assert outcome == {"sft_updates": 0, "updates": 7, "kept_update": 4, "voice": 0.75}
-    assert reason.startswith(f"{config.data.train_pairs}: 3 updates in a row")
-    assert f"lines [{calls[6]}]" in reason and len(calls) == 7
+    assert reason.startswith("3 updates in a row")
+    assert f"lines [{calls[6]}] of {config.data.train_pairs}" in reason and len(calls) == 7
     kept = saved(config.run.path / "adapters")
     assert differences(kept, saved(config.run.path / "checkpoints/dpo-000004")) == 0
     assert all(bool(mx.isfinite(value).all()) for value in kept.values())
