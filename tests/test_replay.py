@@ -78,17 +78,21 @@ def test_an_update_adds_the_mean_of_the_replay(phase: str, make: Any) -> None:
 
     before = trained(1)  # its model is the one of the second update
     scorer, objective = Scorer(before.model), before.trainer.objective
-    gradients = [objective.gradient(scorer, example)[1] for example in before.train]
+    scores, gradients = zip(
+        *(objective.gradient(scorer, example) for example in before.train), strict=True
+    )
     replayed = [
         scorer.divergence_gradient(example.pair.chosen)
         for example in replay.of_update(before.train[:3], 2, 2, before.config.seed)
     ]
-    means = [mean_tree(gradients), mean_tree([gradient for _, gradient in replayed])]
+    means = [mean_tree(list(gradients)), mean_tree([gradient for _, gradient in replayed])]
     total = dict(tree_flatten(tree_map(mx.add, *means)))
     first, second = trained(2).updates
     assert first["replay_divergence"] == pytest.approx(0, abs=1e-6)
     divergence = mean(value for value, _ in replayed)
     assert second["replay_divergence"] == pytest.approx(divergence, rel=1e-3) and divergence > 0
+    expected = objective.summary(list(scores))
+    assert {name: second[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     norm = math.sqrt(sum(float(mx.square(g).sum()) for g in total.values()))
     assert second["grad_norm"] == pytest.approx(norm, rel=1e-4)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -71,15 +71,7 @@ class DistributedWorker(Worker):
         settings: GenerationConfig,
         without_adapters: bool = False,
     ) -> list[list[Answer]]:
-        costs = [len(batch.prompts) for batch in batches]
-        rows = self._share(
-            "answers",
-            batches,
-            costs,
-            without_adapters,
-            settings=asdict(settings),
-            stop_ids=sorted(self.tokenizer.eos_token_ids),
-        )
+        rows = self._share_batches("answers", batches, settings, without_adapters)
         return [[Answer(**answer) for answer in row] for row in rows]
 
     def sequences(
@@ -88,9 +80,21 @@ class DistributedWorker(Worker):
         settings: GenerationConfig,
         without_adapters: bool = False,
     ) -> list[list[EncodedAnswer]]:
-        costs = [len(batch.prompts) for batch in batches]
-        rows = self._share("sequences", batches, costs, without_adapters, settings=asdict(settings))
+        rows = self._share_batches("sequences", batches, settings, without_adapters)
         return [[_sequence(sequence) for sequence in row] for row in rows]
+
+    def _share_batches(
+        self, kind: str, batches: list[Batch], settings: GenerationConfig, without_adapters: bool
+    ) -> list[Any]:
+        """The results of all batches. All ranks stop at rank 0's stop tokens."""
+        return self._share(
+            kind,
+            batches,
+            [len(batch.prompts) for batch in batches],
+            without_adapters,
+            settings=asdict(settings),
+            stop_ids=sorted(self.tokenizer.eos_token_ids),
+        )
 
     def _share(
         self,
@@ -145,15 +149,19 @@ class DistributedWorker(Worker):
         return [asdict(score) for score in scores]
 
     def _local_answers(self, task: Row, places: list[int], items: list[Row]) -> list[list[Row]]:
-        batches, settings = [Batch(**item) for item in items], GenerationConfig(**task["settings"])
-        self.tokenizer.eos_token_ids = task["stop_ids"]  # rank 0's: an Encoder can add one
-        answers = super().answers(batches, settings, task["without_adapters"])
-        return [[asdict(answer) for answer in batch] for batch in answers]
+        return self._sample(super().answers, task, items)
 
     def _local_sequences(self, task: Row, places: list[int], items: list[Row]) -> list[list[Row]]:
+        return self._sample(super().sequences, task, items)
+
+    def _sample(
+        self, sample: Callable[..., list[list[Any]]], task: Row, items: list[Row]
+    ) -> list[list[Row]]:
+        """What `sample` returns for the batches of a task, as JSON."""
+        self.tokenizer.eos_token_ids = task["stop_ids"]  # rank 0's: an Encoder can add one
         batches, settings = [Batch(**item) for item in items], GenerationConfig(**task["settings"])
-        sequences = super().sequences(batches, settings, task["without_adapters"])
-        return [[asdict(sequence) for sequence in batch] for batch in sequences]
+        results = sample(batches, settings, task["without_adapters"])
+        return [[asdict(result) for result in batch] for batch in results]
 
     def _each(self, items: Any) -> Any:
         """The items. No signal ends a task half done: the other ranks wait for this one."""

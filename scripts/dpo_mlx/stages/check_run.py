@@ -23,9 +23,8 @@ from mlx_lm.utils import get_total_parameters
 
 from .. import config as configs
 from ..config import Config
-from ..data import questions, round_trip, source
+from ..data import questions, source
 from ..data.encoding import EncodedAnswer, Encoder
-from ..data.pairs import Pair
 from ..files import atomic, jsonl
 from ..files.errors import UserError
 from ..files.model_files import folder_of, is_hub_name
@@ -45,7 +44,7 @@ from ..training.phases import PROMPTS
 from ..training.schedule import count_updates
 from ..training.trainer import updates_between_evaluations
 from ..voice import cost as tasks
-from .make_pairs import generation_settings, usable_rows
+from .make_pairs import generation_settings, template_notes, usable_rows
 
 T = TypeVar("T")
 
@@ -102,8 +101,7 @@ def check_run(config: Config) -> None:
     loaded = load_model(config.model, lazy=True, scan_chunk=config.train.scan_chunk)
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, Counter())
-    asked = [Pair(row.question, row.answer, "", line=row.line) for row in usable]
-    for note in round_trip.check(encoder, config.system_prompt, {Path(config.data.source): asked}):
+    for note in template_notes(usable, config, encoder):
         print(f"check: note: {note}")
     sampled = replace(config, generation=generation_settings(rows, config, encoder))
     splits: tuple[list[EncodedAnswer], list[EncodedAnswer]] = [], []

@@ -68,8 +68,7 @@ def make_pairs(config: Config) -> None:
     dropped: Counter[str] = Counter({"bad row of data.source": len(data.bad_rows)})
     encoder = Encoder.of(loaded.tokenizer, config)
     usable = usable_rows(rows, config, encoder, dropped)
-    asked = [Pair(row.question, row.answer, "", line=row.line) for row in usable]
-    notes = round_trip.check(encoder, config.system_prompt, {Path(config.data.source): asked})
+    notes = template_notes(usable, config, encoder)
     for note in [*notes, *prompt_date.keep(files, encoder.template)]:
         print(f"06: note: {note}")
     generation = generation_settings(rows, config, encoder)
@@ -92,6 +91,14 @@ def make_pairs(config: Config) -> None:
         answers = _all_answers(usable, sampled)
         usable_answers = _drop_unusable(usable, answers, config, encoder, dropped)
         _write(files, usable_answers, config, encoder, dropped, current)
+
+
+def template_notes(rows: list[Question], config: Config, encoder: Encoder) -> list[str]:
+    """Notes about the chat template and the tokenizer. Raises UserError when the rows do not have
+    the token ids that the template writes.
+    """
+    asked = [Pair(row.question, row.answer, "", line=row.line) for row in rows]
+    return round_trip.check(encoder, config.system_prompt, {Path(config.data.source): asked})
 
 
 def _require_memory(
